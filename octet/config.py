@@ -1,0 +1,199 @@
+"""The configuration of a cluster: one frozen tree, from defaults, a YAML file and flags, in that order of strength.
+
+Every field is documented here, and nowhere else is an environment variable or a file consulted.
+"""
+
+from __future__ import annotations
+
+import difflib
+import pathlib
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import pydantic
+import yaml
+
+from octet.errors import ConfigError
+
+
+class _Node(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(_Node):
+    """What is served."""
+
+    path: str | None = None
+    """A Hugging Face model directory; null serves the embedded model. It must exist on every node."""
+    max_model_len: int | None = pydantic.Field(None, gt=0)
+    """Longest prompt + answer in tokens; null takes the checkpoint's, bounded by the KV pages of either pool."""
+
+
+class PoolConfig(_Node):
+    """One actor pool and what each of its members holds of a node."""
+
+    size: int = pydantic.Field(1, ge=1)
+    threads: int | None = pydantic.Field(None, ge=1)
+    """CPU threads of each member's arithmetic; null shares the machine's cores among all members."""
+    num_cpus: float = pydantic.Field(0.1, ge=0)
+    """Ray CPUs per member. Fractions let the pools share a laptop."""
+    num_gpus: float = pydantic.Field(0, ge=0)
+    resources: dict[str, float] = pydantic.Field(default_factory=dict)
+    """Custom Ray resources per member, such as `octet_prefill: 1`, to pin a pool to a node type."""
+    strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """How Ray's placement group lays the members out over nodes."""
+
+
+class PoolsConfig(_Node):
+    prefill: PoolConfig = PoolConfig()
+    decode: PoolConfig = PoolConfig()
+    experts: PoolConfig = PoolConfig(size=2)
+
+
+class KvConfig(_Node):
+    """The paged KV cache of each attention worker."""
+
+    page_size: int = pydantic.Field(16, ge=1)
+    """Tokens per page."""
+    prefill_pages: int | None = pydantic.Field(None, ge=1)
+    """Pages of each prefill worker; null takes as many as fit `memory_gib`."""
+    decode_pages: int | None = pydantic.Field(None, ge=1)
+    memory_gib: float = pydantic.Field(1.0, gt=0)
+    """Memory of each attention worker's KV pages where their number is not given."""
+
+
+class PrefillConfig(_Node):
+    chunk_tokens: int = pydantic.Field(512, ge=1)
+    """Tokens computed in one step, over all packed requests: it bounds how long a shard is held by one frame."""
+    max_requests: int = pydantic.Field(64, ge=1)
+    """Requests that may hold pages at once in one worker."""
+
+
+class DecodeConfig(_Node):
+    max_batch: int = pydantic.Field(64, ge=1)
+    """Sequences advanced by one step."""
+
+
+class LaneConfig(_Node):
+    timeout_s: float = pydantic.Field(30.0, gt=0)
+    """Silence of a shard, or of an attention worker that owes a heartbeat, after which the lane is given up."""
+    heartbeat_s: float = pydantic.Field(5.0, gt=0)
+    """An idle attention worker tells its shards so this often; well below `timeout_s`."""
+
+
+class HandoffConfig(_Node):
+    lease_s: float = pydantic.Field(60.0, gt=0)
+    """How long a prefill worker keeps the pages that a decode worker has not taken over."""
+    timeout_s: float = pydantic.Field(30.0, gt=0)
+    """Deadline of one transfer of pages."""
+
+
+class FrontendConfig(_Node):
+    host: str = "127.0.0.1"
+    """Address that the gRPC server listens on; 0.0.0.0 for every interface."""
+    port: int = pydantic.Field(50051, ge=0, le=65535)
+    """0 picks a free one."""
+    max_requests: int = pydantic.Field(1024, ge=1)
+    """Live requests; one more is answered RESOURCE_EXHAUSTED."""
+    max_n: int = pydantic.Field(16, ge=1)
+    max_logprobs: int = pydantic.Field(20, ge=0)
+    max_stop_strings: int = pydantic.Field(16, ge=0)
+    default_max_new_tokens: int = pydantic.Field(256, ge=1)
+    """Where neither the request nor generation_config.json says."""
+    max_message_mib: int = pydantic.Field(16, ge=1)
+    drain_s: float = pydantic.Field(30.0, ge=0)
+    """How long live requests may go on after a stop is asked for."""
+
+
+class RayConfig(_Node):
+    address: str | None = None
+    """A running Ray cluster (`auto` for this machine's); null starts one here and stops it at the end."""
+    namespace: str = "octet"
+    """Actors of one Octet cluster share a namespace; two clusters on one Ray need two."""
+    start_timeout_s: float = pydantic.Field(300.0, gt=0)
+    """Deadline for placing, loading and connecting every pool."""
+
+
+class OctetConfig(_Node):
+    model: ModelConfig = ModelConfig()
+    pools: PoolsConfig = PoolsConfig()
+    kv: KvConfig = KvConfig()
+    prefill: PrefillConfig = PrefillConfig()
+    decode: DecodeConfig = DecodeConfig()
+    lane: LaneConfig = LaneConfig()
+    handoff: HandoffConfig = HandoffConfig()
+    frontend: FrontendConfig = FrontendConfig()
+    ray: RayConfig = RayConfig()
+
+    @pydantic.model_validator(mode="after")
+    def _heartbeats_keep_lanes_alive(self) -> OctetConfig:
+        if self.lane.heartbeat_s * 2 > self.lane.timeout_s:
+            raise ValueError(
+                f"lane.heartbeat_s ({self.lane.heartbeat_s}) must be at most half of lane.timeout_s "
+                f"({self.lane.timeout_s}), or idle lanes are taken for dead ones"
+            )
+        return self
+
+
+def load_config(file: pathlib.Path | None = None, overrides: Sequence[str] = ()) -> OctetConfig:
+    """Build the tree from defaults, then `file` (YAML), then `overrides` (`a.b=value`, value in YAML).
+
+    Raises: ConfigError naming the field, what was found and the nearest valid name.
+    """
+    tree: dict[str, Any] = {}
+    if file is not None:
+        tree = _read_yaml(file)
+    for override in overrides:
+        _set(tree, override)
+    _reject_unknown_keys(tree, OctetConfig, "")
+    try:
+        return OctetConfig.model_validate(tree)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])) or "config"
+        raise ConfigError(field, repr(first["input"]) if first["loc"] else "a contradiction", first["msg"]) from error
+
+
+def _read_yaml(file: pathlib.Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(file.read_text())
+    except OSError as error:
+        raise ConfigError(str(file), error.strerror, "a readable YAML file") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(str(file), f"invalid YAML ({error})", "a YAML mapping") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(str(file), type(tree).__name__, "a YAML mapping of sections")
+    return tree
+
+
+def _set(tree: dict[str, Any], override: str) -> None:
+    path, separator, text = override.partition("=")
+    if not separator or not path:
+        raise ConfigError("--set", repr(override), "section.field=value")
+    *parents, leaf = path.split(".")
+    node = tree
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(path, f"a value at '{parent}'", "a section there")
+        node = child
+    try:
+        node[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(path, repr(text), "a YAML value") from error
+
+
+def _reject_unknown_keys(tree: dict[str, Any], cls: type[pydantic.BaseModel], prefix: str) -> None:
+    for key, value in tree.items():
+        field = cls.model_fields.get(str(key))
+        if field is None:
+            near = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0)
+            raise ConfigError(f"{prefix}{key}", "an unknown name", f"one of {', '.join(cls.model_fields)}",
+                              f"did you mean '{prefix}{near[0]}'?")  # fmt: skip
+        if isinstance(field.annotation, type) and issubclass(field.annotation, pydantic.BaseModel):
+            if value is None:
+                tree[key] = {}
+            elif isinstance(value, dict):
+                _reject_unknown_keys(value, field.annotation, f"{prefix}{key}.")

@@ -1,0 +1,84 @@
+"""Typed errors. Each names what was wrong, what was found, what was expected and what to do."""
+
+from __future__ import annotations
+
+
+class OctetError(Exception):
+    """The root of every error that Octet raises on purpose."""
+
+
+class ConfigError(OctetError):
+    """A configuration value, a flag or a cluster file is wrong."""
+
+    def __init__(self, field: str, found: object, expected: str, fix: str = "") -> None:
+        self.field = field
+        super().__init__(_sentence(f"config field '{field}'", found, expected, fix))
+
+
+class CheckpointError(OctetError):
+    """A model directory cannot be served; nothing has been started."""
+
+    def __init__(self, file: str, subject: str, found: object, expected: str, fix: str = "") -> None:
+        """
+        Args:
+            file: the file in the model directory.
+            subject: the tensor or the field in that file.
+        """
+        self.file, self.subject = file, subject
+        super().__init__(_sentence(f"{file}: '{subject}'" if subject else file, found, expected, fix))
+
+
+class RequestError(OctetError):
+    """A request is malformed: INVALID_ARGUMENT at the edge."""
+
+    def __init__(self, field: str, found: object, expected: str, fix: str = "") -> None:
+        self.field = field
+        super().__init__(_sentence(f"field '{field}'", found, expected, fix))
+
+
+class RequestExistsError(OctetError):
+    """A live request has this id: ALREADY_EXISTS at the edge."""
+
+
+class QueueFullError(OctetError):
+    """The cluster sheds this request: RESOURCE_EXHAUSTED at the edge."""
+
+
+class UnavailableError(OctetError):
+    """The cluster, or a part that the request needs, is not serving: UNAVAILABLE at the edge."""
+
+
+class WireError(OctetError):
+    """Bytes from another process are not a message of ours."""
+
+
+class LaneError(OctetError):
+    """An exchange between an attention worker and its expert shards failed."""
+
+
+class LaneTimeoutError(LaneError):
+    """A peer of the lane stayed silent past its deadline."""
+
+
+class PeerLostError(LaneError):
+    """A peer of the lane closed its connection."""
+
+
+class WrongEpochError(LaneError):
+    """A frame carries another epoch than the lane it arrived on."""
+
+
+class ExpertMissingError(LaneError):
+    """A row asks for a slot that its shard does not hold. It is never answered with zeros."""
+
+
+class RequestLimitError(LaneError):
+    """A frame is larger than the lane's capacity."""
+
+
+class StartupError(OctetError):
+    """A pool did not come up."""
+
+
+def _sentence(subject: str, found: object, expected: str, fix: str) -> str:
+    return f"{subject}: found {found}, expected {expected}" + (f"; {fix}" if fix else "")

@@ -1,0 +1,210 @@
+"""The messages between a frontend and the attention workers, and their msgpack form.
+
+A message is a frozen dataclass; on the wire it is `{"$": class name, field: value, ...}`. Token ids travel as packed
+little-endian uint32. Nothing received is ever evaluated: an unknown name, a missing field or an extra one is a
+`WireError`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+import msgpack
+
+from octet.errors import WireError
+from octet.ids import Epoch, LeaseId, RequestId, WorkerId
+from octet.request import FinishReason, Output, Sampling, Stopping
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillRequest:
+    """Frontend → prefill: compute the KV of `token_ids` and the next token of each of `choices`."""
+
+    request_id: RequestId
+    attempt: int
+    choices: tuple[int, ...]
+    token_ids: bytes
+    """The prompt and, when a choice is recomputed, the tokens already committed to it."""
+    num_prompt_tokens: int
+    sampling: Sampling
+    stopping: Stopping
+    output: Output
+    priority: int
+    arrival_s: float
+    """The request's arrival on the frontend's clock: it orders, and is never compared with another clock."""
+    decode_worker: WorkerId
+    frontend: WorkerId
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Abort:
+    """Frontend → workers: forget a request, or one choice of it."""
+
+    request_id: RequestId
+    choice: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class KvOffer:
+    """Prefill → decode: the pages of `request.token_ids` wait under a lease; `next_tokens` come after them."""
+
+    lease_id: LeaseId
+    prefill_worker: WorkerId
+    request: PrefillRequest
+    next_tokens: tuple[int, ...]
+    """One per choice in `request.choices`; only choices that go on are offered."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class KvPull:
+    """Decode → prefill: send the lease's pages on our channel now."""
+
+    lease_id: LeaseId
+    decode_worker: WorkerId
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class KvAck:
+    """Decode → prefill: the pages have arrived or are no longer wanted; free the lease."""
+
+    lease_id: LeaseId
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprob:
+    """A token's log-probability under the unmodified distribution, and the most likely alternatives."""
+
+    token_id: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TokenEvent:
+    """Worker → frontend: token `index` of a choice."""
+
+    request_id: RequestId
+    choice: int
+    attempt: int
+    index: int
+    token_id: int
+    finish_reason: FinishReason | None
+    logprob: TokenLogprob | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    """With the first token of a request that asked for them."""
+    cached_tokens: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Evicted:
+    """Worker → frontend: the choice lost its pages and must be prefilled again; it has not failed."""
+
+    request_id: RequestId
+    choice: int
+    attempt: int
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Failed:
+    """Worker → frontend: the choice cannot go on."""
+
+    request_id: RequestId
+    choice: int
+    attempt: int
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerLoad:
+    """What the scheduler and the status page know of an attention worker."""
+
+    kv_pages_total: int
+    kv_pages_free: int
+    running: int
+    waiting: int
+    tokens: int
+    preemptions: int = 0
+    leases: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """Worker → frontend: everything that one engine step brought forth."""
+
+    worker_id: WorkerId
+    epoch: Epoch
+    events: tuple[TokenEvent | Evicted | Failed, ...]
+    load: WorkerLoad
+
+
+Message = PrefillRequest | Abort | KvOffer | KvPull | KvAck | StepReport
+
+_TYPES: dict[str, type[Any]] = {
+    cls.__name__: cls
+    for cls in (
+        Sampling,
+        Stopping,
+        Output,
+        PrefillRequest,
+        Abort,
+        KvOffer,
+        KvPull,
+        KvAck,
+        TokenLogprob,
+        TokenEvent,
+        Evicted,
+        Failed,
+        WorkerLoad,
+        StepReport,
+    )
+}
+_FIELDS = {name: tuple(f.name for f in dataclasses.fields(cls)) for name, cls in _TYPES.items()}
+
+
+def encode(message: Message) -> bytes:
+    packed: bytes = msgpack.packb(message, default=_to_map)
+    return packed
+
+
+def decode(data: bytes) -> Message:
+    """Raises: WireError."""
+    try:
+        message = msgpack.unpackb(data, object_hook=_from_map, use_list=False)
+    except WireError:
+        raise
+    except Exception as error:
+        raise WireError(f"{len(data)} bytes are not a message: {error}") from error
+    if not isinstance(message, Message):
+        raise WireError(f"a {type(message).__name__} is not a message")
+    return message
+
+
+def pack_ids(token_ids: Sequence[int]) -> bytes:
+    return array("I", token_ids).tobytes()
+
+
+def unpack_ids(data: bytes) -> list[int]:
+    ids = array("I")
+    ids.frombytes(data)
+    return ids.tolist()
+
+
+def _to_map(value: object) -> dict[str, Any]:
+    name = type(value).__name__
+    if name not in _FIELDS:
+        raise WireError(f"a {name} cannot be sent")
+    return {"$": name, **{field: getattr(value, field) for field in _FIELDS[name]}}
+
+
+def _from_map(value: dict[str, Any]) -> object:
+    name = value.pop("$", None)
+    if name not in _TYPES:
+        raise WireError(f"unknown message {name!r}")
+    try:
+        return _TYPES[name](**value)
+    except TypeError as error:
+        raise WireError(f"malformed {name}: {error}") from error
