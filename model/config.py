@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import sys
 from typing import Any
 
 from octet.errors import CheckpointError
@@ -93,9 +94,11 @@ class GenerationDefaults:
 def read_config(model_dir: pathlib.Path) -> ModelConfig:
     """Read and check `config.json`; end-of-sequence ids of `generation_config.json` are added to its own.
 
+    A field left out has the default of `transformers`' `Glm4MoeConfig`.
+
     Raises: CheckpointError naming the field, what was found and what is supported.
     """
-    fields = _Fields(CONFIG_FILE, _read_json(model_dir / CONFIG_FILE))
+    fields = _Fields(CONFIG_FILE, read_json(model_dir / CONFIG_FILE))
     architectures = fields.raw.get("architectures")
     if architectures != [ARCHITECTURE]:
         raise fields.error("architectures", architectures, f"['{ARCHITECTURE}']", "serve a Glm4Moe checkpoint")
@@ -115,7 +118,7 @@ def read_config(model_dir: pathlib.Path) -> ModelConfig:
         moe_intermediate_size=fields.integer("moe_intermediate_size"),
         num_hidden_layers=fields.integer("num_hidden_layers"),
         num_attention_heads=num_heads,
-        num_key_value_heads=fields.integer("num_key_value_heads", default=num_heads),
+        num_key_value_heads=fields.integer("num_key_value_heads", default=8),
         head_dim=head_dim,
         n_routed_experts=fields.integer("n_routed_experts"),
         num_experts_per_tok=fields.integer("num_experts_per_tok", default=8),
@@ -127,10 +130,10 @@ def read_config(model_dir: pathlib.Path) -> ModelConfig:
         routed_scaling_factor=fields.number("routed_scaling_factor", default=1.0),
         use_qk_norm=fields.boolean("use_qk_norm", default=False),
         attention_bias=fields.boolean("attention_bias", default=False),
-        rms_norm_eps=fields.number("rms_norm_eps", default=1e-5),
+        rms_norm_eps=fields.number("rms_norm_eps", default=1e-5, positive=True),
         tie_word_embeddings=fields.boolean("tie_word_embeddings", default=False),
         max_position_embeddings=max_positions,
-        num_nextn_predict_layers=fields.integer("num_nextn_predict_layers", default=0, minimum=0),
+        num_nextn_predict_layers=fields.integer("num_nextn_predict_layers", default=1, minimum=0),
         rope=_read_rope(fields, max_positions),
         eos_token_ids=_read_eos(model_dir, fields),
     )
@@ -143,7 +146,7 @@ def read_generation_defaults(model_dir: pathlib.Path) -> GenerationDefaults:
     file = model_dir / GENERATION_FILE
     if not file.exists():
         return GenerationDefaults()
-    fields = _Fields(GENERATION_FILE, _read_json(file))
+    fields = _Fields(GENERATION_FILE, read_json(file))
     sampled = fields.boolean("do_sample", default=False)
     max_new_tokens = fields.raw.get("max_new_tokens")
     return GenerationDefaults(
@@ -157,18 +160,22 @@ def read_generation_defaults(model_dir: pathlib.Path) -> GenerationDefaults:
 
 
 def _read_rope(fields: _Fields, max_positions: int) -> RopeConfig:
-    """Accepts `rope_parameters` (nested, newer) and `rope_theta` + `rope_scaling` (flat, older)."""
-    nested = fields.raw.get("rope_parameters") or fields.raw.get("rope_scaling") or {}
+    """Accepts `rope_parameters` (nested, newer) and `rope_theta` + `rope_scaling` (flat, older).
+
+    Where both are given `rope_scaling` holds, as in `transformers`.
+    """
+    source = "rope_scaling" if fields.raw.get("rope_scaling") else "rope_parameters"
+    nested = fields.raw.get(source) or {}
     if not isinstance(nested, dict):
-        raise fields.error("rope_parameters", nested, "a mapping")
-    rope = _Fields(CONFIG_FILE, {**fields.raw, **nested}, prefix="rope_parameters." if nested else "")
+        raise fields.error(source, repr(nested), "a mapping")
+    rope = _Fields(CONFIG_FILE, {**fields.raw, **nested}, prefix=f"{source}." if nested else "")
     rope_type = nested.get("rope_type", nested.get("type", "default"))
     if rope_type not in ("default", "yarn"):
         raise rope.error("rope_type", repr(rope_type), "'default' or 'yarn'", "other scalings are not implemented")
     partial = rope.number("partial_rotary_factor", default=0.5)
     if not 0 < partial <= 1:
         raise rope.error("partial_rotary_factor", partial, "a number in (0, 1]")
-    theta = rope.number("rope_theta", default=10000.0)
+    theta = rope.number("rope_theta", default=10000.0, positive=True)
     if rope_type == "default":
         return RopeConfig(rope_type="default", theta=theta, partial_rotary_factor=partial)
     original = rope.integer("original_max_position_embeddings", default=max_positions)
@@ -180,7 +187,7 @@ def _read_rope(fields: _Fields, max_positions: int) -> RopeConfig:
         rope_type="yarn",
         theta=theta,
         partial_rotary_factor=partial,
-        factor=rope.number("factor", default=max_positions / original),
+        factor=rope.number("factor", default=max_positions / original, positive=True),
         original_max_position_embeddings=original,
         beta_fast=rope.number("beta_fast", default=32.0),
         beta_slow=rope.number("beta_slow", default=1.0),
@@ -195,7 +202,7 @@ def _read_eos(model_dir: pathlib.Path, fields: _Fields) -> tuple[int, ...]:
     ids: dict[int, None] = {}
     sources = [fields]
     if (model_dir / GENERATION_FILE).exists():
-        sources.append(_Fields(GENERATION_FILE, _read_json(model_dir / GENERATION_FILE)))
+        sources.append(_Fields(GENERATION_FILE, read_json(model_dir / GENERATION_FILE)))
     for source in sources:
         value = source.raw.get("eos_token_id")
         values = [] if value is None else value if isinstance(value, list) else [value]
@@ -213,7 +220,8 @@ def _check_shapes(config: ModelConfig, fields: _Fields) -> None:
         )
     rotary_dim = int(config.head_dim * config.rope.partial_rotary_factor)
     if rotary_dim % 2 or rotary_dim == 0:
-        raise fields.error("head_dim", config.head_dim, "an even number of rotated dims (head_dim × partial_rotary_factor)")
+        expected = "an even number of rotated dims (head_dim × partial_rotary_factor)"
+        raise fields.error("head_dim", config.head_dim, expected)
     if config.n_routed_experts % config.n_group:
         raise fields.error(
             "n_routed_experts", config.n_routed_experts, f"a multiple of n_group ({config.n_group})", "fix n_group"
@@ -230,11 +238,13 @@ def _check_shapes(config: ModelConfig, fields: _Fields) -> None:
         )
 
 
-def _read_json(file: pathlib.Path) -> dict[str, Any]:
+def read_json(file: pathlib.Path) -> dict[str, Any]:
+    """The JSON object in one of a model directory's files. Raises: CheckpointError."""
     try:
-        value = json.loads(file.read_text())
+        value = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(file.name, "", error.strerror or error, "a readable file", f"look in {file.parent}") from error
+        found, fix = error.strerror or str(error), f"look in {file.parent}"
+        raise CheckpointError(file.name, "", found, "a readable file", fix) from error
     except ValueError as error:
         raise CheckpointError(file.name, "", f"invalid JSON ({error})", "a JSON object") from error
     if not isinstance(value, dict):
@@ -257,10 +267,12 @@ class _Fields:
             raise self.error(field, repr(value), f"an integer ≥ {minimum}")
         return value
 
-    def number(self, field: str, *, default: float | None = None) -> float:
+    def number(self, field: str, *, default: float | None = None, positive: bool = False) -> float:
         value = self._get(field, default)
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise self.error(field, repr(value), "a number")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
+            raise self.error(field, repr(value), "a finite number")
+        if positive and value <= 0:
+            raise self.error(field, repr(value), "a number > 0")
         return float(value)
 
     def boolean(self, field: str, *, default: bool) -> bool:

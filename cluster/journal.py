@@ -1,0 +1,65 @@
+"""What a frontend knows of a live request: the one record from which any worker's loss can be made good."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from octet.messages import Evicted, PrefillRequest, TokenEvent, pack_ids, unpack_ids
+
+
+@dataclasses.dataclass(slots=True)
+class _Choice:
+    attempt: int
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    ended: bool = False
+
+
+class Journal:
+    """Commits each token of each choice exactly once, in order, from the live attempt alone."""
+
+    def __init__(self, request: PrefillRequest) -> None:
+        self._request = request
+        self._choices = {choice: _Choice(request.attempt) for choice in request.choices}
+
+    @property
+    def request(self) -> PrefillRequest:
+        return self._request
+
+    @property
+    def num_completion_tokens(self) -> int:
+        return sum(len(choice.token_ids) for choice in self._choices.values())
+
+    @property
+    def ended(self) -> bool:
+        return all(choice.ended for choice in self._choices.values())
+
+    def live_choices(self) -> list[int]:
+        return [number for number, choice in self._choices.items() if not choice.ended]
+
+    def token_ids(self, choice: int) -> list[int]:
+        return list(self._choices[choice].token_ids)
+
+    def commit(self, event: TokenEvent) -> bool:
+        """Whether the token is the next one of its choice's live attempt; anything else is dropped."""
+        choice = self._choices[event.choice]
+        if choice.ended or event.attempt != choice.attempt or event.index != len(choice.token_ids):
+            return False
+        choice.token_ids.append(event.token_id)
+        return True
+
+    def end(self, choice: int) -> None:
+        self._choices[choice].ended = True
+
+    def is_live(self, choice: int, attempt: int) -> bool:
+        return not self._choices[choice].ended and attempt == self._choices[choice].attempt
+
+    def restart(self, event: Evicted) -> PrefillRequest | None:
+        """The request that computes an evicted choice again, or None if the eviction is not of the live attempt."""
+        if not self.is_live(event.choice, event.attempt):
+            return None
+        choice = self._choices[event.choice]
+        choice.attempt += 1
+        token_ids = unpack_ids(self._request.token_ids) + choice.token_ids
+        return dataclasses.replace(
+            self._request, attempt=choice.attempt, choices=(event.choice,), token_ids=pack_ids(token_ids)
+        )

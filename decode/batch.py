@@ -1,0 +1,126 @@
+"""Which sequences a decode worker holds, and which one gives way: pure bookkeeping over the page pool."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from model.pages import PagePool
+from octet.ids import RequestId
+from octet.messages import KvOffer, PrefillRequest
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class RunningSequence:
+    """One choice of a request. The last of `token_ids` has no KV yet: it is the next step's input."""
+
+    request: PrefillRequest
+    choice: int
+    token_ids: list[int]
+    pages: list[int]
+
+    @property
+    def num_new_tokens(self) -> int:
+        return len(self.token_ids) - self.request.num_prompt_tokens
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class Incoming:
+    """An offer with pages reserved for it, while its KV is on the way."""
+
+    offer: KvOffer
+    token_ids: list[int]
+    pages: list[int]
+    """For the prompt; then one copy of its last page for every further choice, if that page is not full."""
+    dropped: set[int] = dataclasses.field(default_factory=set)
+    """Choices that were aborted meanwhile."""
+
+    @property
+    def wanted(self) -> list[tuple[int, int]]:
+        """(choice, first token) of the choices that are still wanted."""
+        pairs = zip(self.offer.request.choices, self.offer.next_tokens, strict=True)
+        return [(choice, token_id) for choice, token_id in pairs if choice not in self.dropped]
+
+
+class DecodeBatch:
+    """Running sequences, oldest first."""
+
+    def __init__(self, pool: PagePool, max_batch: int) -> None:
+        self._pool, self._max_batch = pool, max_batch
+        self.running: list[RunningSequence] = []
+
+    def pages_to_admit(self, num_tokens: int, num_choices: int) -> int:
+        """Pages that an offer of `num_tokens` takes: whole pages are shared by its choices, a partial one is not."""
+        partial = num_tokens % self._pool.page_size != 0
+        return self._pool.pages_for(num_tokens) + (num_choices - 1 if partial else 0)
+
+    def reserve(self, offer: KvOffer, num_tokens: int, num_incoming: int) -> list[int] | None:
+        """Pages for an offer, or None while it has to wait.
+
+        Beside its own, every running sequence's next page must be free, or newcomers would soon evict each other.
+        """
+        num_choices = len(offer.request.choices)
+        if len(self.running) + num_incoming + num_choices > self._max_batch:
+            return None
+        needed = self.pages_to_admit(num_tokens, num_choices)
+        if self.running and self._pool.num_free < needed + len(self.running):
+            return None
+        return self._pool.allocate(needed)
+
+    def admit(self, incoming: Incoming) -> list[tuple[int, int]]:
+        """Make the wanted choices running sequences.
+
+        Returns: (source, target) pages to be copied, for each choice a partial last page of its own.
+        """
+        request, num_tokens = incoming.offer.request, len(incoming.token_ids)
+        num_shared = num_tokens // self._pool.page_size
+        shared, own = incoming.pages[:num_shared], incoming.pages[num_shared:]
+        wanted = incoming.wanted
+        copies: list[tuple[int, int]] = []
+        for number, (choice, token_id) in enumerate(wanted):
+            self._pool.share(shared)
+            last = own[number : number + 1]
+            if number > 0 and last:
+                copies.append((own[0], last[0]))
+            self.running.append(
+                RunningSequence(
+                    request=request, choice=choice, token_ids=[*incoming.token_ids, token_id], pages=[*shared, *last]
+                )
+            )
+        self._pool.release(shared)
+        self._pool.release(own[len(wanted) :])
+        self.running.sort(key=_order)
+        return copies
+
+    def grow(self) -> list[RunningSequence]:
+        """Give every running sequence a page for its next token; the youngest give way where there are none.
+
+        Returns: the sequences that were evicted.
+        """
+        evicted: list[RunningSequence] = []
+        index = 0
+        while index < len(self.running):
+            sequence = self.running[index]
+            if len(sequence.token_ids) <= len(sequence.pages) * self._pool.page_size:
+                index += 1
+            elif (page := self._pool.allocate(1)) is not None:
+                sequence.pages += page
+            else:
+                youngest = self.running[-1]
+                self.remove(youngest)
+                evicted.append(youngest)
+        return evicted
+
+    def remove(self, sequence: RunningSequence) -> None:
+        self.running.remove(sequence)
+        self._pool.release(sequence.pages)
+
+    def of(self, request_id: RequestId, choice: int | None) -> list[RunningSequence]:
+        return [
+            sequence
+            for sequence in self.running
+            if sequence.request.request_id == request_id and choice in (None, sequence.choice)
+        ]
+
+
+def _order(sequence: RunningSequence) -> tuple[int, float, int]:
+    return sequence.request.priority, sequence.request.arrival_s, sequence.choice

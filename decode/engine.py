@@ -1,0 +1,231 @@
+"""The decode engine: one `step` advances every running sequence by one token.
+
+Shapes: `B` running sequences, `H` hidden, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+
+from decode.batch import DecodeBatch, Incoming, RunningSequence
+from decode.handoff import Arrival, KvReceiver
+from model.batch import Span
+from model.runner import ModelRunner
+from model.sampler import SampleRow, logprobs, sample
+from octet.config import DecodeConfig
+from octet.errors import ExpertMissingError
+from octet.ids import Epoch, LeaseId, RequestId, WorkerId
+from octet.messages import (
+    Abort,
+    Evicted,
+    Failed,
+    KvAck,
+    KvOffer,
+    Message,
+    StepReport,
+    TokenEvent,
+    TokenLogprob,
+    WorkerLoad,
+    unpack_ids,
+)
+
+
+class DecodeEngine:
+    """Messages in by `handle`, messages out of `step`. Belongs to one thread."""
+
+    def __init__(
+        self, worker_id: WorkerId, epoch: Epoch, runner: ModelRunner, receiver: KvReceiver, config: DecodeConfig
+    ) -> None:
+        self._worker_id, self._epoch = worker_id, epoch
+        self._runner, self._pool, self._receiver = runner, runner.pool, receiver
+        self._batch = DecodeBatch(runner.pool, config.max_batch)
+        self._offers: list[KvOffer] = []
+        self._incoming: dict[LeaseId, Incoming] = {}
+        self._outbox: list[tuple[WorkerId, Message]] = []
+        self._events: dict[WorkerId, list[TokenEvent | Evicted | Failed]] = defaultdict(list)
+        self._num_tokens = 0
+        self._num_preemptions = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether `step` would compute something now."""
+        return bool(self._batch.running)
+
+    def handle(self, message: Message) -> None:
+        match message:
+            case KvOffer():
+                self._offers.append(message)
+                self._offers.sort(key=lambda offer: (offer.request.priority, offer.request.arrival_s))
+            case Abort(request_id=request_id, choice=choice):
+                self._abort(request_id, choice)
+            case _:
+                raise TypeError(f"a decode worker takes no {type(message).__name__}")
+
+    def step(self, now_s: float) -> list[tuple[WorkerId, Message]]:
+        """Advance every sequence by a token; return what it brought forth. Raises: LaneError; nothing has changed then."""
+        self._land()
+        self._evict(self._batch.grow())
+        self._pull()
+        if self._batch.running:
+            try:
+                logits_BV = self._forward()
+            except ExpertMissingError as error:
+                self._fail_running(str(error))
+            else:
+                self._advance(logits_BV)
+        return self.flush()
+
+    def fail_all(self, reason: str) -> None:
+        """End every request here; `flush` tells their frontends."""
+        self._fail_running(reason)
+        for offer in (*self._offers, *(incoming.offer for incoming in self._incoming.values())):
+            for choice in offer.request.choices:
+                self._tell_failed(offer.request.request_id, choice, offer.request.attempt, offer.request.frontend, reason)
+        self._offers.clear()
+        for incoming in self._incoming.values():
+            incoming.dropped.update(incoming.offer.request.choices)
+
+    def flush(self) -> list[tuple[WorkerId, Message]]:
+        """What there is to tell, without computing."""
+        load = self.load()
+        reports: list[tuple[WorkerId, Message]] = [
+            (frontend, StepReport(worker_id=self._worker_id, epoch=self._epoch, events=tuple(events), load=load))
+            for frontend, events in self._events.items()
+        ]
+        outbox, self._outbox = self._outbox, []
+        self._events.clear()
+        return reports + outbox
+
+    def load(self) -> WorkerLoad:
+        return WorkerLoad(
+            kv_pages_total=self._pool.num_pages,
+            kv_pages_free=self._pool.num_free,
+            running=len(self._batch.running),
+            waiting=len(self._offers) + len(self._incoming),
+            tokens=self._num_tokens,
+            preemptions=self._num_preemptions,
+        )
+
+    def _forward(self) -> torch.Tensor:
+        spans = [
+            Span(token_ids=sequence.token_ids[-1:], start=len(sequence.token_ids) - 1, pages=sequence.pages)
+            for sequence in self._batch.running
+        ]
+        return self._runner.logits(torch.cat(self._runner.run(spans)))
+
+    def _advance(self, logits_BV: torch.Tensor) -> None:
+        """Sample, append, report; sequences that end leave the batch."""
+        sequences = list(self._batch.running)
+        tokens = sample(logits_BV, [_sample_row(sequence) for sequence in sequences])
+        reported = self._logprobs(logits_BV, sequences, tokens)
+        self._num_tokens += len(tokens)
+        for index, (sequence, token_id) in enumerate(zip(sequences, tokens, strict=True)):
+            request = sequence.request
+            sequence.token_ids.append(token_id)
+            reason = request.stopping.finish_reason(token_id, sequence.num_new_tokens)
+            self._events[request.frontend].append(
+                TokenEvent(
+                    request_id=request.request_id,
+                    choice=sequence.choice,
+                    attempt=request.attempt,
+                    index=sequence.num_new_tokens - 1,
+                    token_id=token_id,
+                    finish_reason=reason,
+                    logprob=reported.get(index),
+                )
+            )
+            if reason is not None:
+                self._batch.remove(sequence)
+
+    @staticmethod
+    def _logprobs(
+        logits_BV: torch.Tensor, sequences: list[RunningSequence], tokens: list[int]
+    ) -> dict[int, TokenLogprob]:
+        asked = [
+            (index, sequence.request.output.logprobs)
+            for index, sequence in enumerate(sequences)
+            if sequence.request.output.logprobs is not None
+        ]
+        return {index: logprobs(logits_BV[index : index + 1], [tokens[index]], num)[0] for index, num in asked}
+
+    def _land(self) -> None:
+        """Let arrived pages become running sequences."""
+        for arrival in self._receiver.arrived():
+            incoming = self._incoming.pop(arrival.lease_id)
+            if arrival.pages is None or not incoming.wanted:
+                self._turn_away(incoming, arrival)
+                continue
+            num_pages = self._pool.pages_for(len(incoming.token_ids))
+            self._runner.cache.import_pages(incoming.pages[:num_pages], arrival.pages)
+            for source, target in self._batch.admit(incoming):
+                self._runner.cache.copy_page(source, target)
+            self._acknowledge(incoming.offer)
+
+    def _turn_away(self, incoming: Incoming, arrival: Arrival) -> None:
+        self._pool.release(incoming.pages)
+        self._acknowledge(incoming.offer)
+        request = incoming.offer.request
+        for choice, _ in incoming.wanted:
+            self._tell_evicted(request.request_id, choice, request.attempt, request.frontend, arrival.reason)
+
+    def _pull(self) -> None:
+        """Ask for the pages of waiting offers, oldest first, as far as there is room."""
+        while self._offers:
+            offer = self._offers[0]
+            token_ids = unpack_ids(offer.request.token_ids)
+            num_incoming = sum(len(incoming.offer.request.choices) for incoming in self._incoming.values())
+            pages = self._batch.reserve(offer, len(token_ids), num_incoming)
+            if pages is None:
+                return
+            del self._offers[0]
+            self._incoming[offer.lease_id] = Incoming(offer=offer, token_ids=token_ids, pages=pages)
+            num_pages = self._pool.pages_for(len(token_ids))
+            self._receiver.pull(offer, num_pages * self._runner.cache.page_bytes())
+
+    def _evict(self, sequences: list[RunningSequence]) -> None:
+        for sequence in sequences:
+            request = sequence.request
+            self._num_preemptions += 1
+            reason = "preempted: an older sequence needed its pages"
+            self._tell_evicted(request.request_id, sequence.choice, request.attempt, request.frontend, reason)
+
+    def _abort(self, request_id: RequestId, choice: int | None) -> None:
+        for sequence in self._batch.of(request_id, choice):
+            self._batch.remove(sequence)
+        for incoming in self._incoming.values():
+            if incoming.offer.request.request_id == request_id:
+                incoming.dropped.update(incoming.offer.request.choices if choice is None else (choice,))
+        for offer in [offer for offer in self._offers if offer.request.request_id == request_id]:
+            # One choice of several is dropped when it lands; its token events would tell, were it to run.
+            if choice is None or offer.request.choices == (choice,):
+                self._offers.remove(offer)
+                self._acknowledge(offer)
+
+    def _fail_running(self, reason: str) -> None:
+        for sequence in list(self._batch.running):
+            self._batch.remove(sequence)
+            request = sequence.request
+            self._tell_failed(request.request_id, sequence.choice, request.attempt, request.frontend, reason)
+
+    def _acknowledge(self, offer: KvOffer) -> None:
+        self._outbox.append((offer.prefill_worker, KvAck(lease_id=offer.lease_id)))
+
+    def _tell_evicted(self, request_id: RequestId, choice: int, attempt: int, to: WorkerId, reason: str) -> None:
+        self._events[to].append(Evicted(request_id=request_id, choice=choice, attempt=attempt, reason=reason))
+
+    def _tell_failed(self, request_id: RequestId, choice: int, attempt: int, to: WorkerId, reason: str) -> None:
+        self._events[to].append(Failed(request_id=request_id, choice=choice, attempt=attempt, reason=reason))
+
+
+def _sample_row(sequence: RunningSequence) -> SampleRow:
+    request = sequence.request
+    return SampleRow(
+        sampling=request.sampling,
+        stopping=request.stopping,
+        output=request.output,
+        choice=sequence.choice,
+        token_ids=sequence.token_ids,
+        num_prompt_tokens=request.num_prompt_tokens,
+    )

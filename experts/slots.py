@@ -1,0 +1,62 @@
+"""The expert weights that a shard holds, by layer and slot.
+
+Shapes: `S` slots, `H` hidden, `I` expert intermediate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from model.census import expert_tensors
+from model.checkpoint import Checkpoint, LoadProgress
+
+EMPTY = -1
+
+
+class ExpertSlots:
+    """Stacked weights of every mixture-of-experts layer: `gate_up[layer][S, 2I, H]` and `down[layer][S, H, I]`."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        held: Mapping[int, Sequence[int]],
+        dtype: torch.dtype,
+        device: torch.device,
+        progress: LoadProgress | None = None,
+    ) -> None:
+        """Load only the experts held.
+
+        Args:
+            held: for each layer the logical expert of each slot, EMPTY for none.
+
+        Raises: CheckpointError.
+        """
+        config = checkpoint.config
+        self.held = {layer: tuple(experts) for layer, experts in held.items()}
+        self.gate_up: dict[int, torch.Tensor] = {}
+        self.down: dict[int, torch.Tensor] = {}
+        intermediate, hidden = config.moe_intermediate_size, config.hidden_size
+        into: dict[str, torch.Tensor] = {}
+        for layer, experts in self.held.items():
+            # Only slots that hold an expert touch memory: the rest of an empty tensor stays unmapped.
+            self.gate_up[layer] = torch.empty(len(experts), 2 * intermediate, hidden, dtype=dtype, device=device)
+            self.down[layer] = torch.empty(len(experts), hidden, intermediate, dtype=dtype, device=device)
+            for slot, expert in enumerate(experts):
+                if expert != EMPTY:
+                    gate, up, down = expert_tensors(config, layer, expert)
+                    into[gate], into[up] = self.gate_up[layer][slot].chunk(2)
+                    into[down] = self.down[layer][slot]
+        checkpoint.read(into, dtype, into=into, progress=progress)
+
+    @property
+    def num_slots(self) -> int:
+        return max((len(experts) for experts in self.held.values()), default=0)
+
+    def weight_bytes(self) -> int:
+        """Bytes of the slots that hold an expert."""
+        return sum(
+            (gate_up[0].nbytes + self.down[layer][0].nbytes) * sum(e != EMPTY for e in self.held[layer])
+            for layer, gate_up in self.gate_up.items()
+        )

@@ -1,0 +1,54 @@
+"""The keys and values of every layer, in pages.
+
+Shapes: `L` layers, `P` pages, `G` tokens per page, `N` KV heads, `D` head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from model.config import ModelConfig
+
+
+class KvCache:
+    """One tensor `[L, 2, P, G, N, D]`. Writes are indexed by position, so a step run again overwrites itself."""
+
+    def __init__(
+        self, config: ModelConfig, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shape = (config.num_hidden_layers, 2, num_pages, page_size, config.num_key_value_heads, config.head_dim)
+        # Zeros, not empty: a masked position may hold anything finite, and NaN · 0 would spread.
+        self._kv = torch.zeros(shape, dtype=dtype, device=device)
+        self._flat = self._kv.view(shape[0], 2, num_pages * page_size, *shape[4:])
+
+    def write(self, layer: int, k_TND: torch.Tensor, v_TND: torch.Tensor, kv_slots_T: torch.Tensor) -> None:
+        self._flat[layer, 0].index_copy_(0, kv_slots_T, k_TND)
+        self._flat[layer, 1].index_copy_(0, kv_slots_T, v_TND)
+
+    def gather(self, layer: int, kv_slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values `[len(kv_slots), N, D]`."""
+        return self._flat[layer, 0].index_select(0, kv_slots), self._flat[layer, 1].index_select(0, kv_slots)
+
+    def gather_pages(self, layer: int, pages_BP: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values `[B, P · G, N, D]`."""
+        k, v = self._kv[layer, 0][pages_BP], self._kv[layer, 1][pages_BP]
+        return k.flatten(1, 2), v.flatten(1, 2)
+
+    def page_bytes(self) -> int:
+        return self._kv[:, :, 0].numel() * self._kv.element_size()
+
+    def export_pages(self, pages: Sequence[int]) -> torch.Tensor:
+        """A contiguous copy `[L, 2, len(pages), G, N, D]`, to be sent."""
+        return self._kv.index_select(2, torch.tensor(pages, device=self._kv.device))
+
+    def import_pages(self, pages: Sequence[int], exported: torch.Tensor) -> None:
+        """The inverse of `export_pages`; `exported` may be flat and of raw bytes."""
+        shape = (*self._kv.shape[:2], len(pages), *self._kv.shape[3:])
+        self._kv.index_copy_(
+            2, torch.tensor(pages, device=self._kv.device), exported.view(self._kv.dtype).view(shape).to(self._kv.device)
+        )
+
+    def copy_page(self, source: int, target: int) -> None:
+        self._kv[:, :, target].copy_(self._kv[:, :, source])

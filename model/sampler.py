@@ -1,0 +1,146 @@
+"""Choosing tokens: a function of the logits and of (seed, choice, position), for every row of a batch on its own.
+
+Both prefill (the first token) and decode sample, hence it lives below both. Processors are applied in the order of
+`transformers`: penalties, minimum length, temperature, top-k, top-p, min-p.
+
+Shapes: `B` rows, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from octet.messages import TokenLogprob
+from octet.request import Output, Sampling, Stopping
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SampleRow:
+    """One row of logits: the next token of one choice."""
+
+    sampling: Sampling
+    stopping: Stopping
+    output: Output
+    choice: int
+    token_ids: Sequence[int]
+    """The prompt, then the tokens generated so far."""
+    num_prompt_tokens: int
+
+    @property
+    def num_new_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def plain(self) -> bool:
+        """Whether the most likely token of the unmodified logits is the answer."""
+        return self.sampling.greedy and not self.sampling.penalized and not self._masked_ids
+
+    @property
+    def _masked_ids(self) -> tuple[int, ...]:
+        return self.stopping.masked_ids(self.num_new_tokens)
+
+
+@torch.inference_mode()
+def sample(logits_BV: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
+    """The next token of each row. `logits_BV` is fp32 and is not changed."""
+    if all(row.plain for row in rows):
+        greedy: list[int] = logits_BV.argmax(-1).tolist()
+        return greedy
+    logits_BV = logits_BV.clone()
+    for logits_V, row in zip(logits_BV, rows, strict=True):
+        _penalize(logits_V, row)
+        logits_V[list(row.stopping.masked_ids(row.num_new_tokens))] = -torch.inf
+    token_ids: list[int] = logits_BV.argmax(-1).tolist()
+    drawn = [index for index, row in enumerate(rows) if not row.sampling.greedy]
+    if drawn:
+        chosen = _draw(logits_BV[drawn], [rows[index] for index in drawn])
+        for index, token_id in zip(drawn, chosen, strict=True):
+            token_ids[index] = token_id
+    return token_ids
+
+
+def filtered_probabilities(logits_BV: torch.Tensor, samplings: Sequence[Sampling]) -> torch.Tensor:
+    """The distribution `[B, V]` after temperature, top-k, top-p and min-p, in fp64; at least one token stays."""
+    parameters = torch.tensor(
+        [(s.temperature, s.top_k, s.top_p, s.min_p) for s in samplings], device=logits_BV.device, dtype=torch.float64
+    )
+    temperature, top_k, top_p, min_p = parameters.unsqueeze(-1).unbind(1)
+    logits_BV = logits_BV / temperature.to(logits_BV.dtype)
+    logits_BV = _keep_top_k(logits_BV, top_k.long())
+    probs_BV = logits_BV.double().softmax(-1)
+    if any(s.top_p < 1 for s in samplings):
+        probs_BV = _keep_top_p(probs_BV, top_p)
+    if any(s.min_p > 0 for s in samplings):
+        probs_BV = probs_BV.masked_fill(probs_BV < min_p * probs_BV.amax(-1, keepdim=True), 0)
+    return probs_BV / probs_BV.sum(-1, keepdim=True)
+
+
+@torch.inference_mode()
+def logprobs(logits_BV: torch.Tensor, token_ids: Sequence[int], num_top: int) -> list[TokenLogprob]:
+    """Log-probabilities of the given tokens and of the `num_top` most likely, before any processor."""
+    logprobs_BV = logits_BV.log_softmax(-1)
+    chosen = logprobs_BV.gather(1, torch.tensor(token_ids, device=logits_BV.device).unsqueeze(1)).squeeze(1).tolist()
+    top = logprobs_BV.topk(num_top, dim=-1)
+    return [
+        TokenLogprob(token_id=token_id, logprob=logprob, top=tuple(zip(ids, values, strict=True)))
+        for token_id, logprob, ids, values in zip(
+            token_ids, chosen, top.indices.tolist(), top.values.tolist(), strict=True
+        )
+    ]
+
+
+def uniform(seed: int, choice: int, position: int) -> float:
+    """A number in [0, 1) from a counter-based generator (Philox, Salmon et al., 2011)."""
+    bits = np.random.Philox(key=seed, counter=[position, choice, 0, 0]).random_raw()
+    return float(bits >> 11) * 2.0**-53
+
+
+def _penalize(logits_V: torch.Tensor, row: SampleRow) -> None:
+    """Repetition penalty (Keskar et al., CTRL, 2019) over prompt and answer; presence and frequency over the answer."""
+    sampling = row.sampling
+    if not sampling.penalized:
+        return
+    if sampling.repetition_penalty != 1.0:
+        seen = torch.tensor(row.token_ids, device=logits_V.device).unique()
+        values = logits_V[seen]
+        penalty = sampling.repetition_penalty
+        logits_V[seen] = torch.where(values > 0, values / penalty, values * penalty)
+    answer = torch.tensor(row.token_ids[row.num_prompt_tokens :], dtype=torch.long, device=logits_V.device)
+    generated, counts = answer.unique(return_counts=True)
+    logits_V[generated] -= sampling.presence_penalty + sampling.frequency_penalty * counts
+
+
+def _draw(logits_BV: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
+    """Inverse-transform sampling in vocabulary order.
+
+    An order by probability would let rounding swap near-equal tokens and change the draw; vocabulary order only moves
+    a boundary by the rounding itself.
+    """
+    cumulative_BV = filtered_probabilities(logits_BV, [row.sampling for row in rows]).cumsum(-1)
+    points = [uniform(row.sampling.seed, row.choice, len(row.token_ids)) for row in rows]
+    points_B1 = torch.tensor(points, dtype=torch.float64, device=logits_BV.device).unsqueeze(1)
+    # Strictly above the point, so that a token of probability zero is never drawn.
+    drawn_B = torch.searchsorted(cumulative_BV, points_B1 * cumulative_BV[:, -1:], right=True).squeeze(1)
+    token_ids: list[int] = drawn_B.clamp(max=logits_BV.shape[1] - 1).tolist()
+    return token_ids
+
+
+def _keep_top_k(logits_BV: torch.Tensor, top_k_B1: torch.Tensor) -> torch.Tensor:
+    largest = int(top_k_B1.max())
+    if largest == 0:
+        return logits_BV
+    values = logits_BV.topk(min(largest, logits_BV.shape[1]), dim=-1).values
+    kth_B1 = values.gather(1, (top_k_B1 - 1).clamp(min=0, max=values.shape[1] - 1))
+    return logits_BV.masked_fill((logits_BV < kth_B1) & (top_k_B1 > 0), -torch.inf)
+
+
+def _keep_top_p(probs_BV: torch.Tensor, top_p_B1: torch.Tensor) -> torch.Tensor:
+    """The smallest set of most likely tokens whose probability reaches `top_p` (nucleus sampling)."""
+    ascending, order = probs_BV.sort(dim=-1)
+    dropped = ascending.cumsum(-1) <= 1 - top_p_B1
+    dropped[:, -1] = False
+    return probs_BV.masked_fill(torch.zeros_like(dropped).scatter(1, order, dropped), 0)

@@ -1,0 +1,1 @@
+"""What people use: the command line, checks, benchmarks, and the maker of the embedded model."""

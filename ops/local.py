@@ -1,0 +1,165 @@
+"""The whole data path in one process: the same engines, shards and router, without Ray and sockets.
+
+It is the reference that numerics tests use beside `transformers`, and the engine that benchmarks compare the cluster
+with.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import threading
+import time
+from collections.abc import Sequence
+
+import torch
+
+from cluster.journal import Journal
+from decode.engine import DecodeEngine
+from decode.handoff import KvReceiver
+from experts.shard import ExpertShard
+from experts.slots import ExpertSlots
+from model.checkpoint import Checkpoint
+from model.kv_cache import KvCache
+from model.pages import PagePool
+from model.runner import ModelRunner
+from model.transformer import Transformer
+from model.weights import AttentionWeights, load_attention_weights
+from octet.config import DecodeConfig, PrefillConfig
+from octet.ids import Epoch, RequestId, WorkerId
+from octet.messages import Evicted, Failed, KvPull, Message, PrefillRequest, StepReport, TokenEvent
+from prefill.engine import PrefillEngine
+from prefill.handoff import KvSender
+from prefill.leases import LeaseTable
+from router.channel import LocalChannel
+from router.exchange import LocalExchange
+from router.placement import Placement, place_evenly
+from router.routed_experts import RoutedExperts
+
+PREFILL, DECODE, CALLER = WorkerId("prefill-0"), WorkerId("decode-0"), WorkerId("frontend-0")
+_EPOCH = Epoch(1)
+_TRANSFER_S = 30.0
+
+
+class LocalEngine:
+    """One prefill engine, one decode engine, `num_shards` shards. Belongs to one thread."""
+
+    def __init__(
+        self,
+        model_dir: pathlib.Path,
+        *,
+        num_shards: int = 1,
+        num_pages: int = 512,
+        page_size: int = 16,
+        decode_pages: int | None = None,
+        max_model_len: int | None = None,
+        prefill: PrefillConfig | None = None,
+        decode: DecodeConfig | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> None:
+        device = device or torch.device("cpu")
+        checkpoint = Checkpoint.open(model_dir)
+        self.config = checkpoint.config
+        self._max_model_len = max_model_len or min(self.config.max_position_embeddings, num_pages * page_size)
+        self._build = (dtype, device, page_size)
+        weights = load_attention_weights(checkpoint, dtype, device)
+        placement = place_evenly(self.config.moe_layers, self.config.n_routed_experts, num_shards)
+        self.shards = [ExpertShard(load_slots(checkpoint, placement, s, dtype, device)) for s in range(num_shards)]
+        exchange = LocalExchange([shard.serve for shard in self.shards])
+        gates = {index: layer.gate for index, layer in enumerate(weights.layers) if layer.gate is not None}
+        self._routed = RoutedExperts(self.config, gates, placement, exchange, device)
+        self.runner = self._runner(weights, num_pages)
+        channel = LocalChannel(_TRANSFER_S)
+        leases = LeaseTable(lease_s=60.0)
+        self._sender = KvSender(self.runner.cache, leases, {DECODE: channel})
+        self._prefill = PrefillEngine(PREFILL, _EPOCH, self.runner, leases, self._sender, prefill or PrefillConfig())
+        self._landed = threading.Event()
+        self._receiver = KvReceiver(DECODE, {PREFILL: channel}, self._ask, self._landed.set)
+        decode_runner = self._runner(weights, decode_pages or num_pages)
+        self._decode = DecodeEngine(DECODE, _EPOCH, decode_runner, self._receiver, decode or DecodeConfig())
+        self._journals: dict[RequestId, Journal] = {}
+        self._failures: dict[RequestId, str] = {}
+
+    def generate(self, requests: Sequence[PrefillRequest], timeout_s: float = 300.0) -> list[list[list[int]]]:
+        """The token ids of every choice of every request.
+
+        Raises: RuntimeError if a request failed, TimeoutError.
+        """
+        journals = [self.submit(request) for request in requests]
+        deadline_s = time.monotonic() + timeout_s
+        while not all(journal.ended for journal in journals):
+            if time.monotonic() > deadline_s:
+                raise TimeoutError(f"requests were not done within {timeout_s} s")
+            self.step()
+            for request in requests:
+                if request.request_id in self._failures:
+                    raise RuntimeError(self._failures.pop(request.request_id))
+        return [[journal.token_ids(c) for c in request.choices] for journal, request in zip(journals, requests, strict=True)]
+
+    def submit(self, request: PrefillRequest) -> Journal:
+        journal = Journal(request)
+        self._journals[request.request_id] = journal
+        self._prefill.handle(request)
+        return journal
+
+    def step(self) -> list[TokenEvent]:
+        """One step of both engines; the tokens that were committed. Waits for pages if there is nothing else to do."""
+        if not self._prefill.busy and not self._decode.busy:
+            self._landed.wait(timeout=0.01)
+        self._landed.clear()
+        committed: list[TokenEvent] = []
+        for engine in (self._prefill, self._decode):
+            for to, message in engine.step(time.monotonic()):
+                self._deliver(to, message, committed)
+        return committed
+
+    def load(self) -> dict[WorkerId, int]:
+        """Free KV pages of both engines, after the leases that are over were reclaimed."""
+        return {PREFILL: self._prefill.load().kv_pages_free, DECODE: self._decode.load().kv_pages_free}
+
+    def close(self) -> None:
+        self._receiver.close()
+        self._sender.close()
+
+    def _runner(self, weights: AttentionWeights, num_pages: int) -> ModelRunner:
+        dtype, device, page_size = self._build
+        cache = KvCache(self.config, num_pages, page_size, dtype, device)
+        transformer = Transformer(self.config, weights, cache, self._max_model_len)
+        return ModelRunner(transformer, self._routed, PagePool(num_pages, page_size), cache, device)
+
+    def _ask(self, to: WorkerId, pull: KvPull) -> None:
+        assert to == PREFILL
+        self._sender.answer(pull)
+
+    def _deliver(self, to: WorkerId, message: Message, committed: list[TokenEvent]) -> None:
+        if to == PREFILL:
+            self._prefill.handle(message)
+        elif to == DECODE:
+            self._decode.handle(message)
+        else:
+            assert isinstance(message, StepReport)
+            for event in message.events:
+                self._commit(event, committed)
+
+    def _commit(self, event: TokenEvent | Evicted | Failed, committed: list[TokenEvent]) -> None:
+        journal = self._journals[event.request_id]
+        match event:
+            case TokenEvent():
+                if journal.commit(event):
+                    committed.append(event)
+                    if event.finish_reason is not None:
+                        journal.end(event.choice)
+            case Evicted():
+                again = journal.restart(event)
+                if again is not None:
+                    self._prefill.handle(again)
+            case Failed(reason=reason):
+                self._failures[event.request_id] = reason
+
+
+def load_slots(
+    checkpoint: Checkpoint, placement: Placement, shard: int, dtype: torch.dtype, device: torch.device
+) -> ExpertSlots:
+    """The slots that a placement gives to one shard."""
+    held = {layer: row.tolist() for layer, row in zip(placement.layers, placement.held_by(shard), strict=True)}
+    return ExpertSlots(checkpoint, held, dtype, device)

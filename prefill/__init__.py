@@ -1,0 +1,1 @@
+"""Prefill: the prompt's KV and the first token of each choice."""

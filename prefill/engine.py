@@ -1,0 +1,237 @@
+"""The prefill engine: one `step` computes the next chunk of the requests in front of the queue.
+
+Shapes: `T` tokens of a span, `H` hidden, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+
+from model.batch import Span
+from model.runner import ModelRunner
+from model.sampler import SampleRow, logprobs, sample
+from octet.config import PrefillConfig
+from octet.errors import ExpertMissingError
+from octet.ids import Epoch, LeaseId, WorkerId
+from octet.messages import (
+    Abort,
+    Failed,
+    KvAck,
+    KvOffer,
+    KvPull,
+    Message,
+    PrefillRequest,
+    StepReport,
+    TokenEvent,
+    TokenLogprob,
+    WorkerLoad,
+)
+from prefill.handoff import KvSender
+from prefill.leases import LeaseTable
+from prefill.queue import Chunk, PrefillQueue, Task
+
+_LOGPROB_ROWS = 64
+"""Prompt log-probabilities are taken this many rows at a time: a row of logits is as long as the vocabulary."""
+
+
+class PrefillEngine:
+    """Messages in by `handle`, messages out of `step`. Belongs to one thread.
+
+    A request's pages are allocated when it starts, all at once, so that two half-computed prompts never wait for each
+    other's pages.
+    """
+
+    def __init__(
+        self,
+        worker_id: WorkerId,
+        epoch: Epoch,
+        runner: ModelRunner,
+        leases: LeaseTable,
+        sender: KvSender,
+        config: PrefillConfig,
+    ) -> None:
+        self._worker_id, self._epoch = worker_id, epoch
+        self._runner, self._pool, self._leases, self._sender = runner, runner.pool, leases, sender
+        self._chunk_tokens = config.chunk_tokens
+        self._queue = PrefillQueue(config.max_requests)
+        self._outbox: list[tuple[WorkerId, Message]] = []
+        self._events: dict[WorkerId, list[TokenEvent | Failed]] = defaultdict(list)
+        self._lease_numbers = itertools.count()
+        self._num_tokens = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether `step` would compute something now."""
+        return bool(self._queue.running or self._queue.waiting)
+
+    def handle(self, message: Message) -> None:
+        match message:
+            case PrefillRequest():
+                self._queue.add(message)
+            case KvPull():
+                self._sender.answer(message)
+            case KvAck(lease_id=lease_id):
+                self._leases.acknowledge(lease_id)
+            case Abort(request_id=request_id, choice=choice):
+                for task in self._queue.remove(request_id, choice):
+                    self._pool.release(task.pages)
+                self._leases.abort(request_id, choice)
+            case _:
+                raise TypeError(f"a prefill worker takes no {type(message).__name__}")
+
+    def step(self, now_s: float) -> list[tuple[WorkerId, Message]]:
+        """Compute one chunk; return what it brought forth. Raises: LaneError, and then nothing has changed."""
+        self._pool.release(self._leases.reclaim(now_s))
+        self._admit()
+        chunks = self._queue.chunks(self._chunk_tokens)
+        if chunks:
+            try:
+                hidden = self._runner.run([_span(chunk) for chunk in chunks])
+            except ExpertMissingError as error:
+                self.fail_all(str(error))
+            else:
+                self._advance(chunks, hidden, now_s)
+        return self._collect()
+
+    def fail_all(self, reason: str) -> None:
+        """End every request here; `step` or `flush` tells their frontends."""
+        for task in self._queue.clear():
+            self._pool.release(task.pages)
+            for choice in task.request.choices:
+                self._events[task.request.frontend].append(
+                    Failed(
+                        request_id=task.request.request_id,
+                        choice=choice,
+                        attempt=task.request.attempt,
+                        reason=reason,
+                    )
+                )
+
+    def flush(self) -> list[tuple[WorkerId, Message]]:
+        """What there is to tell, without computing."""
+        return self._collect()
+
+    def load(self) -> WorkerLoad:
+        return WorkerLoad(
+            kv_pages_total=self._pool.num_pages,
+            kv_pages_free=self._pool.num_free,
+            running=len(self._queue.running),
+            waiting=len(self._queue.waiting),
+            tokens=self._num_tokens,
+            leases=len(self._leases),
+        )
+
+    def _admit(self) -> None:
+        while (task := self._queue.next_to_admit()) is not None:
+            pages = self._pool.allocate(self._pool.pages_for(len(task.token_ids)))
+            if pages is None:
+                return
+            self._queue.admit(task, pages)
+
+    def _advance(self, chunks: Sequence[Chunk], hidden: Sequence[torch.Tensor], now_s: float) -> None:
+        for chunk, hidden_TH in zip(chunks, hidden, strict=True):
+            task = chunk.task
+            if _wants_prompt_logprobs(task):
+                self._note_prompt_logprobs(chunk, hidden_TH)
+            self._num_tokens += chunk.stop - task.done
+            task.done = chunk.stop
+        finished = [(chunk.task, h_TH[-1]) for chunk, h_TH in zip(chunks, hidden, strict=True) if chunk.last]
+        if finished:
+            logits = self._runner.logits(torch.stack([last_H for _, last_H in finished]))
+            for (task, _), logits_V in zip(finished, logits, strict=True):
+                self._finish(task, logits_V, now_s)
+
+    def _finish(self, task: Task, logits_V: torch.Tensor, now_s: float) -> None:
+        """Sample the next token of every choice, and offer the pages to the decode worker if any goes on."""
+        request = task.request
+        self._queue.finish(task)
+        rows = [_sample_row(task, choice) for choice in request.choices]
+        logits = logits_V.expand(len(rows), -1)
+        tokens = sample(logits, rows)
+        num_top = request.output.logprobs
+        reported = None if num_top is None else logprobs(logits, tokens, num_top)
+        going_on: list[tuple[int, int]] = []
+        for position, (choice, token_id) in enumerate(zip(request.choices, tokens, strict=True)):
+            reason = request.stopping.finish_reason(token_id, rows[position].num_new_tokens + 1)
+            if reason is None:
+                going_on.append((choice, token_id))
+            self._events[request.frontend].append(
+                TokenEvent(
+                    request_id=request.request_id,
+                    choice=choice,
+                    attempt=request.attempt,
+                    index=rows[position].num_new_tokens,
+                    token_id=token_id,
+                    finish_reason=reason,
+                    logprob=reported[position] if reported else None,
+                    prompt_logprobs=tuple(task.prompt_logprobs) if position == 0 else (),
+                )
+            )
+        if going_on:
+            self._offer(task, going_on, now_s)
+        else:
+            self._pool.release(task.pages)
+
+    def _offer(self, task: Task, going_on: list[tuple[int, int]], now_s: float) -> None:
+        request = task.request
+        choices = tuple(choice for choice, _ in going_on)
+        lease_id = LeaseId(f"{self._worker_id}/{self._epoch}/{next(self._lease_numbers)}")
+        self._leases.grant(lease_id, request.request_id, choices, task.pages, now_s)
+        offer = KvOffer(
+            lease_id=lease_id,
+            prefill_worker=self._worker_id,
+            request=dataclasses.replace(request, choices=choices),
+            next_tokens=tuple(token_id for _, token_id in going_on),
+        )
+        self._outbox.append((request.decode_worker, offer))
+
+    def _note_prompt_logprobs(self, chunk: Chunk, hidden_TH: torch.Tensor) -> None:
+        """Row t predicts token t + 1; the first token of a prompt has no prediction."""
+        task = chunk.task
+        if task.done == 0:
+            task.prompt_logprobs.append(TokenLogprob(token_id=task.token_ids[0], logprob=None))
+        targets = task.token_ids[task.done + 1 : chunk.stop + 1]
+        for first in range(0, len(targets), _LOGPROB_ROWS):
+            part = targets[first : first + _LOGPROB_ROWS]
+            logits = self._runner.logits(hidden_TH[first : first + len(part)])
+            task.prompt_logprobs += logprobs(logits, part, task.request.output.logprobs or 0)
+
+    def _collect(self) -> list[tuple[WorkerId, Message]]:
+        load = self.load()
+        reports: list[tuple[WorkerId, Message]] = [
+            (
+                frontend,
+                StepReport(worker_id=self._worker_id, epoch=self._epoch, events=tuple(events), load=load),
+            )
+            for frontend, events in self._events.items()
+        ]
+        outbox, self._outbox = self._outbox, []
+        self._events.clear()
+        return reports + outbox
+
+
+def _span(chunk: Chunk) -> Span:
+    task = chunk.task
+    return Span(token_ids=task.token_ids[task.done : chunk.stop], start=task.done, pages=task.pages)
+
+
+def _sample_row(task: Task, choice: int) -> SampleRow:
+    request = task.request
+    return SampleRow(
+        sampling=request.sampling,
+        stopping=request.stopping,
+        output=request.output,
+        choice=choice,
+        token_ids=task.token_ids,
+        num_prompt_tokens=request.num_prompt_tokens,
+    )
+
+
+def _wants_prompt_logprobs(task: Task) -> bool:
+    """A recomputed choice has reported them before its first token."""
+    return task.request.output.prompt_logprobs and len(task.token_ids) == task.request.num_prompt_tokens

@@ -1,0 +1,93 @@
+"""Which requests a prefill worker computes next: pure, no tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from octet.ids import RequestId
+from octet.messages import PrefillRequest, TokenLogprob, unpack_ids
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class Task:
+    """A request in this worker. `done` tokens have their KV in `pages`."""
+
+    request: PrefillRequest
+    token_ids: list[int]
+    pages: list[int] = dataclasses.field(default_factory=list)
+    done: int = 0
+    prompt_logprobs: list[TokenLogprob] = dataclasses.field(default_factory=list)
+
+    @property
+    def remaining(self) -> int:
+        return len(self.token_ids) - self.done
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Chunk:
+    """The next tokens of a task."""
+
+    task: Task
+    stop: int
+
+    @property
+    def last(self) -> bool:
+        return self.stop == len(self.task.token_ids)
+
+
+class PrefillQueue:
+    """Waiting and running tasks, each in order of (priority, arrival)."""
+
+    def __init__(self, max_running: int) -> None:
+        self._max_running = max_running
+        self.waiting: list[Task] = []
+        self.running: list[Task] = []
+
+    def add(self, request: PrefillRequest) -> None:
+        self.waiting.append(Task(request=request, token_ids=unpack_ids(request.token_ids)))
+        self.waiting.sort(key=_order)
+
+    def next_to_admit(self) -> Task | None:
+        """The first waiting task, if one more may run."""
+        return self.waiting[0] if self.waiting and len(self.running) < self._max_running else None
+
+    def admit(self, task: Task, pages: list[int]) -> None:
+        self.waiting.remove(task)
+        task.pages = pages
+        self.running.append(task)
+        self.running.sort(key=_order)
+
+    def chunks(self, budget: int) -> list[Chunk]:
+        """Pack up to `budget` tokens of running tasks, first come first served."""
+        chunks = []
+        for task in self.running:
+            take = min(budget, task.remaining)
+            if take == 0:
+                break
+            chunks.append(Chunk(task, task.done + take))
+            budget -= take
+        return chunks
+
+    def finish(self, task: Task) -> None:
+        self.running.remove(task)
+
+    def remove(self, request_id: RequestId, choice: int | None) -> list[Task]:
+        """Take out a request's tasks; those of a single choice only where it is all that the task computes."""
+        gone = [
+            task
+            for task in (*self.waiting, *self.running)
+            if task.request.request_id == request_id and (choice is None or task.request.choices == (choice,))
+        ]
+        self.waiting = [task for task in self.waiting if task not in gone]
+        self.running = [task for task in self.running if task not in gone]
+        return gone
+
+    def clear(self) -> Sequence[Task]:
+        gone = (*self.waiting, *self.running)
+        self.waiting, self.running = [], []
+        return gone
+
+
+def _order(task: Task) -> tuple[int, float]:
+    return task.request.priority, task.request.arrival_s

@@ -1,0 +1,126 @@
+"""The bytes of lanes and KV channels: one frame carries header and payload together.
+
+A frame is 64 bytes of header (eight int64) and, for a call, `x [U, H]`, `slots [U, K]` int32, `weights [U, K]` fp32;
+for a reply, `y [U, H]`; for a refusal, UTF-8 text. Buffers are flat uint8 tensors and everything decoded is a view of
+them. Both ends are built from the same `FrameLayout`.
+
+Shapes: `U` rows, `H` hidden, `K` experts per token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+import torch
+
+from octet.errors import LaneError, RequestLimitError, WrongEpochError
+from octet.ids import Epoch
+from router.exchange import ExpertRows
+
+HEADER_BYTES = 64
+_MAGIC = 0x4F43544554  # "OCTET"
+
+
+class Kind(enum.IntEnum):
+    CALL = 1
+    REPLY = 2
+    REFUSAL = 3
+    HEARTBEAT = 4
+    CLOSE = 5
+    PAGES = 6
+    GONE = 7
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    kind: Kind
+    epoch: Epoch
+    sequence: int = 0
+    layer: int = 0
+    num_rows: int = 0
+    payload_bytes: int = 0
+
+    def write(self, buffer: torch.Tensor) -> None:
+        fields = (_MAGIC, self.kind, self.epoch, self.sequence, self.layer, self.num_rows, self.payload_bytes, 0)
+        buffer[:HEADER_BYTES].view(torch.int64).copy_(torch.tensor(fields))
+
+    @staticmethod
+    def read(buffer: torch.Tensor, expected_epoch: Epoch) -> Header:
+        """Raises: LaneError if this is no frame, WrongEpochError."""
+        magic, kind, epoch, sequence, layer, num_rows, payload_bytes, _ = buffer[:HEADER_BYTES].view(torch.int64).tolist()
+        if magic != _MAGIC or kind not in Kind:
+            raise LaneError(f"not a frame: magic {magic:#x}, kind {kind}")
+        if epoch != expected_epoch:
+            raise WrongEpochError(f"a frame of epoch {epoch} arrived on a lane of epoch {expected_epoch}")
+        return Header(
+            kind=Kind(kind),
+            epoch=Epoch(epoch),
+            sequence=sequence,
+            layer=layer,
+            num_rows=num_rows,
+            payload_bytes=payload_bytes,
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class FrameLayout:
+    """What both ends of a lane agree on when it is formed."""
+
+    hidden_size: int
+    experts_per_token: int
+    max_rows: int
+    dtype: torch.dtype
+
+    @property
+    def _x_bytes(self) -> int:
+        return self.hidden_size * self.dtype.itemsize
+
+    @property
+    def _k_bytes(self) -> int:
+        return self.experts_per_token * 4
+
+    def call_bytes(self, num_rows: int) -> int:
+        return HEADER_BYTES + num_rows * (self._x_bytes + 2 * self._k_bytes)
+
+    def reply_bytes(self, num_rows: int) -> int:
+        return HEADER_BYTES + num_rows * self._x_bytes
+
+    def new_buffer(self) -> torch.Tensor:
+        """Room for the largest frame of either direction."""
+        return torch.empty(self.call_bytes(self.max_rows), dtype=torch.uint8)
+
+    def write_call(self, buffer: torch.Tensor, epoch: Epoch, sequence: int, layer: int, rows: ExpertRows) -> torch.Tensor:
+        """The filled part of `buffer`. Raises: RequestLimitError."""
+        num_rows = len(rows.x_UH)
+        if num_rows > self.max_rows:
+            raise RequestLimitError(f"{num_rows} rows in one frame: found more than the lane's {self.max_rows}")
+        size = self.call_bytes(num_rows)
+        Header(
+            kind=Kind.CALL,
+            epoch=epoch,
+            sequence=sequence,
+            layer=layer,
+            num_rows=num_rows,
+            payload_bytes=size - HEADER_BYTES,
+        ).write(buffer)
+        view = self.rows(buffer, num_rows)
+        view.x_UH.copy_(rows.x_UH)
+        view.slots_UK.copy_(rows.slots_UK)
+        view.weights_UK.copy_(rows.weights_UK)
+        return buffer[:size]
+
+    def rows(self, buffer: torch.Tensor, num_rows: int) -> ExpertRows:
+        """The payload of a call, as views."""
+        slots_at = HEADER_BYTES + num_rows * self._x_bytes
+        weights_at = slots_at + num_rows * self._k_bytes
+        end = weights_at + num_rows * self._k_bytes
+        return ExpertRows(
+            x_UH=buffer[HEADER_BYTES:slots_at].view(self.dtype).view(num_rows, self.hidden_size),
+            slots_UK=buffer[slots_at:weights_at].view(torch.int32).view(num_rows, self.experts_per_token),
+            weights_UK=buffer[weights_at:end].view(torch.float32).view(num_rows, self.experts_per_token),
+        )
+
+    def reply(self, buffer: torch.Tensor, num_rows: int) -> torch.Tensor:
+        """The payload of a reply `[U, H]`, as a view."""
+        return buffer[HEADER_BYTES : self.reply_bytes(num_rows)].view(self.dtype).view(num_rows, self.hidden_size)

@@ -1,0 +1,109 @@
+"""Process groups between a few of our processes, without `torch.distributed`'s global one.
+
+Each group has a name of its own in a store that one of its members hosts. A lane's store is its attention worker's, so
+a lane lives and dies with the process that it belongs to.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, TCPStore
+from torch.distributed import DistError
+
+from octet.errors import LaneError, LaneTimeoutError, PeerLostError
+
+
+class GroupStore:
+    """A key-value store through which the members of groups find each other."""
+
+    def __init__(self, store: TCPStore, address: str) -> None:
+        self._store, self.address = store, address
+
+    @staticmethod
+    def host(host: str, timeout_s: float) -> GroupStore:
+        """Serve a store on a free port of `host`."""
+        store = TCPStore(host, 0, is_master=True, timeout=_delta(timeout_s), wait_for_workers=False)
+        return GroupStore(store, f"{host}:{store.port}")
+
+    @staticmethod
+    def join(address: str, timeout_s: float) -> GroupStore:
+        host, _, port = address.rpartition(":")
+        try:
+            store = TCPStore(host, int(port), is_master=False, timeout=_delta(timeout_s))
+        except (RuntimeError, DistError) as error:
+            raise LaneTimeoutError(f"no store at {address} within {timeout_s} s: {error}") from error
+        return GroupStore(store, address)
+
+    def prefix(self, name: str) -> PrefixStore:
+        return PrefixStore(name, self._store)
+
+
+class Group:
+    """Tagless point-to-point sends and receives among `size` ranks over gloo; order is kept per pair of ranks.
+
+    A receive may have more room than the frame that arrives: frames say how long they are.
+    """
+
+    def __init__(self, store: GroupStore, name: str, rank: int, size: int, host: str, timeout_s: float) -> None:
+        """Connects to every other rank. Raises: LaneTimeoutError if one does not come."""
+        gloo: Any = ProcessGroupGloo  # its options and point-to-point calls are missing from torch's stubs
+        options = gloo._Options()
+        options._timeout = _delta(timeout_s)
+        options._devices = [gloo.create_device(hostname=host)]
+        self._timeout_s = timeout_s
+        try:
+            self._group = gloo(store.prefix(name), rank, size, options)
+        except (RuntimeError, DistError) as error:
+            raise LaneTimeoutError(f"group {name}: rank {rank} of {size} found no full group in {timeout_s} s") from error
+
+    def send(self, frame: torch.Tensor, to: int) -> Transfer:
+        """`frame` must stay as it is until the transfer is done."""
+        try:
+            return Transfer(self._group.send([frame], to, 0), self._timeout_s)
+        except RuntimeError as error:
+            raise _typed(error) from error
+
+    def receive(self, buffer: torch.Tensor, source: int) -> Transfer:
+        try:
+            return Transfer(self._group.recv([buffer], source, 0), self._timeout_s)
+        except RuntimeError as error:
+            raise _typed(error) from error
+
+    def abort(self) -> None:
+        """Break every connection: whoever waits on this group, here or at a peer, gets an error now."""
+        self._group.abort()
+
+
+class Transfer:
+    """A send or a receive under way."""
+
+    def __init__(self, work: Any, timeout_s: float) -> None:
+        self._work, self._timeout_s = work, timeout_s
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Raises: LaneTimeoutError, PeerLostError; the whole group is of no more use then."""
+        try:
+            self._work.wait(_delta(self._timeout_s if timeout_s is None else timeout_s))
+        except RuntimeError as error:
+            raise _typed(error) from error
+
+
+def wait_all(transfers: Sequence[Transfer]) -> None:
+    for transfer in transfers:
+        transfer.wait()
+
+
+def _delta(seconds: float) -> datetime.timedelta:
+    return datetime.timedelta(seconds=seconds)
+
+
+def _typed(error: RuntimeError) -> LaneError:
+    """Gloo raises plain RuntimeErrors; their texts tell which."""
+    text = str(error)
+    if "Timed out" in text or "timeout" in text:
+        return LaneTimeoutError(text)
+    return PeerLostError(text)

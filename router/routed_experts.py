@@ -1,0 +1,63 @@
+"""The mixture-of-experts layer as an attention worker sees it.
+
+Shapes: `T` tokens, `H` hidden, `U` rows sent to one shard.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+
+from model.config import ModelConfig
+from model.weights import GateWeights
+from router.exchange import Exchange, ExpertRows, Ticket
+from router.gate import select_experts
+from router.placement import Placement
+from router.plan import Planner, ShardPlan
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Dispatched:
+    """The receipt of a dispatch: what `combine` needs to put the rows back."""
+
+    x_TH: torch.Tensor
+    plans: list[ShardPlan | None]
+    ticket: Ticket
+
+
+class RoutedExperts:
+    """gate → plan → dispatch, then combine. Between the two the caller computes what does not need the experts."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        gates: Mapping[int, GateWeights],
+        placement: Placement,
+        exchange: Exchange,
+        device: torch.device,
+    ) -> None:
+        self._config, self._gates, self._exchange = config, gates, exchange
+        self._planner = Planner(placement, device)
+
+    def dispatch(self, layer: int, x_TH: torch.Tensor) -> Dispatched:
+        """Raises: LaneError."""
+        expert_ids_TK, weights_TK = select_experts(x_TH, self._gates[layer], self._config)
+        plans = self._planner.plan(layer, expert_ids_TK, weights_TK)
+        rows = [
+            None
+            if plan is None
+            else ExpertRows(x_UH=x_TH[plan.rows_U], slots_UK=plan.slots_UK, weights_UK=plan.weights_UK)
+            for plan in plans
+        ]
+        return Dispatched(x_TH, plans, self._exchange.send(layer, rows))
+
+    def combine(self, dispatched: Dispatched) -> torch.Tensor:
+        """The sum over shards, `[T, H]` in fp32. Raises: LaneError."""
+        replies = self._exchange.receive(dispatched.ticket)
+        y_TH = torch.zeros(dispatched.x_TH.shape, dtype=torch.float32, device=dispatched.x_TH.device)
+        for plan, y_UH in zip(dispatched.plans, replies, strict=True):
+            if plan is not None and y_UH is not None:
+                y_TH.index_add_(0, plan.rows_U, y_UH.float())
+        return y_TH
