@@ -39,6 +39,9 @@ class Journal:
     def token_ids(self, choice: int) -> list[int]:
         return list(self._choices[choice].token_ids)
 
+    def attempt(self, choice: int) -> int:
+        return self._choices[choice].attempt
+
     def commit(self, event: TokenEvent) -> bool:
         """Whether the token is the next one of its choice's live attempt; anything else is dropped."""
         choice = self._choices[event.choice]

@@ -82,7 +82,9 @@ class DecodeEngine:
         self._fail_running(reason)
         for offer in (*self._offers, *(incoming.offer for incoming in self._incoming.values())):
             for choice in offer.request.choices:
-                self._tell_failed(offer.request.request_id, choice, offer.request.attempt, offer.request.frontend, reason)
+                self._tell_failed(
+                    offer.request.request_id, choice, offer.request.attempt, offer.request.frontend, reason
+                )
         self._offers.clear()
         for incoming in self._incoming.values():
             incoming.dropped.update(incoming.offer.request.choices)

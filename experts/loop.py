@@ -81,9 +81,18 @@ class ShardLoop:
         try:
             while (call := lane.receive()) is not None:
                 self._frames.put((priority, next(self._order), lane, call))
-        except LaneError as error:
-            _log.warning("lane %s is given up: %s", name, error)
+        except Exception as error:
+            expected = isinstance(error, LaneError)
+            _log.log(
+                logging.WARNING if expected else logging.ERROR,
+                "lane %s is given up: %s",
+                name,
+                error,
+                exc_info=not expected,
+            )
         finally:
+            # The other end must notice at once, whatever the reason.
+            lane.close()
             self._lanes.pop(name, None)
 
     def _work(self) -> None:

@@ -47,7 +47,9 @@ class KvCache:
         """The inverse of `export_pages`; `exported` may be flat and of raw bytes."""
         shape = (*self._kv.shape[:2], len(pages), *self._kv.shape[3:])
         self._kv.index_copy_(
-            2, torch.tensor(pages, device=self._kv.device), exported.view(self._kv.dtype).view(shape).to(self._kv.device)
+            2,
+            torch.tensor(pages, device=self._kv.device),
+            exported.view(self._kv.dtype).view(shape).to(self._kv.device),
         )
 
     def copy_page(self, source: int, target: int) -> None:

@@ -17,6 +17,7 @@ from octet.ids import WorkerId
 from octet.messages import Message, decode, encode
 
 _MAX_QUEUED = 100_000
+_WAKE = b""
 
 
 class Mailbox:
@@ -29,6 +30,9 @@ class Mailbox:
         port = self._inbound.bind_to_random_port(f"tcp://{host}")
         self.address = f"tcp://{host}:{port}"
         self._outbound = Outbound(self._context)
+        self._waker = self._context.socket(zmq.PUSH)
+        self._waker.connect(self.address)
+        self._wake_lock = threading.Lock()
 
     def connect(self, peers: dict[WorkerId, str]) -> None:
         self._outbound.connect(peers)
@@ -43,13 +47,21 @@ class Mailbox:
         if self._inbound.poll(round(timeout_s * 1000)):
             while True:
                 try:
-                    messages.append(decode(self._inbound.recv(zmq.NOBLOCK)))
+                    data = self._inbound.recv(zmq.NOBLOCK)
                 except zmq.Again:
                     break
+                if data != _WAKE:
+                    messages.append(decode(data))
         return messages
+
+    def wake(self) -> None:
+        """Let a blocked `receive` return now. Any thread may call it."""
+        with self._wake_lock:
+            self._waker.send(_WAKE)
 
     def close(self) -> None:
         self._outbound.close()
+        self._waker.close(linger=0)
         self._inbound.close(linger=0)
         self._context.term()
 

@@ -94,7 +94,9 @@ class LocalEngine:
             for request in requests:
                 if request.request_id in self._failures:
                     raise RuntimeError(self._failures.pop(request.request_id))
-        return [[journal.token_ids(c) for c in request.choices] for journal, request in zip(journals, requests, strict=True)]
+        return [
+            [journal.token_ids(c) for c in request.choices] for journal, request in zip(journals, requests, strict=True)
+        ]
 
     def submit(self, request: PrefillRequest) -> Journal:
         journal = Journal(request)

@@ -32,6 +32,9 @@ class Kind(enum.IntEnum):
     GONE = 7
 
 
+_KINDS = frozenset(kind.value for kind in Kind)
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
     kind: Kind
@@ -48,8 +51,10 @@ class Header:
     @staticmethod
     def read(buffer: torch.Tensor, expected_epoch: Epoch) -> Header:
         """Raises: LaneError if this is no frame, WrongEpochError."""
-        magic, kind, epoch, sequence, layer, num_rows, payload_bytes, _ = buffer[:HEADER_BYTES].view(torch.int64).tolist()
-        if magic != _MAGIC or kind not in Kind:
+        magic, kind, epoch, sequence, layer, num_rows, payload_bytes, _ = (
+            buffer[:HEADER_BYTES].view(torch.int64).tolist()
+        )
+        if magic != _MAGIC or kind not in _KINDS:
             raise LaneError(f"not a frame: magic {magic:#x}, kind {kind}")
         if epoch != expected_epoch:
             raise WrongEpochError(f"a frame of epoch {epoch} arrived on a lane of epoch {expected_epoch}")
@@ -90,7 +95,9 @@ class FrameLayout:
         """Room for the largest frame of either direction."""
         return torch.empty(self.call_bytes(self.max_rows), dtype=torch.uint8)
 
-    def write_call(self, buffer: torch.Tensor, epoch: Epoch, sequence: int, layer: int, rows: ExpertRows) -> torch.Tensor:
+    def write_call(
+        self, buffer: torch.Tensor, epoch: Epoch, sequence: int, layer: int, rows: ExpertRows
+    ) -> torch.Tensor:
         """The filled part of `buffer`. Raises: RequestLimitError."""
         num_rows = len(rows.x_UH)
         if num_rows > self.max_rows:

@@ -48,17 +48,28 @@ class Group:
     A receive may have more room than the frame that arrives: frames say how long they are.
     """
 
-    def __init__(self, store: GroupStore, name: str, rank: int, size: int, host: str, timeout_s: float) -> None:
-        """Connects to every other rank. Raises: LaneTimeoutError if one does not come."""
+    def __init__(
+        self, store: GroupStore, name: str, rank: int, size: int, host: str, connect_s: float, transfer_s: float
+    ) -> None:
+        """Connects to every other rank.
+
+        Args:
+            connect_s: deadline for all of them to come.
+            transfer_s: default deadline of a send or a receive.
+
+        Raises: LaneTimeoutError if one does not come.
+        """
         gloo: Any = ProcessGroupGloo  # its options and point-to-point calls are missing from torch's stubs
         options = gloo._Options()
-        options._timeout = _delta(timeout_s)
+        options._timeout = _delta(connect_s)
         options._devices = [gloo.create_device(hostname=host)]
-        self._timeout_s = timeout_s
+        self._timeout_s = transfer_s
         try:
             self._group = gloo(store.prefix(name), rank, size, options)
         except (RuntimeError, DistError) as error:
-            raise LaneTimeoutError(f"group {name}: rank {rank} of {size} found no full group in {timeout_s} s") from error
+            raise LaneTimeoutError(
+                f"group {name}: rank {rank} of {size} found no full group in {connect_s} s"
+            ) from error
 
     def send(self, frame: torch.Tensor, to: int) -> Transfer:
         """`frame` must stay as it is until the transfer is done."""

@@ -68,9 +68,11 @@ def from_physical(
     """Derive the inverse maps. Raises: ValueError if an expert has no slot or a number is out of range."""
     num_layers, num_slots = physical_to_logical.shape
     if num_layers != len(layers) or num_slots % num_shards:
-        raise ValueError(f"{num_layers} rows of {num_slots} slots do not fit {len(layers)} layers on {num_shards} shards")
+        raise ValueError(
+            f"{num_layers} rows of {num_slots} slots do not fit {len(layers)} layers on {num_shards} shards"
+        )
     if physical_to_logical.size and not (
-        EMPTY <= physical_to_logical.min() and physical_to_logical.max() < num_experts
+        physical_to_logical.min() >= EMPTY and physical_to_logical.max() < num_experts
     ):
         raise ValueError(f"a slot holds an expert outside 0..{num_experts - 1}")
     num_replicas = np.zeros((num_layers, num_experts), dtype=np.int32)

@@ -422,7 +422,8 @@ def test_loading_takes_the_memory_of_the_weights_and_little_more(tmp_path: pathl
     shapes = required_tensors(read_config(tmp_path))
     write_single(tmp_path, {name: torch.full(shape, 0.5).bfloat16() for name, shape in shapes.items()})
     command = [sys.executable, "-c", RESIDENT, str(tmp_path), destination]
-    output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+    root = pathlib.Path(__file__).parents[3]
+    output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120, cwd=root).stdout
     resident, peak, weights_kib = map(float, output.split())
     assert weights_kib > 90_000
     assert 0.9 < resident <= 1.15

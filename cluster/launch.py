@@ -1,0 +1,141 @@
+"""Starting and stopping a cluster from a driver process: what `octet serve`, the demo and the tests use."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cluster.controller import Controller, StartProgress
+from cluster.plan import ServingPlan
+from cluster.planning import make_plan
+from octet.config import OctetConfig
+from octet.errors import ConfigError, OctetError, StartupError
+
+_POLL_S = 0.3
+_ANSWER_S = 30.0
+_OBJECT_STORE_BYTES = 128 * 2**20
+"""Octet puts nothing large into Ray's object store."""
+
+Report = Callable[[StartProgress], None]
+
+
+class RunningCluster:
+    """A cluster that serves. Made by `launch`."""
+
+    def __init__(self, plan: ServingPlan, controller: Any, port: int, owns_ray: bool) -> None:
+        self.plan, self._controller, self._port, self._owns_ray = plan, controller, port, owns_ray
+
+    @property
+    def address(self) -> str:
+        """`host:port` of the gRPC API, as a client on this machine reaches it."""
+        host = self.plan.config.frontend.host
+        return f"{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{self._port}"
+
+    def state(self) -> tuple[str, str]:
+        """The controller's state, and the reason where it is not READY."""
+        try:
+            answer: tuple[str, str] = ray.get(self._controller.state.remote(), timeout=_ANSWER_S)
+        except ray.exceptions.RayError as error:
+            return "FAILED", f"the controller does not answer: {error}"
+        return answer
+
+    def stop(self, drain: bool = True) -> None:
+        """Let live requests end (bounded by `frontend.drain_s`), then take every process down."""
+        try:
+            if drain:
+                ray.get(self._controller.drain.remote(), timeout=self.plan.config.frontend.drain_s + _ANSWER_S)
+            ray.get(self._controller.stop.remote(), timeout=_ANSWER_S)
+        except ray.exceptions.RayError as error:
+            logging.getLogger(__name__).warning("the controller could not stop the cluster: %s", error)
+        ray.kill(self._controller)
+        if self._owns_ray:
+            ray.shutdown()
+
+
+def launch(config: OctetConfig, report: Report = lambda progress: None) -> RunningCluster:
+    """Check the model, connect to Ray (or start it), and bring every pool up.
+
+    Uses the Ray connection of this process if there is one. Whatever was started is stopped again on an error.
+
+    Raises: CheckpointError, ConfigError, StartupError.
+    """
+    plan = make_plan(config)
+    owns_ray = not ray.is_initialized()
+    if owns_ray:
+        report(StartProgress(phase="starting Ray" if config.ray.address is None else "connecting to Ray"))
+        _connect(config)
+    controller = None
+    try:
+        controller = _start_controller(plan)
+        port = _wait_for_start(controller, report)
+    except BaseException:
+        if controller is not None:
+            _abandon(controller)
+        if owns_ray:
+            ray.shutdown()
+        raise
+    return RunningCluster(plan, controller, port, owns_ray)
+
+
+def _connect(config: OctetConfig) -> None:
+    # Nothing is sent anywhere unless the user asks for it.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if config.ray.address is None:
+        options |= {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
+    try:
+        ray.init(address=config.ray.address or "local", namespace=config.ray.namespace, **options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ConfigError("ray.address", config.ray.address, "a running Ray cluster", str(error)) from error
+
+
+def _start_controller(plan: ServingPlan) -> Any:
+    namespace = plan.config.ray.namespace
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    try:
+        return (
+            ray.remote(Controller)
+            .options(
+                name="controller",
+                namespace=namespace,
+                num_cpus=0,
+                scheduling_strategy=here,
+                max_concurrency=1000,
+            )
+            .remote(plan)
+        )
+    except ValueError as error:
+        raise ConfigError("ray.namespace", repr(namespace), "one without an Octet cluster", str(error)) from error
+
+
+def _wait_for_start(controller: Any, report: Report) -> int:
+    start = controller.start.remote()
+    while True:
+        done, _ = ray.wait([start], timeout=_POLL_S)
+        if done:
+            break
+        report(ray.get(controller.progress.remote(), timeout=_ANSWER_S))
+    try:
+        port: int = ray.get(start, timeout=_ANSWER_S)
+    except ray.exceptions.RayTaskError as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, OctetError):
+            raise cause from None
+        raise StartupError(str(error)) from error
+    except ray.exceptions.RayActorError as error:
+        raise StartupError(f"the controller's process is gone: {error}") from error
+    return port
+
+
+def _abandon(controller: Any) -> None:
+    """Best effort after a failed start: the error that is on its way up matters more."""
+    try:
+        ray.get(controller.stop.remote(), timeout=_ANSWER_S)
+    except ray.exceptions.RayError as error:
+        logging.getLogger(__name__).warning("the controller could not clean up: %s", error)
+    ray.kill(controller)

@@ -1,0 +1,38 @@
+"""What members of a cluster tell about themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from octet.ids import WorkerId
+from octet.messages import WorkerLoad
+
+Role = Literal["prefill", "decode"]
+Pool = Literal["prefill", "decode", "experts"]
+POOLS: tuple[Pool, ...] = ("prefill", "decode", "experts")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """Where a member can be reached."""
+
+    worker_id: WorkerId
+    mailbox: str
+    store: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class MemberStatus:
+    """One member, for the status page. Fields that its pool does not have are 0."""
+
+    worker_id: WorkerId
+    node_id: str
+    pid: int
+    state: str
+    load: WorkerLoad | None = None
+    resident_bytes: int = 0
+    num_rows: int = 0
+    num_slots: int = 0
+    lanes: tuple[str, ...] = ()
+    reason: str = ""

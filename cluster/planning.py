@@ -1,0 +1,96 @@
+"""Decides and checks what a cluster is going to be, before any process of it starts."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+from cluster.plan import ServingPlan
+from model.census import take_census
+from model.checkpoint import Checkpoint
+from model.config import ModelConfig, read_generation_defaults
+from octet.config import OctetConfig
+from octet.errors import ConfigError
+from octet.ids import Epoch
+from router.placement import place_evenly
+
+EMBEDDED_MODEL = pathlib.Path(__file__).resolve().parent.parent / "model" / "embedded"
+_CPU_ELEMENT_BYTES = 4
+_GPU_ELEMENT_BYTES = 2
+
+
+def make_plan(config: OctetConfig) -> ServingPlan:
+    """Open and check the checkpoint, and size the pools.
+
+    Raises: CheckpointError, ConfigError.
+    """
+    model_dir = pathlib.Path(config.model.path).expanduser().resolve() if config.model.path else EMBEDDED_MODEL
+    if not model_dir.is_dir():
+        raise ConfigError("model.path", str(model_dir), "a Hugging Face model directory")
+    checkpoint = Checkpoint.open(model_dir)
+    model = checkpoint.config
+    device = _device(config)
+    element_bytes = _CPU_ELEMENT_BYTES if device == "cpu" else _GPU_ELEMENT_BYTES
+    page_bytes = model.kv_bytes_per_token(element_bytes) * config.kv.page_size
+    max_model_len = config.model.max_model_len or model.max_position_embeddings
+    prefill_pages = config.kv.prefill_pages or _pages(config, page_bytes, max_model_len, config.prefill.max_requests)
+    decode_pages = config.kv.decode_pages or _pages(config, page_bytes, max_model_len, config.decode.max_batch)
+    return ServingPlan(
+        config=config,
+        model_dir=str(model_dir),
+        model=model,
+        generation=read_generation_defaults(model_dir),
+        census=take_census(model, element_bytes, element_bytes),
+        device=device,
+        epoch=Epoch(1),
+        placement=place_evenly(model.moe_layers, model.n_routed_experts, config.pools.experts.size),
+        prefill_pages=prefill_pages,
+        decode_pages=decode_pages,
+        max_model_len=_context(config, model, min(prefill_pages, decode_pages) * config.kv.page_size),
+        threads=_threads(config),
+    )
+
+
+def _device(config: OctetConfig) -> str:
+    pools = config.pools
+    with_gpu = {name for name in ("prefill", "decode", "experts") if getattr(pools, name).num_gpus > 0}
+    if with_gpu and len(with_gpu) < 3:
+        missing = sorted({"prefill", "decode", "experts"} - with_gpu)
+        raise ConfigError(
+            f"pools.{missing[0]}.num_gpus", 0, "more than 0, as in the other pools", "mix no CPU and GPU pools"
+        )
+    return "cuda" if with_gpu else "cpu"
+
+
+def _pages(config: OctetConfig, page_bytes: int, max_model_len: int, max_sequences: int) -> int:
+    """As many as fit the memory, but not more than could ever be used."""
+    affordable = int(config.kv.memory_gib * 2**30) // page_bytes
+    useful = -(-max_model_len // config.kv.page_size) * max_sequences
+    if affordable < 1:
+        raise ConfigError("kv.memory_gib", config.kv.memory_gib, f"room for one page of {page_bytes} bytes")
+    return min(affordable, useful)
+
+
+def _context(config: OctetConfig, model: ModelConfig, kv_tokens: int) -> int:
+    """The longest sequence served: what the model allows, and what the smaller pool's pages hold."""
+    wanted = config.model.max_model_len
+    if wanted is None:
+        return min(model.max_position_embeddings, kv_tokens)
+    if wanted > model.max_position_embeddings:
+        raise ConfigError("model.max_model_len", wanted, f"at most the model's {model.max_position_embeddings}")
+    if wanted > kv_tokens:
+        raise ConfigError(
+            "model.max_model_len",
+            wanted,
+            f"at most the {kv_tokens} tokens that the KV pages hold",
+            "give kv more memory",
+        )
+    return wanted
+
+
+def _threads(config: OctetConfig) -> dict[str, int]:
+    """An even share of the machine's cores, unless a pool says otherwise: pools must not fight for cores."""
+    pools = {name: getattr(config.pools, name) for name in ("prefill", "decode", "experts")}
+    members = sum(pool.size for pool in pools.values())
+    share = max(1, len(os.sched_getaffinity(0)) // members)
+    return {name: pool.threads or share for name, pool in pools.items()}

@@ -1,0 +1,62 @@
+"""Admission and the choice of workers: pure functions of what the frontend knows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from octet.ids import WorkerId
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillView:
+    """A prefill worker: tokens that it was sent and has not answered yet."""
+
+    worker_id: WorkerId
+    queued_tokens: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeView:
+    """A decode worker: pages that its last report called free, and those promised to requests on the way to it."""
+
+    worker_id: WorkerId
+    free_pages: int
+    promised_pages: int
+    live_sequences: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment:
+    prefill: WorkerId
+    decode: WorkerId
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Shed:
+    reason: str
+
+
+def schedule(
+    num_live: int, max_requests: int, prefill: Sequence[PrefillView], decode: Sequence[DecodeView]
+) -> Assignment | Shed:
+    """The prefill worker with the least queued work, and the decode worker with the most pages to spare.
+
+    Ties go to the smaller batch, then to the lower worker id, so that the same state gives the same decision.
+    """
+    if num_live >= max_requests:
+        return Shed(reason=f"{num_live} requests are live, the limit (frontend.max_requests) is {max_requests}")
+    source = min(prefill, key=lambda view: (view.queued_tokens, view.worker_id))
+    target = min(
+        decode,
+        key=lambda view: (view.promised_pages - view.free_pages, view.live_sequences, view.worker_id),
+    )
+    return Assignment(
+        prefill=source.worker_id,
+        decode=target.worker_id,
+        reason=(
+            f"{source.worker_id} has {source.queued_tokens} tokens queued; "
+            f"{target.worker_id} has {target.free_pages - target.promised_pages} pages to spare"
+        ),
+    )

@@ -1,0 +1,91 @@
+"""An expert shard as a process: slots, the loop that serves lanes, and its ends of them."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cluster.attention_worker import lane_layout, lane_name
+from cluster.members import Endpoint, MemberStatus, Role
+from cluster.plan import ServingPlan
+from cluster.process import resident_bytes
+from experts.loop import DECODE_FIRST, PREFILL_AFTER, ShardLoop
+from experts.shard import ExpertShard
+from experts.slots import ExpertSlots
+from model.checkpoint import Checkpoint, LoadProgress, LoadSnapshot
+from octet.ids import WorkerId
+from router.group import Group, GroupStore
+from router.lane import LanePort
+
+
+class ShardWorker:
+    """Called in this order: `load`, `connect`; `status`, `counts` and `progress` at any time; `stop`."""
+
+    def __init__(self, worker_id: WorkerId, shard: int, plan: ServingPlan, host: str, node_id: str) -> None:
+        torch.set_num_threads(plan.threads["experts"])
+        self._worker_id, self._number, self._plan, self._host, self._node_id = worker_id, shard, plan, host, node_id
+        self._device = torch.device(plan.device)
+        self._progress = LoadProgress(time.monotonic())
+        self._state = "STARTING"
+        self._shard: ExpertShard | None = None
+        self._loop: ShardLoop | None = None
+
+    def progress(self) -> LoadSnapshot:
+        return self._progress.snapshot(time.monotonic())
+
+    def load(self) -> None:
+        """Read this shard's experts. Raises: CheckpointError."""
+        self._state = "LOADING"
+        checkpoint = Checkpoint.open(pathlib.Path(self._plan.model_dir))
+        placement = self._plan.placement
+        held = {
+            layer: row.tolist() for layer, row in zip(placement.layers, placement.held_by(self._number), strict=True)
+        }
+        dtype = torch.float32 if self._plan.device == "cpu" else torch.bfloat16
+        self._shard = ExpertShard(ExpertSlots(checkpoint, held, dtype, self._device, self._progress))
+
+    def connect(self, workers: Sequence[tuple[Role, Endpoint]]) -> None:
+        """Join the lane of every attention worker, in the given order, and serve them.
+
+        Raises: LaneTimeoutError.
+        """
+        assert self._shard is not None, "load comes before connect"
+        plan, timeout_s = self._plan, self._plan.config.ray.start_timeout_s
+        size = plan.config.pools.experts.size + 1
+        self._loop = ShardLoop(self._shard)
+        for role, peer in workers:
+            store = GroupStore.join(peer.store, timeout_s)
+            name = lane_name(peer.worker_id, plan)
+            lane_s = plan.config.lane.timeout_s
+            group = Group(store, name, self._number + 1, size, self._host, timeout_s, lane_s)
+            port = LanePort(group, lane_layout(role, plan), plan.epoch, lane_s)
+            self._loop.add(peer.worker_id, port, DECODE_FIRST if role == "decode" else PREFILL_AFTER)
+        self._state = "READY"
+
+    def counts(self) -> dict[int, npt.NDArray[np.int64]]:
+        """Tokens served by layer and slot."""
+        return self._shard.counts() if self._shard is not None else {}
+
+    def status(self) -> MemberStatus:
+        return MemberStatus(
+            worker_id=self._worker_id,
+            node_id=self._node_id,
+            pid=os.getpid(),
+            resident_bytes=resident_bytes(),
+            state=self._state,
+            num_rows=self._shard.num_rows if self._shard is not None else 0,
+            num_slots=self._plan.placement.slots_per_shard,
+            lanes=tuple(self._loop.lanes) if self._loop is not None else (),
+        )
+
+    def stop(self) -> None:
+        """Leave every lane. Idempotent."""
+        if self._loop is not None:
+            self._loop.close()
+            self._loop = None

@@ -1,0 +1,188 @@
+"""From a protobuf request to plain values, or to an error that names the field."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import secrets
+import time
+import uuid
+
+from model.config import GenerationDefaults, ModelConfig
+from model.tokenizer import Tokenizer
+from octet.config import OctetConfig
+from octet.errors import RequestError
+from octet.ids import RequestId, WorkerId
+from octet.messages import PrefillRequest, pack_ids
+from octet.request import Output, Sampling, Stopping
+from octet.v1 import octet_pb2 as pb
+
+_MAX_ID_BYTES = 256
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What requests are checked against."""
+
+    config: OctetConfig
+    model: ModelConfig
+    generation: GenerationDefaults
+    max_model_len: int
+    decode_pages: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateSpec:
+    """A valid request. The workers are chosen later."""
+
+    request: PrefillRequest
+    stop_strings: tuple[str, ...]
+
+
+def parse_request(message: pb.GenerateRequest, limits: Limits, tokenizer: Tokenizer | None) -> GenerateSpec:
+    """Raises: RequestError."""
+    token_ids = _input_ids(message, limits, tokenizer)
+    stopping = _stopping(message, limits, len(token_ids))
+    n = _n(message.sampling, limits, len(token_ids))
+    stop_strings = tuple(message.stopping.stop)
+    if stop_strings and tokenizer is None:
+        raise RequestError("stopping.stop", f"{len(stop_strings)} strings", "none", "this checkpoint has no tokenizer")
+    if len(stop_strings) > limits.config.frontend.max_stop_strings:
+        raise RequestError(
+            "stopping.stop", f"{len(stop_strings)} strings", f"at most {limits.config.frontend.max_stop_strings}"
+        )
+    if "" in stop_strings:
+        raise RequestError("stopping.stop", "an empty string", "strings of at least one character")
+    if len(message.request_id.encode()) > _MAX_ID_BYTES:
+        raise RequestError("request_id", f"{len(message.request_id.encode())} bytes", f"at most {_MAX_ID_BYTES}")
+    request = PrefillRequest(
+        request_id=RequestId(message.request_id or uuid.uuid4().hex),
+        attempt=0,
+        choices=tuple(range(n)),
+        token_ids=pack_ids(token_ids),
+        num_prompt_tokens=len(token_ids),
+        sampling=_sampling(message.sampling, limits.generation),
+        stopping=stopping,
+        output=_output(message.output, limits),
+        priority=message.priority,
+        arrival_s=time.monotonic(),
+        decode_worker=WorkerId(""),
+        frontend=WorkerId(""),
+    )
+    return GenerateSpec(request=request, stop_strings=stop_strings)
+
+
+def chat_messages(chat: pb.Chat) -> list[tuple[str, str]]:
+    """Raises: RequestError."""
+    if not chat.messages:
+        raise RequestError("chat.messages", "no message", "at least one")
+    for index, message in enumerate(chat.messages):
+        if not message.role:
+            raise RequestError(f"chat.messages[{index}].role", "an empty string", "a role such as 'user'")
+    return [(message.role, message.content) for message in chat.messages]
+
+
+def require_tokenizer(tokenizer: Tokenizer | None, field: str) -> Tokenizer:
+    """Raises: RequestError."""
+    if tokenizer is None:
+        raise RequestError(field, "text", "token_ids", "this checkpoint has no tokenizer")
+    return tokenizer
+
+
+def check_ids(token_ids: list[int], field: str, vocab_size: int) -> None:
+    """Raises: RequestError."""
+    for index, token_id in enumerate(token_ids):
+        if token_id >= vocab_size:
+            raise RequestError(f"{field}[{index}]", token_id, f"an id below the vocabulary's {vocab_size}")
+
+
+def _input_ids(message: pb.GenerateRequest, limits: Limits, tokenizer: Tokenizer | None) -> list[int]:
+    kind = message.WhichOneof("input")
+    if kind == "text":
+        token_ids = require_tokenizer(tokenizer, "text").encode(message.text)
+    elif kind == "chat":
+        token_ids = require_tokenizer(tokenizer, "chat").apply_chat_template(chat_messages(message.chat))
+    elif kind == "token_ids":
+        token_ids = list(message.token_ids.ids)
+    else:
+        raise RequestError("input", "nothing", "one of text, token_ids, chat")
+    field = "token_ids.ids" if kind == "token_ids" else kind
+    if not token_ids:
+        raise RequestError(field, "an empty prompt", "at least one token")
+    check_ids(token_ids, field, limits.model.vocab_size)
+    if len(token_ids) >= limits.max_model_len:
+        raise RequestError(
+            field,
+            f"{len(token_ids)} tokens",
+            f"fewer than the context of {limits.max_model_len}",
+            "shorten the prompt or serve with a larger model.max_model_len",
+        )
+    return token_ids
+
+
+def _stopping(message: pb.GenerateRequest, limits: Limits, num_prompt_tokens: int) -> Stopping:
+    stopping, room = message.stopping, limits.max_model_len - num_prompt_tokens
+    if stopping.HasField("max_new_tokens"):
+        max_new_tokens = stopping.max_new_tokens
+        if max_new_tokens == 0:
+            raise RequestError("stopping.max_new_tokens", 0, "at least 1")
+        if max_new_tokens > room:
+            raise RequestError(
+                "stopping.max_new_tokens",
+                f"{max_new_tokens} after a prompt of {num_prompt_tokens}",
+                f"at most {room} within the context of {limits.max_model_len}",
+            )
+    else:
+        default = limits.generation.max_new_tokens or limits.config.frontend.default_max_new_tokens
+        max_new_tokens = min(default, room)
+    if stopping.min_new_tokens > max_new_tokens:
+        raise RequestError(
+            "stopping.min_new_tokens", stopping.min_new_tokens, f"at most max_new_tokens ({max_new_tokens})"
+        )
+    check_ids(list(stopping.stop_token_ids), "stopping.stop_token_ids", limits.model.vocab_size)
+    eos = () if stopping.ignore_eos else limits.model.eos_token_ids
+    return Stopping(
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=stopping.min_new_tokens,
+        stop_token_ids=tuple(dict.fromkeys((*eos, *stopping.stop_token_ids))),
+    )
+
+
+def _n(sampling: pb.Sampling, limits: Limits, num_prompt_tokens: int) -> int:
+    n = sampling.n if sampling.HasField("n") else 1
+    most = min(limits.config.frontend.max_n, limits.config.decode.max_batch)
+    if not 1 <= n <= most:
+        raise RequestError("sampling.n", n, f"1 to {most}")
+    pages = -(-num_prompt_tokens // limits.config.kv.page_size) + n
+    if pages > limits.decode_pages:
+        raise RequestError("sampling.n", n, f"choices that fit {limits.decode_pages} KV pages", f"they take {pages}")
+    return n
+
+
+def _sampling(sampling: pb.Sampling, defaults: GenerationDefaults) -> Sampling:
+    def value(field: str, default: float, low: float, high: float, *, above_low: bool = False) -> float:
+        found: float = getattr(sampling, field) if sampling.HasField(field) else default  # type: ignore[arg-type]
+        if not (math.isfinite(found) and low <= found <= high) or (above_low and found == low):
+            interval = f"{'(' if above_low else '['}{low:g}, {high:g}]"
+            raise RequestError(f"sampling.{field}", f"{found:g}", f"a number in {interval}")
+        return found
+
+    return Sampling(
+        temperature=value("temperature", defaults.temperature, 0, 100),
+        top_p=value("top_p", defaults.top_p, 0, 1, above_low=True),
+        top_k=sampling.top_k if sampling.HasField("top_k") else defaults.top_k,
+        min_p=value("min_p", defaults.min_p, 0, 1),
+        repetition_penalty=value("repetition_penalty", defaults.repetition_penalty, 0, 100, above_low=True),
+        presence_penalty=value("presence_penalty", 0.0, -2, 2),
+        frequency_penalty=value("frequency_penalty", 0.0, -2, 2),
+        seed=sampling.seed if sampling.HasField("seed") else secrets.randbits(63),
+    )
+
+
+def _output(output: pb.Output, limits: Limits) -> Output:
+    most = limits.config.frontend.max_logprobs
+    if output.HasField("logprobs") and output.logprobs > most:
+        raise RequestError("output.logprobs", output.logprobs, f"at most {most}")
+    return Output(
+        logprobs=output.logprobs if output.HasField("logprobs") else None, prompt_logprobs=output.prompt_logprobs
+    )
