@@ -89,7 +89,8 @@ class Controller:
         controller = ray.get_runtime_context().current_actor
         self._frontend = self._control_actor(FrontendActor, FRONTEND, FRONTEND, plan, controller)
         self._router = self._control_actor(Router, "router", plan)
-        frontend_mailbox, port = await _answer(self._frontend.listen.remote(), FRONTEND)
+        listening: tuple[str, int] = await _answer(self._frontend.listen.remote(), FRONTEND)
+        frontend_mailbox, port = listening
         self._phase = "waiting for Ray to place the pools"
         for pool in POOLS:
             await self._place(pool)
@@ -150,7 +151,10 @@ class Controller:
         """Take everything down, whatever state it is in."""
         if self._watcher is not None:
             self._watcher.cancel()
-        actors = [*([self._frontend] if self._frontend is not None else []), *(m.actor for m in self._members)]
+        actors: list[Any] = [
+            *([self._frontend] if self._frontend is not None else []),
+            *(m.actor for m in self._members),
+        ]
         stops = [asyncio.wait_for(actor.stop.remote(), _STOP_S) for actor in actors]
         # Whoever does not stop in time is killed with the rest.
         await asyncio.gather(*stops, return_exceptions=True)
@@ -190,7 +194,7 @@ class Controller:
                 "max_concurrency": _CONCURRENCY,
             }
             args = (worker_id, index, self._plan) if pool == "experts" else (worker_id, self._plan)
-            actor = ray.remote(_CLASSES[pool]).options(**options).remote(*args)
+            actor: Any = ray.remote(_CLASSES[pool]).options(**options).remote(*args)
             self._members.append(Member(worker_id=worker_id, pool=pool, actor=actor))
 
     async def _endpoints(self) -> dict[Role, list[Endpoint]]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
-import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 
 from cluster.answer import Answer, Piece, merge
 from cluster.journal import Journal
@@ -58,6 +58,8 @@ class Frontend:
         self._mailbox = AsyncMailbox(host)
         self._live = LiveRequests([], [], plan.config.kv.page_size)
         self._unavailable = "the pools are starting"
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._reader: asyncio.Task[None] | None = None
         self.totals = Totals()
         self.limits = Limits(
@@ -83,7 +85,7 @@ class Frontend:
         self._reader = asyncio.get_running_loop().create_task(self._read())
         self._unavailable = ""
 
-    async def generate(self, spec: GenerateSpec) -> AsyncIterator[Increment]:
+    async def generate(self, spec: GenerateSpec) -> AsyncGenerator[Increment, None]:
         """Stream a request's answer. Leaving the iterator early frees the request's work in every pool.
 
         Raises: UnavailableError, QueueFullError, RequestExistsError.
@@ -135,9 +137,8 @@ class Frontend:
 
     async def drain(self, timeout_s: float) -> None:
         """Wait until nothing is live; abort what is left at the deadline."""
-        deadline_s = time.monotonic() + timeout_s
-        while len(self._live) and time.monotonic() < deadline_s:
-            await asyncio.sleep(0.02)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
         for live in self._live.all():
             live.events.put_nowait(Aborted())
 
@@ -160,10 +161,11 @@ class Frontend:
             raise RequestExistsError(f"request_id '{spec.request.request_id}' is live; use another, or abort it first")
         request = dataclasses.replace(spec.request, frontend=self._worker_id)
         live = self._live.add(Journal(request))
+        self._idle.clear()
         try:
             self._start(live, request)
         except BaseException:
-            self._live.remove(live)
+            self._release(live)
             raise
         return live
 
@@ -216,6 +218,8 @@ class Frontend:
     def _release(self, live: LiveRequest) -> None:
         """Forget a request, and let every worker that still computes it do so too."""
         self._live.remove(live)
+        if not len(self._live):
+            self._idle.set()
         workers = {worker for stage in live.stages.values() for worker in (stage.prefill, stage.decode)}
         for worker_id in sorted(workers):
             self._tell(worker_id, Abort(request_id=live.request_id))

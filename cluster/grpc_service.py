@@ -50,7 +50,7 @@ class GenerationService(rpc.GenerationServicer):
     def __init__(self, frontend: Frontend, model_name: str, num_parameters: int) -> None:
         self._frontend, self._model_name, self._num_parameters = frontend, model_name, num_parameters
 
-    async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:  # noqa: N802
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
         response = pb.GenerateResponse()
         choices: dict[int, pb.Choice] = {}
         async for chunk in self._chunks(request, context):
@@ -62,17 +62,15 @@ class GenerationService(rpc.GenerationServicer):
         response.choices.extend(choices[index] for index in sorted(choices))
         return response
 
-    async def GenerateStream(  # noqa: N802
-        self, request: pb.GenerateRequest, context: Context
-    ) -> AsyncIterator[pb.GenerateChunk]:
+    async def GenerateStream(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateChunk]:
         async for chunk in self._chunks(request, context):
             yield chunk
 
-    async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:  # noqa: N802
+    async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
         self._frontend.abort(RequestId(request.request_id))
         return pb.AbortResponse()
 
-    async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:  # noqa: N802
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         try:
             tokenizer = require_tokenizer(self._frontend.tokenizer, request.WhichOneof("input") or "input")
             if request.WhichOneof("input") == "chat":
@@ -83,7 +81,7 @@ class GenerationService(rpc.GenerationServicer):
         except OctetError as error:
             await _abort(context, error)
 
-    async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:  # noqa: N802
+    async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
         try:
             tokenizer = require_tokenizer(self._frontend.tokenizer, "token_ids")
             token_ids = list(request.token_ids)
@@ -92,7 +90,7 @@ class GenerationService(rpc.GenerationServicer):
         except OctetError as error:
             await _abort(context, error)
 
-    async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Context) -> pb.GetModelInfoResponse:  # noqa: N802
+    async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Context) -> pb.GetModelInfoResponse:
         model, tokenizer = self._frontend.limits.model, self._frontend.tokenizer
         return pb.GetModelInfoResponse(
             model=self._model_name,
@@ -123,7 +121,7 @@ class ClusterService(rpc.ClusterServicer):
     def __init__(self, status: Callable[[], Awaitable[pb.GetStatusResponse]]) -> None:
         self._status = status
 
-    async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.GetStatusResponse:  # noqa: N802
+    async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.GetStatusResponse:
         try:
             return await self._status()
         except OctetError as error:

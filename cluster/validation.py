@@ -161,7 +161,7 @@ def _n(sampling: pb.Sampling, limits: Limits, num_prompt_tokens: int) -> int:
 
 def _sampling(sampling: pb.Sampling, defaults: GenerationDefaults) -> Sampling:
     def value(field: str, default: float, low: float, high: float, *, above_low: bool = False) -> float:
-        found: float = getattr(sampling, field) if sampling.HasField(field) else default  # type: ignore[arg-type]
+        found: float = getattr(sampling, field) if sampling.HasField(field) else default
         if not (math.isfinite(found) and low <= found <= high) or (above_low and found == low):
             interval = f"{'(' if above_low else '['}{low:g}, {high:g}]"
             raise RequestError(f"sampling.{field}", f"{found:g}", f"a number in {interval}")

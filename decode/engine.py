@@ -64,7 +64,10 @@ class DecodeEngine:
                 raise TypeError(f"a decode worker takes no {type(message).__name__}")
 
     def step(self, now_s: float) -> list[tuple[WorkerId, Message]]:
-        """Advance every sequence by a token; return what it brought forth. Raises: LaneError; nothing has changed then."""
+        """Advance every sequence by a token; return what it brought forth.
+
+        Raises: LaneError, and then nothing has changed.
+        """
         self._land()
         self._evict(self._batch.grow())
         self._pull()

@@ -9,7 +9,7 @@ import itertools
 import logging
 import queue
 import threading
-from typing import Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 
@@ -31,15 +31,12 @@ class LaneCall(Protocol):
     def rows(self) -> Rows: ...
 
 
-_C = TypeVar("_C", bound=LaneCall)
+class LaneEnd(Protocol):
+    """See `router.exchange.Port`. Calls go back to the end that they came from, hence `Any`."""
 
-
-class LaneEnd(Protocol[_C]):
-    """See `router.exchange.Port`."""
-
-    def receive(self) -> _C | None: ...
-    def reply(self, call: _C, y_UH: torch.Tensor) -> None: ...
-    def refuse(self, call: _C, error: Exception) -> None: ...
+    def receive(self) -> LaneCall | None: ...
+    def reply(self, call: Any, y_UH: torch.Tensor) -> None: ...
+    def refuse(self, call: Any, error: Exception) -> None: ...
     def close(self) -> None: ...
 
 
@@ -49,10 +46,10 @@ class ShardLoop:
     def __init__(self, shard: ExpertShard) -> None:
         self._shard = shard
         # (priority, order of arrival, lane, call): order breaks ties, so lanes and calls are never compared.
-        self._frames: queue.PriorityQueue[tuple[int, int, LaneEnd[LaneCall] | None, LaneCall | None]]
+        self._frames: queue.PriorityQueue[tuple[int, int, LaneEnd | None, LaneCall | None]]
         self._frames = queue.PriorityQueue()
         self._order = itertools.count()
-        self._lanes: dict[str, LaneEnd[LaneCall]] = {}
+        self._lanes: dict[str, LaneEnd] = {}
         self._threads: dict[str, threading.Thread] = {}
         self._worker = threading.Thread(target=self._work, name="shard-worker", daemon=True)
         self._worker.start()
@@ -62,7 +59,7 @@ class ShardLoop:
         """Names of the lanes that are open."""
         return sorted(self._lanes)
 
-    def add(self, name: str, lane: LaneEnd[LaneCall], priority: int) -> None:
+    def add(self, name: str, lane: LaneEnd, priority: int) -> None:
         """Serve a lane from now on, until it closes or fails."""
         self._lanes[name] = lane
         thread = threading.Thread(target=self._receive, args=(name, lane, priority), name=f"lane-{name}", daemon=True)
@@ -77,7 +74,7 @@ class ShardLoop:
         for thread in list(self._threads.values()):
             thread.join(timeout_s)
 
-    def _receive(self, name: str, lane: LaneEnd[LaneCall], priority: int) -> None:
+    def _receive(self, name: str, lane: LaneEnd, priority: int) -> None:
         try:
             while (call := lane.receive()) is not None:
                 self._frames.put((priority, next(self._order), lane, call))
@@ -106,7 +103,7 @@ class ShardLoop:
                 # The lane's own thread sees the same break and retires it; other lanes go on.
                 _log.warning("a reply found its lane broken: %s", error)
 
-    def _answer(self, lane: LaneEnd[LaneCall], call: LaneCall) -> None:
+    def _answer(self, lane: LaneEnd, call: LaneCall) -> None:
         try:
             y_UH = self._shard.serve(call.layer, call.rows)
         except Exception as error:

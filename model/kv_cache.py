@@ -5,8 +5,10 @@ Shapes: `L` layers, `P` pages, `G` tokens per page, `N` KV heads, `D` head dim.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from model.config import ModelConfig
@@ -20,7 +22,7 @@ class KvCache:
     ) -> None:
         shape = (config.num_hidden_layers, 2, num_pages, page_size, config.num_key_value_heads, config.head_dim)
         # Zeros, not empty: a masked position may hold anything finite, and NaN · 0 would spread.
-        self._kv = torch.zeros(shape, dtype=dtype, device=device)
+        self._kv = _lazy_zeros(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
         self._flat = self._kv.view(shape[0], 2, num_pages * page_size, *shape[4:])
 
     def write(self, layer: int, k_TND: torch.Tensor, v_TND: torch.Tensor, kv_slots_T: torch.Tensor) -> None:
@@ -54,3 +56,8 @@ class KvCache:
 
     def copy_page(self, source: int, target: int) -> None:
         self._kv[:, :, target].copy_(self._kv[:, :, source])
+
+
+def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros that take memory only where they are written: numpy's come from calloc, torch's are filled."""
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)

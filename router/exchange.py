@@ -44,7 +44,7 @@ class Ticket(Protocol):
 
 
 class Exchange(Protocol):
-    """The attention worker's end. Several tickets may be open; they are received in the order in which they were sent."""
+    """The attention worker's end. Tickets are received in the order in which they were sent; two may be open."""
 
     @property
     def num_shards(self) -> int: ...

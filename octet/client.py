@@ -1,0 +1,208 @@
+"""Clients of the gRPC API, one blocking and one for asyncio. They need neither torch nor Ray.
+
+Every call carries a deadline. A prompt is a string, a sequence of token ids, or a sequence of (role, content) pairs.
+Options are the fields of `Sampling`, `Stopping` and `Output` in octet.proto, by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any, TypeAlias
+
+import grpc
+
+from octet.errors import OctetError, RequestError
+from octet.v1 import octet_pb2 as pb
+from octet.v1 import octet_pb2_grpc as rpc
+
+Prompt: TypeAlias = str | Sequence[int] | Sequence[tuple[str, str]]
+
+_SECTIONS: dict[str, Any] = {"sampling": pb.Sampling, "stopping": pb.Stopping, "output": pb.Output}
+_OPTIONS = {field.name: section for section, cls in _SECTIONS.items() for field in cls.DESCRIPTOR.fields}
+_CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", 16 * 2**20),
+    ("grpc.max_send_message_length", 16 * 2**20),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+)
+
+
+class CallError(OctetError):
+    """A call ended with a status other than OK."""
+
+    def __init__(self, code: grpc.StatusCode, message: str) -> None:
+        self.code = code
+        super().__init__(f"{code.name}: {message}")
+
+
+class Client:
+    """A blocking client; its methods may be called from any thread."""
+
+    def __init__(self, address: str, timeout_s: float = 300.0) -> None:
+        """
+        Args:
+            address: `host:port` of a frontend.
+            timeout_s: deadline of each call that is not given its own.
+        """
+        self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        self._generation = rpc.GenerationStub(self._channel)
+        self._cluster = rpc.ClusterStub(self._channel)
+        self._timeout_s = timeout_s
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def generate(self, prompt: Prompt, *, timeout_s: float | None = None, **options: Any) -> pb.GenerateResponse:
+        """The whole answer. Raises: CallError; RequestError for an option that does not exist."""
+        response: pb.GenerateResponse = self._call(
+            self._generation.Generate, make_request(prompt, **options), timeout_s
+        )
+        return response
+
+    def stream(self, prompt: Prompt, *, timeout_s: float | None = None, **options: Any) -> Iterator[pb.GenerateChunk]:
+        """The answer chunk by chunk. Leaving the iteration cancels the request. Raises: CallError."""
+        request = make_request(prompt, **options)
+        call = self._generation.GenerateStream(request, timeout=timeout_s or self._timeout_s)
+        try:
+            yield from call
+        except grpc.RpcError as error:
+            raise _typed(error) from None
+        finally:
+            call.cancel()
+
+    def abort(self, request_id: str, *, timeout_s: float | None = None) -> None:
+        """End a live request; an unknown one is no error."""
+        self._call(self._generation.Abort, pb.AbortRequest(request_id=request_id), timeout_s)
+
+    def tokenize(self, prompt: str | Sequence[tuple[str, str]], *, timeout_s: float | None = None) -> list[int]:
+        request = make_tokenize_request(prompt)
+        return list(self._call(self._generation.Tokenize, request, timeout_s).token_ids)
+
+    def detokenize(self, token_ids: Sequence[int], *, timeout_s: float | None = None) -> str:
+        text: str = self._call(self._generation.Detokenize, pb.DetokenizeRequest(token_ids=token_ids), timeout_s).text
+        return text
+
+    def model_info(self, *, timeout_s: float | None = None) -> pb.GetModelInfoResponse:
+        info: pb.GetModelInfoResponse = self._call(self._generation.GetModelInfo, pb.GetModelInfoRequest(), timeout_s)
+        return info
+
+    def status(self, *, timeout_s: float | None = None) -> pb.GetStatusResponse:
+        status: pb.GetStatusResponse = self._call(self._cluster.GetStatus, pb.GetStatusRequest(), timeout_s)
+        return status
+
+    def _call(self, method: Any, request: Any, timeout_s: float | None) -> Any:
+        try:
+            return method(request, timeout=timeout_s or self._timeout_s)
+        except grpc.RpcError as error:
+            raise _typed(error) from None
+
+
+class AsyncClient:
+    """The same for asyncio. Belongs to the event loop that it is first used in."""
+
+    def __init__(self, address: str, timeout_s: float = 300.0) -> None:
+        self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        self._generation: Any = rpc.GenerationStub(self._channel)
+        self._cluster: Any = rpc.ClusterStub(self._channel)
+        self._timeout_s = timeout_s
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    async def generate(self, prompt: Prompt, *, timeout_s: float | None = None, **options: Any) -> pb.GenerateResponse:
+        """The whole answer. Raises: CallError; RequestError for an option that does not exist."""
+        response: pb.GenerateResponse = await self._call(
+            self._generation.Generate, make_request(prompt, **options), timeout_s
+        )
+        return response
+
+    async def stream(
+        self, prompt: Prompt, *, timeout_s: float | None = None, **options: Any
+    ) -> AsyncIterator[pb.GenerateChunk]:
+        """The answer chunk by chunk. Leaving the iteration cancels the request. Raises: CallError."""
+        request = make_request(prompt, **options)
+        call = self._generation.GenerateStream(request, timeout=timeout_s or self._timeout_s)
+        try:
+            async for chunk in call:
+                yield chunk
+        except grpc.RpcError as error:
+            raise _typed(error) from None
+        finally:
+            call.cancel()
+
+    async def abort(self, request_id: str, *, timeout_s: float | None = None) -> None:
+        """End a live request; an unknown one is no error."""
+        await self._call(self._generation.Abort, pb.AbortRequest(request_id=request_id), timeout_s)
+
+    async def tokenize(self, prompt: str | Sequence[tuple[str, str]], *, timeout_s: float | None = None) -> list[int]:
+        response = await self._call(self._generation.Tokenize, make_tokenize_request(prompt), timeout_s)
+        return list(response.token_ids)
+
+    async def detokenize(self, token_ids: Sequence[int], *, timeout_s: float | None = None) -> str:
+        request = pb.DetokenizeRequest(token_ids=token_ids)
+        text: str = (await self._call(self._generation.Detokenize, request, timeout_s)).text
+        return text
+
+    async def model_info(self, *, timeout_s: float | None = None) -> pb.GetModelInfoResponse:
+        info: pb.GetModelInfoResponse = await self._call(
+            self._generation.GetModelInfo, pb.GetModelInfoRequest(), timeout_s
+        )
+        return info
+
+    async def status(self, *, timeout_s: float | None = None) -> pb.GetStatusResponse:
+        status: pb.GetStatusResponse = await self._call(self._cluster.GetStatus, pb.GetStatusRequest(), timeout_s)
+        return status
+
+    async def _call(self, method: Any, request: Any, timeout_s: float | None) -> Any:
+        try:
+            return await method(request, timeout=timeout_s or self._timeout_s)
+        except grpc.RpcError as error:
+            raise _typed(error) from None
+
+
+def make_request(prompt: Prompt, *, request_id: str = "", priority: int = 0, **options: Any) -> pb.GenerateRequest:
+    """The request of a prompt and options. Raises: RequestError for an option that does not exist."""
+    request = pb.GenerateRequest(request_id=request_id, priority=priority)
+    if isinstance(prompt, str):
+        request.text = prompt
+    elif prompt and isinstance(prompt[0], tuple):
+        request.chat.CopyFrom(_chat(prompt))
+    else:
+        request.token_ids.ids.extend(prompt)  # type: ignore[arg-type]
+        request.token_ids.SetInParent()
+    sections: dict[str, dict[str, Any]] = {section: {} for section in _SECTIONS}
+    for name, value in options.items():
+        if name not in _OPTIONS:
+            raise RequestError(name, repr(value), f"one of {', '.join(sorted(_OPTIONS))}")
+        if value is not None:
+            sections[_OPTIONS[name]][name] = value
+    for section, fields in sections.items():
+        try:
+            getattr(request, section).CopyFrom(_SECTIONS[section](**fields))
+        except (TypeError, ValueError) as error:
+            raise RequestError(section, fields, "values of the types in octet.proto", str(error)) from error
+    return request
+
+
+def make_tokenize_request(prompt: str | Sequence[tuple[str, str]]) -> pb.TokenizeRequest:
+    return pb.TokenizeRequest(text=prompt) if isinstance(prompt, str) else pb.TokenizeRequest(chat=_chat(prompt))
+
+
+def _chat(messages: Any) -> pb.Chat:
+    return pb.Chat(messages=[pb.Message(role=role, content=content) for role, content in messages])
+
+
+def _typed(error: Any) -> CallError:
+    return CallError(error.code(), error.details() or "")

@@ -1,0 +1,142 @@
+"""The command line: `octet serve | generate | status | check | demo`."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping
+from typing import Annotated
+
+import rich
+import typer
+
+from octet.client import Client
+from octet.config import OctetConfig, load_config
+from octet.errors import OctetError
+from ops import render
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Serve GLM-4.6-class mixture-of-experts models with separate prefill, decode and expert pools.",
+)
+
+_DEFAULT_ADDRESS = "127.0.0.1:50051"
+_Address = Annotated[str, typer.Option("--grpc", help="host:port of a frontend.")]
+_ConfigFile = Annotated[
+    pathlib.Path | None, typer.Option("-c", "--config", help="A YAML file; see deploy/laptop.yaml.")
+]
+_Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Override one config field.")]
+_Size = Annotated[int | None, typer.Option(min=1)]
+
+
+def main() -> None:
+    """The `octet` command. Errors of ours end it with one line and exit code 1."""
+    try:
+        app()
+    except OctetError as error:
+        rich.print(f"[bold red]octet:[/] {rich.markup.escape(str(error))}", file=render.STDERR)
+        raise SystemExit(1) from None
+
+
+@app.command()
+def serve(
+    model_dir: Annotated[pathlib.Path | None, typer.Argument(help="Hugging Face directory; default: embedded.")] = None,
+    config: _ConfigFile = None,
+    overrides: _Set = None,
+    prefill: _Size = None,
+    decode: _Size = None,
+    experts: _Size = None,
+    grpc_port: Annotated[int | None, typer.Option(help="0 picks a free port.")] = None,
+    address: Annotated[str | None, typer.Option(help="A running Ray cluster, or 'auto'.")] = None,
+) -> None:
+    """Start a cluster and serve until SIGTERM or Ctrl-C."""
+    from ops.serve import serve as run
+
+    flags = {
+        "model.path": None if model_dir is None else str(model_dir),
+        "pools.prefill.size": prefill,
+        "pools.decode.size": decode,
+        "pools.experts.size": experts,
+        "frontend.port": grpc_port,
+        "ray.address": address,
+    }
+    raise typer.Exit(run(_config(config, overrides, flags)))
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Text; with --token-ids, numbers separated by commas or spaces.")],
+    grpc: _Address = _DEFAULT_ADDRESS,
+    token_ids: Annotated[bool, typer.Option("--token-ids", help="The prompt is token ids.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's message in a chat.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the response as JSON.")] = False,
+    stream: Annotated[bool, typer.Option("--stream", help="Print text as it comes.")] = False,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1)] = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    seed: int | None = None,
+    n: Annotated[int | None, typer.Option(help="Choices.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="May be repeated.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds.")] = 300.0,
+) -> None:
+    """Send one request to a running cluster and print its answer."""
+    from ops import request
+
+    options = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "seed": seed,
+        "n": n,
+        "stop": stop,
+    }
+    parsed = request.parse_prompt(prompt, token_ids=token_ids, chat=chat)
+    with Client(grpc, timeout_s=timeout) as client:
+        request.run(client, parsed, options, stream=stream, as_json=json)
+
+
+@app.command()
+def status(
+    grpc: _Address = _DEFAULT_ADDRESS,
+    json: Annotated[bool, typer.Option("--json", help="Print the status as JSON.")] = False,
+) -> None:
+    """Show the pools, their members and what every expert does."""
+    with Client(grpc, timeout_s=30.0) as client:
+        answer = client.status()
+    if json:
+        print(render.as_json(answer))
+    else:
+        render.print_status(answer)
+
+
+@app.command()
+def check(
+    model_dir: Annotated[pathlib.Path | None, typer.Argument(help="Hugging Face directory; default: embedded.")] = None,
+    config: _ConfigFile = None,
+    overrides: _Set = None,
+) -> None:
+    """Validate a checkpoint without loading it, and print what each pool would hold."""
+    from ops.check import check as run
+
+    run(_config(config, overrides, {"model.path": None if model_dir is None else str(model_dir)}))
+
+
+@app.command()
+def demo() -> None:
+    """Start the embedded model on three pools, ask it something, show what its experts did, and stop."""
+    from ops.demo import demo as run
+
+    run()
+
+
+def _config(file: pathlib.Path | None, overrides: list[str] | None, flags: Mapping[str, object]) -> OctetConfig:
+    """Defaults, then the file, then --set, then the flags of their own."""
+    given = [f"{field}={value}" for field, value in flags.items() if value is not None]
+    return load_config(file, [*(overrides or []), *given])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""How status and progress look on a terminal. Results go to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from google.protobuf import json_format
+from rich.console import Console
+from rich.table import Table
+
+from octet.v1 import octet_pb2 as pb
+
+STDERR = sys.stderr
+_BLOCKS = " ▁▂▃▄▅▆▇█"
+
+
+def as_json(message: Any) -> str:
+    """A protobuf message with every field, under its proto name."""
+    return json_format.MessageToJson(
+        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+
+
+def print_status(status: pb.GetStatusResponse, console: Console | None = None) -> None:
+    console = console or Console()
+    reason = f" ({status.reason})" if status.reason else ""
+    console.print(
+        f"[bold]{status.state}[/]{reason}  epoch {status.epoch}  placement {status.placement_version}  "
+        f"live {status.live_requests}  tokens {status.tokens_served}  finished {status.requests_finished}  "
+        f"failed {status.requests_failed}  cancelled {status.requests_cancelled}  up {status.uptime_s:.0f} s"
+    )
+    console.print(_members(status))
+    if status.expert_counts:
+        console.print(_experts(status))
+
+
+def _members(status: pb.GetStatusResponse) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in ("member", "state", "node", "pid", "memory", "KV pages free", "running", "waiting", "tokens"):
+        table.add_column(column, justify="left" if column in ("member", "state", "node") else "right")
+    for pool in status.pools:
+        for member in pool.members:
+            pages = f"{member.kv_pages_free}/{member.kv_pages_total}" if member.kv_pages_total else ""
+            attention = pool.name != "experts"
+            table.add_row(
+                member.worker_id,
+                member.state,
+                member.node_id[:8],
+                str(member.pid),
+                f"{member.resident_bytes / 2**20:.0f} MiB",
+                pages,
+                str(member.running) if attention else "",
+                str(member.waiting) if attention else "",
+                str(member.tokens),
+            )
+    return table
+
+
+def _experts(status: pb.GetStatusResponse) -> Table:
+    """One row per layer: a bar per expert, as high as its share of the layer's busiest."""
+    table = Table(box=None, pad_edge=False, title="tokens by expert", title_justify="left")
+    for column in ("layer", "experts", "busiest", "balancedness"):
+        table.add_column(column, justify="left" if column == "experts" else "right", no_wrap=True)
+    for counts in status.expert_counts:
+        most = max(counts.tokens, default=0)
+        bars = "".join(
+            _BLOCKS[-(-tokens * (len(_BLOCKS) - 1) // most)] if most else _BLOCKS[0] for tokens in counts.tokens
+        )
+        busiest = f"{list(counts.tokens).index(most)} ({most})" if most else "-"
+        table.add_row(str(counts.layer), bars, busiest, f"{counts.balancedness:.3f}")
+    return table
