@@ -166,7 +166,14 @@ class Controller:
     def _control_actor(self, cls: type, name: str, *args: Any) -> Any:
         """On this node, where `octet serve` runs, so that the address it prints is the right one."""
         here = NodeAffinitySchedulingStrategy(node_id(), soft=False)
-        options = {"name": name, "num_cpus": 0, "scheduling_strategy": here, "max_concurrency": 1000}
+        namespace = self._plan.config.ray.namespace
+        options = {
+            "name": name,
+            "namespace": namespace,
+            "num_cpus": 0,
+            "scheduling_strategy": here,
+            "max_concurrency": 1000,
+        }
         return ray.remote(cls).options(**options).remote(*args)
 
     def _pool(self, pool: Pool) -> list[Member]:
@@ -187,6 +194,7 @@ class Controller:
             strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
             options = {
                 "name": worker_id,
+                "namespace": self._plan.config.ray.namespace,
                 "num_cpus": config.num_cpus,
                 "num_gpus": config.num_gpus,
                 "resources": config.resources,

@@ -6,7 +6,7 @@ Options are the fields of `Sampling`, `Stopping` and `Output` in octet.proto, by
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Generator, Sequence
 from typing import Any, TypeAlias
 
 import grpc
@@ -65,7 +65,9 @@ class Client:
         )
         return response
 
-    def stream(self, prompt: Prompt, *, timeout_s: float | None = None, **options: Any) -> Iterator[pb.GenerateChunk]:
+    def stream(
+        self, prompt: Prompt, *, timeout_s: float | None = None, **options: Any
+    ) -> Generator[pb.GenerateChunk, None, None]:
         """The answer chunk by chunk. Leaving the iteration cancels the request. Raises: CallError."""
         request = make_request(prompt, **options)
         call = self._generation.GenerateStream(request, timeout=timeout_s or self._timeout_s)
@@ -130,7 +132,7 @@ class AsyncClient:
 
     async def stream(
         self, prompt: Prompt, *, timeout_s: float | None = None, **options: Any
-    ) -> AsyncIterator[pb.GenerateChunk]:
+    ) -> AsyncGenerator[pb.GenerateChunk, None]:
         """The answer chunk by chunk. Leaving the iteration cancels the request. Raises: CallError."""
         request = make_request(prompt, **options)
         call = self._generation.GenerateStream(request, timeout=timeout_s or self._timeout_s)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class OctetError(Exception):
     """The root of every error that Octet raises on purpose."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Errors cross processes with their fields, whatever their constructors take."""
+        return _restore, (type(self), str(self), self.__dict__)
 
 
 class ConfigError(OctetError):
@@ -78,6 +84,13 @@ class RequestLimitError(LaneError):
 
 class StartupError(OctetError):
     """A pool did not come up."""
+
+
+def _restore(cls: type[OctetError], message: str, fields: dict[str, Any]) -> OctetError:
+    error = cls.__new__(cls)
+    Exception.__init__(error, message)
+    error.__dict__.update(fields)
+    return error
 
 
 def _sentence(subject: str, found: object, expected: str, fix: str) -> str:

@@ -26,7 +26,7 @@ from model.transformer import Transformer
 from model.weights import AttentionWeights, load_attention_weights
 from octet.config import DecodeConfig, PrefillConfig
 from octet.ids import Epoch, RequestId, WorkerId
-from octet.messages import Evicted, Failed, KvPull, Message, PrefillRequest, StepReport, TokenEvent
+from octet.messages import Evicted, Failed, KvPull, Message, PrefillRequest, StepReport, TokenEvent, WorkerLoad
 from prefill.engine import PrefillEngine
 from prefill.handoff import KvSender
 from prefill.leases import LeaseTable
@@ -115,9 +115,9 @@ class LocalEngine:
                 self._deliver(to, message, committed)
         return committed
 
-    def load(self) -> dict[WorkerId, int]:
-        """Free KV pages of both engines, after the leases that are over were reclaimed."""
-        return {PREFILL: self._prefill.load().kv_pages_free, DECODE: self._decode.load().kv_pages_free}
+    def load(self) -> dict[WorkerId, WorkerLoad]:
+        """The load of both engines: pages, queues, preemptions."""
+        return {PREFILL: self._prefill.load(), DECODE: self._decode.load()}
 
     def close(self) -> None:
         self._receiver.close()

@@ -1,0 +1,89 @@
+"""What a cluster does when it is full, short of pages, or losing a member."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from octet.client import CallError, Client
+from octet.errors import CheckpointError, ConfigError, StartupError
+from tests.cluster.conftest import Start, at_baseline, wait_until
+
+
+def test_a_full_queue_sheds_with_resource_exhausted(start: Start) -> None:
+    cluster = start("frontend.max_requests=1", "pools.experts.size=1")
+    with Client(cluster.address, timeout_s=60) as client:
+        stream = client.stream("first", max_new_tokens=4000, ignore_eos=True)
+        next(stream)
+        with pytest.raises(CallError, match=r"RESOURCE_EXHAUSTED.*max_requests"):
+            client.generate("second")
+        stream.close()
+        wait_until(lambda: at_baseline(client.status()), 5, "pages back to baseline")
+        assert client.generate("third", max_new_tokens=2).usage.completion_tokens == 2
+    cluster.stop()
+
+
+def test_a_shortage_of_pages_preempts_and_changes_no_token(start: Start) -> None:
+    cluster = start("kv.decode_pages=24", "kv.page_size=4", "pools.experts.size=1")
+    prompts = [[random.randrange(1000) for _ in range(random.randrange(3, 30))] for _ in range(10)]
+    with Client(cluster.address, timeout_s=120) as client:
+
+        def answer(prompt: list[int]) -> list[int]:
+            return list(client.generate(prompt, max_new_tokens=40, ignore_eos=True).choices[0].token_ids)
+
+        alone = [answer(prompt) for prompt in prompts]
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            together = list(pool.map(answer, prompts))
+        status = client.status()
+        assert together == alone
+        assert next(p for p in status.pools if p.name == "decode").members[0].preemptions > 0
+        wait_until(lambda: at_baseline(client.status()), 10, "pages back to baseline")
+    cluster.stop()
+
+
+def test_a_killed_shard_fails_live_requests_and_health(start: Start) -> None:
+    cluster = start("pools.experts.size=2")
+    with Client(cluster.address, timeout_s=60) as client:
+        stream = client.stream("endless", max_new_tokens=4000, ignore_eos=True)
+        next(stream)
+        shard = next(pool for pool in client.status().pools if pool.name == "experts").members[0]
+        os.kill(shard.pid, signal.SIGKILL)
+        with pytest.raises(CallError, match="UNAVAILABLE"):
+            list(stream)
+        wait_until(lambda: cluster.state()[0] == "FAILED", 10, "the controller sees the loss")
+        with pytest.raises(CallError, match="UNAVAILABLE"):
+            client.generate("more")
+        assert client.status().state == "FAILED"
+    with grpc.insecure_channel(cluster.address) as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=10)
+    assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
+    cluster.stop(drain=False)
+
+
+def test_a_broken_checkpoint_is_refused_before_anything_starts(
+    start: Start, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    empty = tmp_path_factory.mktemp("empty")
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        start(f"model.path={empty}")
+
+
+def test_a_port_that_is_taken_is_a_config_error(start: Start) -> None:
+    cluster = start("pools.experts.size=1")
+    port = cluster.address.rpartition(":")[2]
+    with pytest.raises(ConfigError, match=r"frontend\.port"):
+        start(f"frontend.port={port}")
+    cluster.stop()
+
+
+def test_pools_that_ray_cannot_place_are_a_startup_error(start: Start) -> None:
+    with pytest.raises(StartupError, match="nowhere"):
+        start("pools.experts.resources={nowhere: 1}", "ray.start_timeout_s=4")

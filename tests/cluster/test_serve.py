@@ -1,0 +1,127 @@
+"""`octet serve` as a user runs it: a process of its own, started and stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from ray.cluster_utils import Cluster
+
+from octet.client import Client
+
+_START_S = 90.0
+_OCTET = str(pathlib.Path(sys.executable).parent / "octet")
+
+
+@contextlib.contextmanager
+def _serving(*args: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    process = subprocess.Popen(
+        [_OCTET, "serve", "--grpc-port", "0", *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line, process.communicate(timeout=10)[1]
+        ready = re.match(r"octet: ready grpc=(\S+) ", line)
+        assert ready, line
+        yield process, ready[1]
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate(timeout=30)
+
+
+def _descendants(pid: int) -> set[int]:
+    """Every process below `pid`."""
+    children: dict[int, list[int]] = {}
+    for entry in pathlib.Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                children.setdefault(parent, []).append(int(entry.name))
+    found: set[int] = set()
+    waiting = [pid]
+    while waiting:
+        below = children.get(waiting.pop(), [])
+        found.update(below)
+        waiting += below
+    return found
+
+
+def _alive(pids: set[int]) -> set[int]:
+    alive = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            state = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+            if state != "Z":
+                alive.add(pid)
+    return alive
+
+
+def test_sigterm_drains_and_leaves_no_process_behind() -> None:
+    with _serving("--experts", "1") as (process, address):
+        with Client(address, timeout_s=60) as client:
+            stream = client.stream("the last words", max_new_tokens=150, ignore_eos=True)
+            num_tokens = len(next(stream).token_ids)
+            below = _descendants(process.pid)
+            process.send_signal(signal.SIGTERM)
+            num_tokens += sum(len(chunk.token_ids) for chunk in stream)
+        assert num_tokens == 150, "a live request ends in its own time"
+        assert process.wait(timeout=40) == 0
+    assert len(below) > 5, "the pools ran below the command"
+    deadline_s = time.monotonic() + 10
+    while _alive(below) and time.monotonic() < deadline_s:
+        time.sleep(0.1)
+    assert not _alive(below)
+
+
+def test_a_bad_flag_ends_with_one_line_and_exit_code_1() -> None:
+    done = subprocess.run(
+        [_OCTET, "serve", "--set", "pools.prefil.size=2"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 1
+    assert "did you mean 'pools.prefill'?" in " ".join(done.stderr.split())
+
+
+@pytest.fixture(scope="module")
+def two_nodes() -> Iterator[Cluster]:
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    small: dict[str, Any] = {"object_store_memory": 80 * 2**20, "include_dashboard": False}
+    cluster = Cluster()
+    cluster.add_node(num_cpus=4, resources={"octet_prefill": 1, "octet_decode": 1}, **small)
+    cluster.add_node(num_cpus=4, resources={"octet_experts": 2}, **small)
+    cluster.wait_for_nodes(timeout=60)
+    yield cluster
+    cluster.shutdown()
+
+
+def test_serve_joins_a_ray_cluster_and_ctrl_c_leaves_it_running(two_nodes: Cluster) -> None:
+    pins = [f"pools.{pool}.resources={{octet_{pool}: 1}}" for pool in ("prefill", "decode", "experts")]
+    flags = [flag for pin in pins for flag in ("--set", pin)]
+    with _serving("--address", two_nodes.address, *flags) as (process, address):
+        with Client(address, timeout_s=60) as client:
+            assert client.generate("across nodes", max_new_tokens=8).usage.completion_tokens == 8
+            nodes = {pool.name: {member.node_id for member in pool.members} for pool in client.status().pools}
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=40) == 0
+    assert nodes["prefill"] == nodes["decode"]
+    assert len(nodes["prefill"] | nodes["experts"]) == 2
+    assert all(node.all_processes for node in two_nodes.list_all_nodes())
+    with _serving("--address", two_nodes.address, *flags) as (process, address):
+        with Client(address, timeout_s=60) as client:
+            assert client.generate("again", max_new_tokens=2).usage.completion_tokens == 2
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=40) == 0

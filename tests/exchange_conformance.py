@@ -1,0 +1,410 @@
+"""What every `router.exchange.Exchange` and `Port` does, whatever carries the rows.
+
+An implementation is held to the contract by a subclass of `ExchangeConformance` whose `implementation` opens its lanes;
+`tests/unit/router/test_exchange.py` does so for `LocalExchange` and gloo. Everything that a shard is given to run is
+picklable, so that an implementation may put its shards into processes of their own.
+
+Shapes: `U` rows sent to one shard, `H` hidden, `K` experts per token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from typing import ClassVar, NoReturn, Protocol
+
+import pytest
+import torch
+
+from octet.errors import (
+    ExpertMissingError,
+    LaneError,
+    LaneTimeoutError,
+    PeerLostError,
+    RequestLimitError,
+    WrongEpochError,
+)
+from octet.ids import Epoch
+from router.exchange import Call, Exchange, ExpertRows, LocalExchange, Port, Serve
+from router.frames import FrameLayout
+from router.group import Group, GroupStore
+from router.lane import LaneExchange, LanePort
+
+HOST = "127.0.0.1"
+EPOCH = Epoch(7)
+CONNECT_S = 20.0
+PATIENT_S = 20.0
+"""A deadline that no test means to reach."""
+SHORT_S = 0.5
+"""A deadline that a test waits for."""
+MARGIN_S = 5.0
+"""What a loaded machine may add to a deadline."""
+
+_random = torch.Generator()
+_random.seed()
+
+
+def layout_of(dtype: torch.dtype = torch.float32, max_rows: int = 32) -> FrameLayout:
+    return FrameLayout(hidden_size=64, experts_per_token=4, max_rows=max_rows, dtype=dtype)
+
+
+def random_rows(num_rows: int, layout: FrameLayout, device: torch.device | None = None) -> ExpertRows:
+    shape_UK = (num_rows, layout.experts_per_token)
+    x_UH = torch.randn(num_rows, layout.hidden_size, generator=_random).to(layout.dtype)
+    slots_UK = torch.randint(-1, 6, shape_UK, generator=_random, dtype=torch.int32)
+    weights_UK = torch.rand(shape_UK, generator=_random)
+    return ExpertRows(x_UH=x_UH.to(device), slots_UK=slots_UK.to(device), weights_UK=weights_UK.to(device))
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """A shard whose answer depends on everything that it is sent, and on which shard it is."""
+
+    shard: int
+
+    def __call__(self, layer: int, rows: ExpertRows) -> torch.Tensor:
+        weights_U1 = (rows.weights_UK * (rows.slots_UK + 2)).sum(1, keepdim=True)
+        return (rows.x_UH.float() * weights_U1 * (self.shard + 1) + layer).to(rows.x_UH.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lacks:
+    """A shard that holds no expert of one layer."""
+
+    layer: int
+    otherwise: Serve
+
+    def __call__(self, layer: int, rows: ExpertRows) -> torch.Tensor:
+        if layer == self.layer:
+            raise ExpertMissingError(f"layer {layer}: no expert in slots [3]")
+        return self.otherwise(layer, rows)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LaneSettings:
+    num_shards: int = 2
+    layout: FrameLayout = dataclasses.field(default_factory=layout_of)
+    port_epoch: Epoch = EPOCH
+    """The exchange's epoch is `EPOCH`."""
+    reply_s: float = PATIENT_S
+    """How long the exchange waits for a shard."""
+    silence_s: float = PATIENT_S
+    """How long a port waits for its attention worker."""
+
+
+class Lane(Protocol):
+    """Both ends of a lane, with nobody serving the ports yet."""
+
+    @property
+    def exchange(self) -> Exchange: ...
+    @property
+    def ports(self) -> Sequence[Port]: ...
+    def vanish(self) -> None:
+        """The attention worker dies: no word, only its connections break."""
+
+
+class Implementation(Protocol):
+    """How the suite gets lanes of one kind."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def serve(self, shards: Sequence[Serve], layout: FrameLayout) -> AbstractContextManager[Exchange]:
+        """An exchange whose shards answer, until the context ends; its end fails if a shard ended badly."""
+
+    def open(self, settings: LaneSettings) -> AbstractContextManager[Lane]:
+        """A lane whose ports the test holds. Skips the test if the implementation has none."""
+
+
+class Local:
+    """`LocalExchange`: no wire, hence neither ports nor any fault of a wire."""
+
+    device = torch.device("cpu")
+
+    @contextlib.contextmanager
+    def serve(self, shards: Sequence[Serve], layout: FrameLayout) -> Iterator[Exchange]:
+        yield LocalExchange(shards)
+
+    def open(self, settings: LaneSettings) -> NoReturn:
+        pytest.skip("LocalExchange calls its shards directly: there are no ports, frames, epochs or peers to lose")
+
+
+@dataclasses.dataclass(frozen=True)
+class GlooEnds:
+    group: Group
+    exchange: LaneExchange
+    ports: Sequence[LanePort]
+
+    def vanish(self) -> None:
+        self.group.abort()
+
+
+class Gloo:
+    """`router.lane`, every rank in this process."""
+
+    device = torch.device("cpu")
+
+    @contextlib.contextmanager
+    def serve(self, shards: Sequence[Serve], layout: FrameLayout) -> Iterator[Exchange]:
+        with self.open(LaneSettings(num_shards=len(shards), layout=layout)) as lane:
+            with ThreadPoolExecutor(len(shards)) as pool:
+                served = [
+                    pool.submit(serve_until_closed, port, shard) for port, shard in zip(lane.ports, shards, strict=True)
+                ]
+                try:
+                    yield lane.exchange
+                finally:
+                    lane.exchange.close()
+            for future in served:
+                future.result()
+
+    @contextlib.contextmanager
+    def open(self, settings: LaneSettings) -> Iterator[GlooEnds]:
+        groups = form_groups(settings.num_shards + 1, settings.reply_s)
+        try:
+            yield GlooEnds(
+                groups[0],
+                LaneExchange(groups[0], settings.num_shards, settings.layout, EPOCH),
+                [LanePort(group, settings.layout, settings.port_epoch, settings.silence_s) for group in groups[1:]],
+            )
+        finally:
+            for group in groups:
+                group.abort()
+
+
+def form_groups(size: int, transfer_s: float) -> list[Group]:
+    """Every rank of a new group, in this process. Each has a thread while they connect, as they wait for each other."""
+    host, name = GroupStore.host(HOST, CONNECT_S), uuid.uuid4().hex
+    stores = [host, *(GroupStore.join(host.address, CONNECT_S) for _ in range(size - 1))]
+    with ThreadPoolExecutor(size) as pool:
+        return list(
+            pool.map(lambda rank: Group(stores[rank], name, rank, size, HOST, CONNECT_S, transfer_s), range(size))
+        )
+
+
+def serve_until_closed(port: Port, serve: Serve) -> None:
+    """What a shard does with a port, without the loop that shares it among lanes."""
+    while (call := port.receive()) is not None:
+        try:
+            y_UH = serve(call.layer, call.rows)
+        except ExpertMissingError as error:
+            port.refuse(call, error)
+        else:
+            port.reply(call, y_UH)
+
+
+def serve_in_process(store: str, name: str, rank: int, size: int, layout: FrameLayout) -> None:
+    """The whole life of a shard's process."""
+    group = Group(GroupStore.join(store, CONNECT_S), name, rank, size, HOST, CONNECT_S, PATIENT_S)
+    serve_until_closed(LanePort(group, layout, EPOCH, PATIENT_S), Scale(rank - 1))
+
+
+class ExchangeConformance:
+    """The contract, as statements. Subclasses name the implementation."""
+
+    implementation: ClassVar[Implementation]
+
+    def rows(self, num_rows: int, layout: FrameLayout | None = None) -> ExpertRows:
+        return random_rows(num_rows, layout or layout_of(), self.implementation.device)
+
+    # What goes well.
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize(
+        "sizes",
+        [(5, 1, 9), (4, None, 2), (None, None, 3), (None, None, None), (1, None, None), (32, 32, 32)],
+        ids=["uneven", "one idle", "two idle", "all idle", "one token", "largest frame"],
+    )
+    def test_each_shard_answers_the_rows_it_was_sent(self, sizes: Sequence[int | None], dtype: torch.dtype) -> None:
+        layout = layout_of(dtype)
+        shards = [Scale(shard) for shard in range(3)]
+        sent = [None if size is None else self.rows(size, layout) for size in sizes]
+        with self.implementation.serve(shards, layout) as exchange:
+            assert_answered(exchange.receive(exchange.send(3, sent)), shards, 3, sent)
+
+    def test_it_tells_how_many_shards_it_reaches(self) -> None:
+        with self.implementation.serve([Scale(0), Scale(1)], layout_of()) as exchange:
+            assert exchange.num_shards == 2
+
+    def test_a_ticket_names_its_layer(self) -> None:
+        with self.implementation.serve([Scale(0)], layout_of()) as exchange:
+            ticket = exchange.send(5, [self.rows(1)])
+            exchange.receive(ticket)
+        assert ticket.layer == 5
+
+    def test_two_rounds_in_flight_are_received_in_order(self) -> None:
+        shards = [Scale(0), Scale(1)]
+        rounds = [(layer, [self.rows(1 + layer % 4), self.rows(8)]) for layer in range(9)]
+        with self.implementation.serve(shards, layout_of()) as exchange:
+            ticket = exchange.send(*rounds[0])
+            for number, (layer, rows) in enumerate(rounds):
+                following = exchange.send(*rounds[number + 1]) if number + 1 < len(rounds) else None
+                assert_answered(exchange.receive(ticket), shards, layer, rows)
+                if following is not None:
+                    ticket = following
+
+    def test_a_shard_left_out_of_some_rounds_answers_the_others(self) -> None:
+        shards = [Scale(0), Scale(1)]
+        with self.implementation.serve(shards, layout_of()) as exchange:
+            for layer in range(6):
+                sent = [self.rows(2), self.rows(3) if layer % 3 == 2 else None]
+                assert_answered(exchange.receive(exchange.send(layer, sent)), shards, layer, sent)
+
+    # What is refused.
+
+    def test_a_refusal_is_raised_with_its_text(self) -> None:
+        with self.implementation.serve([Scale(0), Lacks(4, Scale(1))], layout_of()) as exchange:
+            rows = [self.rows(2), self.rows(2)]
+            with pytest.raises(ExpertMissingError, match=r"layer 4: no expert in slots \[3\]"):
+                exchange.receive(exchange.send(4, rows))
+
+    def test_an_exchange_goes_on_after_a_refusal(self) -> None:
+        shards = [Scale(0), Lacks(4, Scale(1)), Scale(2)]
+        with self.implementation.serve(shards, layout_of()) as exchange:
+            for _ in range(3):
+                with pytest.raises(ExpertMissingError):
+                    exchange.receive(exchange.send(4, [self.rows(2), self.rows(2), self.rows(2)]))
+            sent = [self.rows(3), self.rows(1), self.rows(2)]
+            assert_answered(exchange.receive(exchange.send(5, sent)), shards, 5, sent)
+
+    def test_a_refusal_longer_than_a_reply_is_cut(self) -> None:
+        with self.implementation.open(LaneSettings(num_shards=1)) as lane:
+            ticket = lane.exchange.send(0, [self.rows(1)])
+            lane.ports[0].refuse(next_call(lane.ports[0]), ExpertMissingError("no expert " * 1000))
+            with pytest.raises(ExpertMissingError, match="no expert no expert"):
+                lane.exchange.receive(ticket)
+
+    def test_a_frame_over_the_limit_is_not_sent(self) -> None:
+        with (
+            self.implementation.open(LaneSettings(num_shards=1, layout=layout_of(max_rows=8))) as lane,
+            pytest.raises(RequestLimitError, match=r"9 rows.*8"),
+        ):
+            lane.exchange.send(0, [self.rows(9)])
+
+    def test_an_exchange_goes_on_after_a_frame_over_the_limit(self) -> None:
+        layout = layout_of(max_rows=8)
+        with self.implementation.open(LaneSettings(layout=layout)) as lane:
+            with pytest.raises(RequestLimitError):
+                lane.exchange.send(1, [self.rows(2), self.rows(9)])
+            sent = [self.rows(3), self.rows(4)]
+            ticket = lane.exchange.send(2, sent)
+            shards = [Scale(0), Scale(1)]
+            for port, shard in zip(lane.ports, shards, strict=True):
+                call = next_call(port)
+                port.reply(call, shard(call.layer, call.rows))
+            assert_answered(lane.exchange.receive(ticket), shards, 2, sent)
+
+    def test_a_third_round_in_flight_is_refused(self) -> None:
+        with self.implementation.open(LaneSettings(num_shards=1)) as lane:
+            for layer in range(2):
+                lane.exchange.send(layer, [self.rows(1)])
+            with pytest.raises(LaneError, match="2 rounds"):
+                lane.exchange.send(2, [self.rows(1)])
+
+    # What breaks.
+
+    def test_a_frame_of_another_epoch_is_recognised(self) -> None:
+        with self.implementation.open(LaneSettings(num_shards=1, port_epoch=Epoch(EPOCH + 1))) as lane:
+            lane.exchange.send(0, [self.rows(1)])
+            with pytest.raises(WrongEpochError, match=f"epoch {EPOCH} .* epoch {EPOCH + 1}"):
+                lane.ports[0].receive()
+
+    def test_a_silent_shard_is_given_up_at_the_deadline(self) -> None:
+        with self.implementation.open(LaneSettings(num_shards=1, reply_s=SHORT_S)) as lane:
+            ticket = lane.exchange.send(0, [self.rows(1)])
+            with within(SHORT_S + MARGIN_S), pytest.raises(LaneTimeoutError):
+                lane.exchange.receive(ticket)
+
+    def test_a_silent_attention_worker_is_given_up_at_the_deadline(self) -> None:
+        with (
+            self.implementation.open(LaneSettings(num_shards=1, silence_s=SHORT_S)) as lane,
+            within(SHORT_S + MARGIN_S),
+            pytest.raises(LaneTimeoutError),
+        ):
+            lane.ports[0].receive()
+
+    def test_a_shard_that_closes_is_noticed_at_once(self) -> None:
+        with self.implementation.open(LaneSettings()) as lane:
+            ticket = lane.exchange.send(0, [self.rows(1), self.rows(1)])
+            next_call(lane.ports[1])
+            lane.ports[0].close()
+            with within(MARGIN_S), pytest.raises(PeerLostError):
+                lane.exchange.receive(ticket)
+
+    def test_rows_for_a_shard_that_has_closed_are_not_waited_for(self) -> None:
+        with self.implementation.open(LaneSettings(num_shards=1)) as lane:
+            lane.ports[0].close()
+            with within(MARGIN_S), pytest.raises(PeerLostError):
+                lane.exchange.receive(lane.exchange.send(0, [self.rows(1)]))
+
+    def test_an_attention_worker_that_dies_is_noticed_at_once(self) -> None:
+        with self.implementation.open(LaneSettings()) as lane:
+            lane.exchange.send(0, [self.rows(1), self.rows(1)])
+            next_call(lane.ports[0])
+            lane.vanish()
+            with within(MARGIN_S), pytest.raises(PeerLostError):
+                lane.ports[0].receive()
+
+    # What keeps a lane alive, and what ends it.
+
+    def test_heartbeats_keep_an_idle_port_past_its_deadline(self) -> None:
+        silence_s = 3 * SHORT_S
+        with (
+            self.implementation.open(LaneSettings(num_shards=1, silence_s=silence_s)) as lane,
+            ThreadPoolExecutor(1) as pool,
+        ):
+            waiting = pool.submit(lane.ports[0].receive)
+            until_s = time.monotonic() + 1.5 * silence_s
+            while time.monotonic() < until_s:
+                lane.exchange.heartbeat()
+                threading.Event().wait(silence_s / 10)
+            lane.exchange.send(6, [self.rows(1)])
+            call = waiting.result(PATIENT_S)
+        assert call is not None
+        assert call.layer == 6
+
+    def test_an_idle_port_hears_that_its_lane_was_closed(self) -> None:
+        with self.implementation.open(LaneSettings()) as lane, ThreadPoolExecutor(2) as pool:
+            waiting = [pool.submit(port.receive) for port in lane.ports]
+            lane.exchange.close()
+            assert [future.result(PATIENT_S) for future in waiting] == [None, None]
+
+    def test_a_lane_closes_though_a_shard_is_gone(self) -> None:
+        with self.implementation.open(LaneSettings()) as lane:
+            lane.ports[0].close()
+            with within(MARGIN_S):
+                lane.exchange.close()
+
+    def test_a_lane_may_be_closed_twice(self) -> None:
+        with self.implementation.serve([Scale(0)], layout_of()) as exchange:
+            exchange.close()
+            exchange.close()
+
+
+def assert_answered(
+    replies: Sequence[torch.Tensor | None], shards: Sequence[Serve], layer: int, sent: Sequence[ExpertRows | None]
+) -> None:
+    expected = [None if rows is None else shard(layer, rows) for shard, rows in zip(shards, sent, strict=True)]
+    assert [reply is None for reply in replies] == [reply is None for reply in expected]
+    for reply, answer in zip(replies, expected, strict=True):
+        if reply is not None:
+            torch.testing.assert_close(reply, answer, rtol=0, atol=0)
+
+
+def next_call(port: Port) -> Call:
+    call = port.receive()
+    assert call is not None, "the lane was closed"
+    return call
+
+
+@contextlib.contextmanager
+def within(seconds: float) -> Iterator[None]:
+    start_s = time.monotonic()
+    yield
+    assert time.monotonic() - start_s < seconds
