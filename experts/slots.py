@@ -43,12 +43,17 @@ class ExpertSlots:
             # Only slots that hold an expert touch memory: the rest of an empty tensor stays unmapped.
             self.gate_up[layer] = torch.empty(len(experts), 2 * intermediate, hidden, dtype=dtype, device=device)
             self.down[layer] = torch.empty(len(experts), hidden, intermediate, dtype=dtype, device=device)
-            for slot, expert in enumerate(experts):
-                if expert != EMPTY:
-                    gate, up, down = expert_tensors(config, layer, expert)
-                    into[gate], into[up] = self.gate_up[layer][slot].chunk(2)
-                    into[down] = self.down[layer][slot]
+            for expert, slot in _first_slots(experts).items():
+                gate, up, down = expert_tensors(config, layer, expert)
+                into[gate], into[up] = self.gate_up[layer][slot].chunk(2)
+                into[down] = self.down[layer][slot]
         checkpoint.read(into, dtype, into=into, progress=progress)
+        for layer, experts in self.held.items():
+            first = _first_slots(experts)
+            for slot, expert in enumerate(experts):
+                if expert != EMPTY and slot != first[expert]:
+                    self.gate_up[layer][slot] = self.gate_up[layer][first[expert]]
+                    self.down[layer][slot] = self.down[layer][first[expert]]
 
     @property
     def num_slots(self) -> int:
@@ -60,3 +65,8 @@ class ExpertSlots:
             (gate_up[0].nbytes + self.down[layer][0].nbytes) * sum(e != EMPTY for e in self.held[layer])
             for layer, gate_up in self.gate_up.items()
         )
+
+
+def _first_slots(experts: Sequence[int]) -> dict[int, int]:
+    """The first slot of each expert: it is read once, even where a shard holds several replicas of it."""
+    return {expert: slot for slot, expert in reversed(list(enumerate(experts))) if expert != EMPTY}

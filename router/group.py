@@ -17,6 +17,10 @@ from torch.distributed import DistError
 from octet.errors import LaneError, LaneTimeoutError, PeerLostError
 
 
+_FRAMES, _NOTHING = 0, 1
+"""Tags: everything is sent with the first, nothing ever with the second."""
+
+
 class GroupStore:
     """A key-value store through which the members of groups find each other."""
 
@@ -63,7 +67,7 @@ class Group:
         options = gloo._Options()
         options._timeout = _delta(connect_s)
         options._devices = [gloo.create_device(hostname=host)]
-        self._timeout_s = transfer_s
+        self._timeout_s, self._peer = transfer_s, (rank + 1) % size
         try:
             self._group = gloo(store.prefix(name), rank, size, options)
         except (RuntimeError, DistError) as error:
@@ -74,19 +78,23 @@ class Group:
     def send(self, frame: torch.Tensor, to: int) -> Transfer:
         """`frame` must stay as it is until the transfer is done."""
         try:
-            return Transfer(self._group.send([frame], to, 0), self._timeout_s)
+            return Transfer(self._group.send([frame], to, _FRAMES), self._timeout_s)
         except RuntimeError as error:
             raise _typed(error) from error
 
     def receive(self, buffer: torch.Tensor, source: int) -> Transfer:
         try:
-            return Transfer(self._group.recv([buffer], source, 0), self._timeout_s)
+            return Transfer(self._group.recv([buffer], source, _FRAMES), self._timeout_s)
         except RuntimeError as error:
             raise _typed(error) from error
 
     def abort(self) -> None:
-        """Break every connection: whoever waits on this group, here or at a peer, gets an error now."""
-        self._group.abort()
+        """Break every connection of this rank: whoever waits on it, here or at a peer, gets an error now."""
+        # Gloo's own abort and shutdown leave the connections open; a receive that times out closes all of them.
+        try:
+            self._group.recv([torch.empty(1, dtype=torch.uint8)], self._peer, _NOTHING).wait(_delta(0.001))
+        except RuntimeError:
+            return
 
 
 class Transfer:
@@ -115,6 +123,8 @@ def _delta(seconds: float) -> datetime.timedelta:
 def _typed(error: RuntimeError) -> LaneError:
     """Gloo raises plain RuntimeErrors; their texts tell which."""
     text = str(error)
-    if "Timed out" in text or "timeout" in text:
+    if "Timed out" in text:
         return LaneTimeoutError(text)
+    if "caused pair closure" in text:
+        return LaneError(f"this end has given the group up: {text}")
     return PeerLostError(text)

@@ -50,16 +50,20 @@ class LaneExchange:
         for transfer in self._sends[turn]:
             transfer.wait()
         self._sends[turn] = []
+        # All are written before one is sent: a frame over the limit leaves no round half sent.
+        frames = [
+            None if part is None else self._layout.write_call(buffer, self._epoch, self._sequence, layer, part)
+            for buffer, part in zip(self._calls[turn], rows, strict=True)
+        ]
+        num_rows = [0 if part is None else len(part.x_UH) for part in rows]
         receives: list[Transfer | None] = []
-        for shard, part in enumerate(rows):
-            if part is None:
+        for shard, frame in enumerate(frames):
+            if frame is None:
                 receives.append(None)
                 continue
-            frame = self._layout.write_call(self._calls[turn][shard], self._epoch, self._sequence, layer, part)
-            room = self._replies[turn][shard][: self._layout.reply_bytes(len(part.x_UH))]
+            room = self._replies[turn][shard][: self._layout.reply_bytes(num_rows[shard])]
             receives.append(self._group.receive(room, shard + 1))
             self._sends[turn].append(self._group.send(frame, shard + 1))
-        num_rows = [0 if part is None else len(part.x_UH) for part in rows]
         started = _Round(layer, self._sequence, num_rows, receives)
         self._open.append(started)
         self._sequence += 1

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import pathlib
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import ray
@@ -19,6 +21,9 @@ from octet.config import load_config
 from octet.v1 import octet_pb2 as pb
 
 Start = Callable[..., RunningCluster]
+# Transformers' classes are only partly typed.
+make_config: Any = Glm4MoeConfig
+make_model: Any = Glm4MoeForCausalLM
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +32,7 @@ def ray_session() -> Iterator[None]:
         address="local",
         num_cpus=8,
         include_dashboard=False,
-        logging_level="ERROR",
+        logging_level=logging.ERROR,
         log_to_driver=False,
         object_store_memory=128 * 2**20,
     )
@@ -38,7 +43,7 @@ def ray_session() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A random Glm4Moe checkpoint without a tokenizer, drawn afresh."""
-    config = Glm4MoeConfig(
+    config = make_config(
         vocab_size=512,
         hidden_size=64,
         intermediate_size=128,
@@ -58,7 +63,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
         eos_token_id=[1, 2],
         pad_token_id=0,
     )
-    model = Glm4MoeForCausalLM(config).float().eval()
+    model = make_model(config).float().eval()
     for layer in model.model.layers:
         if hasattr(layer.mlp, "gate"):
             layer.mlp.gate.e_score_correction_bias.normal_(0, 0.05)
@@ -71,7 +76,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 class Reference:
     """Greedy continuation by `transformers`."""
 
-    model: Glm4MoeForCausalLM
+    model: Any
 
     def greedy(self, prompt: list[int], num_tokens: int) -> list[int]:
         ids = torch.tensor([prompt])
@@ -89,7 +94,7 @@ class Reference:
 
 @pytest.fixture(scope="session")
 def reference(checkpoint: pathlib.Path) -> Reference:
-    return Reference(Glm4MoeForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval())
+    return Reference(make_model.from_pretrained(checkpoint, dtype=torch.float32).eval())
 
 
 @pytest.fixture(scope="module")

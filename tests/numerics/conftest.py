@@ -24,9 +24,9 @@ from ops.local import CALLER, DECODE
 
 ROUTING_MARGIN = 5e-6
 """With random weights some decisions are ties but for rounding: two orders of summation, both right, then choose
-different experts and all later logits differ. Such inputs say nothing about a defect, so they are drawn again. The margin is
-a few times the change that other batches and chunks make to a gate's scores, which are of order 1: up to 2e-6 was seen,
-and a few inputs in ten are drawn again."""
+different experts and all later logits differ. Such inputs say nothing about a defect, so they are drawn again. The
+margin is a few times the change that other batches and chunks make to a gate's scores, which are of order 1: up to 2e-6
+was seen, and a few inputs in ten are drawn again."""
 ARGMAX_MARGIN = 1e-4
 """The same for the two largest logits, relative to the largest of all: the tolerance that logits are compared with."""
 MAX_DRAWS = 60
@@ -78,7 +78,8 @@ class Reference:
 
     def __init__(self, model_dir: pathlib.Path) -> None:
         self.model_dir = model_dir
-        self._model: Any = Glm4MoeForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+        glm4_moe: Any = Glm4MoeForCausalLM
+        self._model = glm4_moe.from_pretrained(model_dir, dtype=torch.float32).eval()
         self._margins: list[float] = []
         for layer in self._model.model.layers:
             if hasattr(layer.mlp, "gate"):
@@ -116,7 +117,8 @@ class Reference:
             if not missing:
                 break
             prompts = [random_prompt(lengths[index]) for index in missing]
-            for index, prompt, continuation in zip(missing, prompts, self.greedy(prompts, num_tokens, eos), strict=True):
+            continuations = self.greedy(prompts, num_tokens, eos)
+            for index, prompt, continuation in zip(missing, prompts, continuations, strict=True):
                 cases[index] = self._case(prompt, continuation)
         found = [case for case in cases if case is not None]
         assert len(found) == len(lengths), f"{MAX_DRAWS} draws did not give clear prompts of {lengths} tokens"
@@ -140,8 +142,8 @@ class Reference:
         self._margins.append(_gap(choice_TE, gate.top_k))
 
 
-def random_prompt(length: int) -> list[int]:
-    return [random.randrange(CONFIG["vocab_size"]) for _ in range(length)]
+def random_prompt(length: int, vocab_size: int = CONFIG["vocab_size"]) -> list[int]:
+    return [random.randrange(vocab_size) for _ in range(length)]
 
 
 def argmax_margin(logits_TV: torch.Tensor) -> float:
@@ -164,7 +166,7 @@ def make_request(
     prompt: Sequence[int],
     *,
     max_new_tokens: int,
-    num_choices: int = 1,
+    choices: tuple[int, ...] = (0,),
     sampling: Sampling | None = None,
     stop_token_ids: tuple[int, ...] = (),
 ) -> PrefillRequest:
@@ -173,7 +175,7 @@ def make_request(
     return PrefillRequest(
         request_id=RequestId(f"request-{number}"),
         attempt=0,
-        choices=tuple(range(num_choices)),
+        choices=choices,
         token_ids=pack_ids(prompt),
         num_prompt_tokens=len(prompt),
         sampling=sampling or Sampling(),
@@ -211,7 +213,8 @@ def make_reference(tmp_path_factory: pytest.TempPathFactory) -> MakeReference:
     Args of what it returns: a name; `dtype` and `max_shard_size` of the files; `rewrite`, which may edit the
     directory; and fields of `config.json` to be set.
     """
-    transformers.utils.logging.disable_progress_bar()
+    logging: Any = transformers.utils.logging
+    logging.disable_progress_bar()
     made: dict[str, Reference] = {}
 
     def make(

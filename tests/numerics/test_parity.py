@@ -124,9 +124,7 @@ def test_the_variant_of_several_files_has_several(make_reference: MakeReference)
     assert len(list(model_dir.glob("*.safetensors"))) > 2
 
 
-def logits_of(
-    engine: LocalEngine, prompts: Sequence[Sequence[int]], chunk: Callable[[int], int]
-) -> list[torch.Tensor]:
+def logits_of(engine: LocalEngine, prompts: Sequence[Sequence[int]], chunk: Callable[[int], int]) -> list[torch.Tensor]:
     """Logits `[T, V]` of each prompt, computed together; `chunk` says how many of the tokens left come next."""
     runner = engine.runner
     tables = [runner.pool.allocate(runner.pool.pages_for(len(prompt))) or [] for prompt in prompts]

@@ -1,0 +1,50 @@
+# `make demo` and `make test` set up everything they need in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint types format bench serve proto embedded clean
+
+demo: $(VENV)/installed
+	$(BIN)/octet demo
+
+test: $(VENV)/installed-test lint types
+	$(BIN)/python -m pytest --cov --cov-report=term
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/installed-test
+	$(BIN)/mypy
+
+format: $(VENV)/installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/installed-test
+	$(BIN)/octet bench memory
+
+serve: $(VENV)/installed
+	$(BIN)/octet serve
+
+proto: $(VENV)/installed-test
+	$(BIN)/python -m grpc_tools.protoc -I . octet/v1/octet.proto --python_out=. --grpc_python_out=. --pyi_out=.
+
+embedded: $(VENV)/installed-test
+	$(BIN)/python -m ops.embedded
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .coverage
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Octet needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/installed-test: $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@ $(VENV)/installed

@@ -1,0 +1,238 @@
+"""The same tokens, however the work is cut: by shards, chunks, pages, batches, preemptions and replicas.
+
+What is expected is each request's answer when it is computed alone by an engine with one shard. Requests whose
+decisions are ties but for rounding are drawn again; `conftest.py` says why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from experts.shard import ExpertShard
+from model.batch import Span
+from model.checkpoint import Checkpoint
+from model.kv_cache import KvCache
+from model.pages import PagePool
+from model.runner import ModelRunner
+from model.sampler import filtered_probabilities, uniform
+from model.transformer import Transformer
+from model.weights import load_attention_weights
+from octet.config import DecodeConfig, PrefillConfig
+from octet.messages import PrefillRequest
+from octet.request import Sampling
+from ops.local import DECODE, LocalEngine, load_slots
+from router.exchange import LocalExchange
+from router.placement import EMPTY, Placement, from_physical
+from router.routed_experts import RoutedExperts
+from tests.numerics.conftest import (
+    ARGMAX_MARGIN,
+    MAX_DRAWS,
+    ROUTING_MARGIN,
+    MakeReference,
+    Reference,
+    argmax_margin,
+    make_request,
+    random_prompt,
+)
+
+NUM_NEW_TOKENS = 32
+VOCAB_SIZE = 64  # Small, so that few boundaries between tokens lie near the number drawn.
+NUM_EXPERTS = 32
+DRAW_MARGIN = 1e-5
+"""Distance of a number drawn from the nearest boundary between two tokens. Logits were seen to change by 1e-5."""
+CUTOFF_MARGIN = 2e-6
+"""Distance of the probabilities cut off by `top_p` from `1 - top_p`, which is a tenth."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    prompt: list[int]
+    sampling: Sampling
+    choices: tuple[int, ...]
+    answer: list[list[int]]
+    """The token ids of each choice."""
+
+    def request(self) -> PrefillRequest:
+        return make_request(self.prompt, max_new_tokens=NUM_NEW_TOKENS, sampling=self.sampling, choices=self.choices)
+
+
+@pytest.fixture(scope="module")
+def reference(make_reference: MakeReference) -> Reference:
+    return make_reference("invariance", n_routed_experts=NUM_EXPERTS, num_hidden_layers=3, vocab_size=VOCAB_SIZE)
+
+
+@pytest.fixture(scope="module")
+def tasks(reference: Reference) -> list[Task]:
+    """Greedy ones, sampled ones, and one with three choices."""
+    with contextlib.closing(LocalEngine(reference.model_dir)) as engine:
+        greedy = [draw_task(reference, engine, length, sampled=False) for length in (1, 17, 64, 100)]
+        sampled = [draw_task(reference, engine, length, sampled=True) for length in (5, 16, 33, 70)]
+        return [*greedy, *sampled, draw_task(reference, engine, 26, sampled=True, choices=(0, 1, 2))]
+
+
+ENGINES: dict[str, dict[str, Any]] = {
+    "two_shards": {"num_shards": 2},
+    "three_uneven_shards": {"num_shards": 3},
+    "chunks_of_7": {"prefill": PrefillConfig(chunk_tokens=7)},
+    "chunks_of_64": {"prefill": PrefillConfig(chunk_tokens=64)},
+    "chunks_of_512": {"prefill": PrefillConfig(chunk_tokens=512)},
+    "one_prefill_at_a_time": {"prefill": PrefillConfig(max_requests=1)},
+    "pages_of_4": {"page_size": 4},
+    "pages_of_16": {"page_size": 16},
+    "batches_of_3": {"decode": DecodeConfig(max_batch=3)},
+    "batches_of_64": {"decode": DecodeConfig(max_batch=64)},
+}
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_tokens_do_not_depend_on_how_the_engine_cuts_the_work(
+    name: str, reference: Reference, tasks: Sequence[Task]
+) -> None:
+    with contextlib.closing(LocalEngine(reference.model_dir, **ENGINES[name])) as engine:
+        assert answers(engine, tasks) == [task.answer for task in tasks]
+
+
+def test_tokens_are_the_same_when_only_one_sequence_decodes_at_a_time(
+    reference: Reference, tasks: Sequence[Task]
+) -> None:
+    single = [task for task in tasks if len(task.choices) == 1]
+    with contextlib.closing(LocalEngine(reference.model_dir, decode=DecodeConfig(max_batch=1))) as engine:
+        assert answers(engine, single) == [task.answer for task in single]
+
+
+def test_tokens_do_not_depend_on_which_other_requests_there_are(reference: Reference, tasks: Sequence[Task]) -> None:
+    with contextlib.closing(LocalEngine(reference.model_dir)) as engine:
+        for _ in range(3):
+            some = random.sample(tasks, random.randint(2, len(tasks)))
+            assert answers(engine, some) == [task.answer for task in some]
+
+
+def test_evicted_sequences_are_recomputed_to_the_same_tokens(reference: Reference, tasks: Sequence[Task]) -> None:
+    with contextlib.closing(LocalEngine(reference.model_dir, page_size=4, decode_pages=48)) as engine:
+        assert answers(engine, tasks) == [task.answer for task in tasks]
+        assert engine.load()[DECODE].preemptions > 0, "there were pages for all"
+
+
+def test_the_evictions_of_a_run_leave_no_page_behind(reference: Reference, tasks: Sequence[Task]) -> None:
+    with contextlib.closing(LocalEngine(reference.model_dir, page_size=4, decode_pages=48)) as engine:
+        answers(engine, tasks)
+        load = engine.load()[DECODE]
+        assert load.kv_pages_free == load.kv_pages_total
+
+
+def test_a_choice_is_the_same_with_and_without_its_siblings(reference: Reference, tasks: Sequence[Task]) -> None:
+    siblings = tasks[-1]
+    with contextlib.closing(LocalEngine(reference.model_dir)) as engine:
+        alone = [
+            answers(engine, [dataclasses.replace(siblings, choices=(choice,))])[0][0] for choice in siblings.choices
+        ]
+    assert alone == siblings.answer
+
+
+def test_choices_of_one_request_differ(tasks: Sequence[Task]) -> None:
+    first, second, third = tasks[-1].answer
+    assert first != second != third != first
+
+
+def test_another_seed_gives_other_tokens(reference: Reference, tasks: Sequence[Task]) -> None:
+    siblings = tasks[-1]
+    sampling = dataclasses.replace(siblings.sampling, seed=siblings.sampling.seed ^ 1)
+    with contextlib.closing(LocalEngine(reference.model_dir)) as engine:
+        (other,) = answers(engine, [dataclasses.replace(siblings, sampling=sampling)])
+    assert all(answer not in siblings.answer for answer in other)
+
+
+def test_replicas_of_experts_give_the_same_tokens(reference: Reference, tasks: Sequence[Task]) -> None:
+    """Fed with the greedy answers, every position must ask for the token that follows."""
+    checkpoint = Checkpoint.open(reference.model_dir)
+    placement = random_placement(checkpoint.config.moe_layers, num_shards=3, slots_per_shard=14)
+    shards, runner = placed_runner(checkpoint, placement)
+    greedy = [task for task in tasks if task.sampling.greedy]
+    spans = [
+        Span(
+            token_ids=[*task.prompt, *task.answer[0][:-1]],
+            start=0,
+            pages=runner.pool.allocate(runner.pool.pages_for(len(task.prompt) + NUM_NEW_TOKENS)) or [],
+        )
+        for task in greedy
+    ]
+    hidden = runner.run(spans)
+    found = [
+        runner.logits(h_TH[len(task.prompt) - 1 :]).argmax(-1).tolist()
+        for h_TH, task in zip(hidden, greedy, strict=True)
+    ]
+    assert found == [task.answer[0] for task in greedy]
+    counts = [shard.counts() for shard in shards]
+    used = {layer: np.concatenate([counted[layer] for counted in counts]) > 0 for layer in placement.layers}
+    assert any(
+        used[layer][placement.logical_to_physical[row, expert, :2]].all()
+        for row, layer in enumerate(placement.layers)
+        for expert in np.flatnonzero(placement.num_replicas[row] > 1)
+    ), "no replica was used beside the first"
+
+
+def answers(engine: LocalEngine, tasks: Sequence[Task]) -> list[list[list[int]]]:
+    return engine.generate([task.request() for task in tasks], timeout_s=60.0)
+
+
+def draw_task(
+    reference: Reference, engine: LocalEngine, length: int, *, sampled: bool, choices: tuple[int, ...] = (0,)
+) -> Task:
+    for _ in range(MAX_DRAWS):
+        sampling = Sampling(temperature=0.8, top_p=0.9, seed=random.randrange(2**63)) if sampled else Sampling()
+        task = Task(prompt=random_prompt(length, VOCAB_SIZE), sampling=sampling, choices=choices, answer=[])
+        (answer,) = answers(engine, [task])
+        if all(is_clear(reference, task, choice, tokens) for choice, tokens in zip(choices, answer, strict=True)):
+            return dataclasses.replace(task, answer=answer)
+    raise AssertionError(f"{MAX_DRAWS} draws gave no clear request of {length} tokens")
+
+
+def is_clear(reference: Reference, task: Task, choice: int, token_ids: Sequence[int]) -> bool:
+    """Whether rounding can change no decision on the way to these tokens."""
+    judgement = reference.judge([*task.prompt, *token_ids[:-1]])
+    if judgement.routing_margin < ROUTING_MARGIN:
+        return False
+    logits_TV = judgement.logits_TV[len(task.prompt) - 1 :]
+    if task.sampling.greedy:
+        return argmax_margin(logits_TV) >= ARGMAX_MARGIN
+    return draw_is_clear(logits_TV, task, choice)
+
+
+def draw_is_clear(logits_TV: torch.Tensor, task: Task, choice: int) -> bool:
+    sampling = task.sampling
+    points = [uniform(sampling.seed, choice, len(task.prompt) + index) for index in range(len(logits_TV))]
+    boundaries_TV = filtered_probabilities(logits_TV, [sampling] * len(logits_TV)).cumsum(-1)
+    distances_TV = (boundaries_TV - torch.tensor(points, dtype=torch.float64).unsqueeze(1)).abs()
+    all_TV = (logits_TV.double() / sampling.temperature).softmax(-1)
+    cut_TV = all_TV.sort(dim=-1).values.cumsum(-1) - (1 - sampling.top_p)
+    return distances_TV.min().item() >= DRAW_MARGIN and cut_TV.abs().min().item() >= CUTOFF_MARGIN
+
+
+def random_placement(layers: Sequence[int], num_shards: int, slots_per_shard: int) -> Placement:
+    """Every expert once, then redundant ones, with two slots left empty, in another order for each layer."""
+    num_redundant = num_shards * slots_per_shard - NUM_EXPERTS - 2
+    rows = []
+    for _ in layers:
+        row = [*range(NUM_EXPERTS), *random.choices(range(NUM_EXPERTS), k=num_redundant), EMPTY, EMPTY]
+        rows.append(random.sample(row, len(row)))
+    return from_physical(np.array(rows, dtype=np.int32), layers, NUM_EXPERTS, num_shards, version=1)
+
+
+def placed_runner(checkpoint: Checkpoint, placement: Placement) -> tuple[list[ExpertShard], ModelRunner]:
+    config, cpu, dtype = checkpoint.config, torch.device("cpu"), torch.float32
+    weights = load_attention_weights(checkpoint, dtype, cpu)
+    shards = [
+        ExpertShard(load_slots(checkpoint, placement, shard, dtype, cpu)) for shard in range(placement.num_shards)
+    ]
+    gates = {index: layer.gate for index, layer in enumerate(weights.layers) if layer.gate is not None}
+    routed = RoutedExperts(config, gates, placement, LocalExchange([shard.serve for shard in shards]), cpu)
+    cache = KvCache(config, 64, 16, dtype, cpu)
+    return shards, ModelRunner(Transformer(config, weights, cache, 512), routed, PagePool(64, 16), cache, cpu)
