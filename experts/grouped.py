@@ -5,6 +5,8 @@ Shapes: `U` rows, `K` experts per row, `S` slots, `H` hidden, `I` intermediate, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -47,3 +49,31 @@ def count_slots(slots_UK: torch.Tensor, num_slots: int) -> torch.Tensor:
     """How many rows ask for each slot, `[S]`."""
     # Shifted by one so that "elsewhere" (-1) has a bin of its own, which is dropped.
     return torch.bincount(slots_UK.flatten().long() + 1, minlength=num_slots + 1)[1:]
+
+
+Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""`grouped_swiglu` without the counts."""
+
+MAX_ROWS = 192
+"""Rows of a call up to which the CPU kernel is the faster one; above them GEMMs over experts are."""
+
+
+def cpu_kernel() -> Kernel:
+    """The kernel for few rows, compiled and ready. Numba is imported here, so that GPU shards do without it."""
+    from experts import few_rows
+
+    few_rows.warm_up()
+
+    def compute(
+        x_UH: torch.Tensor,
+        slots_UK: torch.Tensor,
+        weights_UK: torch.Tensor,
+        gate_up: torch.Tensor,
+        down: torch.Tensor,
+    ) -> torch.Tensor:
+        y_UH = few_rows.swiglu_few_rows(
+            x_UH.numpy(), slots_UK.numpy(), weights_UK.numpy(), gate_up.numpy(), down.numpy()
+        )
+        return torch.from_numpy(y_UH)
+
+    return compute

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from experts.grouped import count_slots, grouped_swiglu
+from experts.grouped import MAX_ROWS, count_slots, cpu_kernel, grouped_swiglu
 from experts.slots import EMPTY, ExpertSlots
 from octet.errors import ExpertMissingError
 
@@ -33,6 +33,7 @@ class ExpertShard:
             layer: torch.tensor([expert == EMPTY for expert in experts]) for layer, experts in slots.held.items()
         }
         self._counts = {layer: np.zeros(len(experts), dtype=np.int64) for layer, experts in slots.held.items()}
+        self._few_rows = cpu_kernel() if slots.on_fp32_cpu else None
         self.num_rows = 0
 
     @torch.inference_mode()
@@ -44,14 +45,7 @@ class ExpertShard:
         if layer not in self._counts:
             raise ExpertMissingError(f"layer {layer}: this shard holds layers {sorted(self._counts)}")
         counts_S = self._count(layer, rows.slots_UK)
-        y_UH = grouped_swiglu(
-            rows.x_UH,
-            rows.slots_UK,
-            rows.weights_UK,
-            self._slots.gate_up[layer],
-            self._slots.down[layer],
-            counts_S,
-        )
+        y_UH = self._compute(layer, rows, counts_S)
         self._counts[layer] += counts_S.cpu().numpy()
         self.num_rows += len(rows.x_UH)
         return y_UH.to(rows.x_UH.dtype)
@@ -59,6 +53,12 @@ class ExpertShard:
     def counts(self) -> dict[int, npt.NDArray[np.int64]]:
         """Tokens served since the start, by layer and slot. A copy."""
         return {layer: counts.copy() for layer, counts in self._counts.items()}
+
+    def _compute(self, layer: int, rows: Rows, counts_S: torch.Tensor) -> torch.Tensor:
+        gate_up, down = self._slots.gate_up[layer], self._slots.down[layer]
+        if self._few_rows is not None and len(rows.x_UH) <= MAX_ROWS:
+            return self._few_rows(rows.x_UH, rows.slots_UK, rows.weights_UK, gate_up, down)
+        return grouped_swiglu(rows.x_UH, rows.slots_UK, rows.weights_UK, gate_up, down, counts_S)
 
     def _count(self, layer: int, slots_UK: torch.Tensor) -> torch.Tensor:
         missing_S = self._missing[layer]

@@ -59,6 +59,14 @@ class ExpertSlots:
     def num_slots(self) -> int:
         return max((len(experts) for experts in self.held.values()), default=0)
 
+    @property
+    def on_fp32_cpu(self) -> bool:
+        """Whether the kernel for few rows on a CPU applies; it takes columns in pairs."""
+        return all(
+            down.device.type == "cpu" and down.dtype == torch.float32 and down.shape[1] % 2 == 0
+            for down in self.down.values()
+        )
+
     def weight_bytes(self) -> int:
         """Bytes of the slots that hold an expert."""
         return sum(

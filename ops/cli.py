@@ -21,6 +21,9 @@ app = typer.Typer(
     help="Serve GLM-4.6-class mixture-of-experts models with separate prefill, decode and expert pools.",
 )
 
+bench = typer.Typer(no_args_is_help=True, help="Measure; every command prints ratios taken in one run.")
+app.add_typer(bench, name="bench")
+
 _DEFAULT_ADDRESS = "127.0.0.1:50051"
 _Address = Annotated[str, typer.Option("--grpc", help="host:port of a frontend.")]
 _ConfigFile = Annotated[
@@ -130,6 +133,17 @@ def demo() -> None:
     from ops.demo import demo as run
 
     run()
+
+
+@bench.command("memory")
+def bench_memory(
+    model_dir: Annotated[pathlib.Path | None, typer.Argument(help="Default: a random checkpoint of 111 M.")] = None,
+    experts: Annotated[int, typer.Option(min=1, help="Shards.")] = 2,
+) -> None:
+    """Resident memory of an expert shard, against its experts' weights."""
+    from ops.bench.memory import bench_memory as run
+
+    run(model_dir, experts)
 
 
 def _config(file: pathlib.Path | None, overrides: list[str] | None, flags: Mapping[str, object]) -> OctetConfig:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import threading
 import time
 import uuid
@@ -180,12 +181,18 @@ class Gloo:
 
 def form_groups(size: int, transfer_s: float) -> list[Group]:
     """Every rank of a new group, in this process. Each has a thread while they connect, as they wait for each other."""
-    host, name = GroupStore.host(HOST, CONNECT_S), uuid.uuid4().hex
-    stores = [host, *(GroupStore.join(host.address, CONNECT_S) for _ in range(size - 1))]
+    name = uuid.uuid4().hex
+    stores = [_store(rank) for rank in range(size)]
     with ThreadPoolExecutor(size) as pool:
         return list(
             pool.map(lambda rank: Group(stores[rank], name, rank, size, HOST, CONNECT_S, transfer_s), range(size))
         )
+
+
+@functools.cache
+def _store(rank: int) -> GroupStore:
+    """Connecting to a store takes seconds now and then, hence once per rank. Ranks cannot share one: each waits."""
+    return GroupStore.host(HOST, CONNECT_S) if rank == 0 else GroupStore.join(_store(0).address, CONNECT_S)
 
 
 def serve_until_closed(port: Port, serve: Serve) -> None:
@@ -265,7 +272,7 @@ class ExchangeConformance:
                 exchange.receive(exchange.send(4, rows))
 
     def test_an_exchange_goes_on_after_a_refusal(self) -> None:
-        shards = [Scale(0), Lacks(4, Scale(1)), Scale(2)]
+        shards: list[Serve] = [Scale(0), Lacks(4, Scale(1)), Scale(2)]
         with self.implementation.serve(shards, layout_of()) as exchange:
             for _ in range(3):
                 with pytest.raises(ExpertMissingError):

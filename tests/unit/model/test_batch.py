@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import torch
+
+from model.batch import Batch, Span, build_batch
+from model.pages import PagePool
+
+POOL = PagePool(16, 4)
+LONG = Span(token_ids=[10, 11, 12, 13, 14], start=0, pages=[3, 1])
+SINGLE = Span(token_ids=[20], start=6, pages=[5, 7])
+LATER = Span(token_ids=[30, 31], start=3, pages=[2, 9])
+OTHER_SINGLE = Span(token_ids=[40], start=0, pages=[8, 4])
+
+
+def built(*spans: Span) -> tuple[Batch, list[int]]:
+    return build_batch(spans, POOL, torch.device("cpu"))
+
+
+def test_single_token_spans_come_first() -> None:
+    batch, _ = built(LONG, SINGLE, LATER, OTHER_SINGLE)
+    assert batch.token_ids_T.tolist() == [20, 40, 10, 11, 12, 13, 14, 30, 31]
+
+
+def test_last_rows_are_in_the_order_of_the_spans() -> None:
+    batch, last_rows = built(LONG, SINGLE, LATER, OTHER_SINGLE)
+    assert batch.token_ids_T[last_rows].tolist() == [14, 20, 31, 40]
+
+
+def test_positions_count_from_the_start_of_each_span() -> None:
+    batch, _ = built(LONG, SINGLE, LATER)
+    assert batch.positions_T.tolist() == [6, 0, 1, 2, 3, 4, 3, 4]
+
+
+def test_each_token_writes_the_slot_of_its_position_in_its_own_pages() -> None:
+    batch, _ = built(LONG, SINGLE, LATER)
+    assert batch.kv_slots_T.tolist() == [30, 12, 13, 14, 15, 4, 11, 36]
+
+
+def test_a_later_span_reads_all_slots_up_to_its_end() -> None:
+    batch, _ = built(SINGLE, LATER)
+    assert batch.prefill[0].kv_slots.tolist() == [8, 9, 10, 11, 36]
+
+
+def test_the_rows_of_a_long_span_are_its_own() -> None:
+    batch, _ = built(LONG, SINGLE, LATER)
+    assert [batch.token_ids_T[span.rows].tolist() for span in batch.prefill] == [[10, 11, 12, 13, 14], [30, 31]]
+
+
+def test_a_span_from_the_start_needs_no_mask() -> None:
+    batch, _ = built(LONG)
+    assert batch.prefill[0].mask is None
+
+
+def test_a_later_token_sees_what_lies_before_its_span_and_itself() -> None:
+    batch, _ = built(LATER)
+    mask = batch.prefill[0].mask
+    assert mask is not None
+    assert mask.tolist() == [[True, True, True, True, False], [True] * 5]
+
+
+def test_decode_rows_see_only_positions_that_exist() -> None:
+    batch, _ = built(SINGLE, OTHER_SINGLE)
+    assert batch.decode is not None
+    assert batch.decode.mask_BL.tolist() == [[True] * 7 + [False], [True] + [False] * 7]
+
+
+def test_decode_page_tables_are_as_wide_as_the_longest_sequence_needs() -> None:
+    """A sequence may hold more pages than it has tokens for, or fewer than the longest."""
+    many = Span(token_ids=[1], start=0, pages=[6, 2, 3, 4])
+    few = Span(token_ids=[1], start=2, pages=[11])
+    batch, _ = built(SINGLE, many, few)
+    assert batch.decode is not None
+    assert batch.decode.pages_BP.tolist() == [[5, 7], [6, 2], [11, 0]]
+
+
+def test_long_spans_alone_have_no_decode_part() -> None:
+    batch, _ = built(LONG, LATER)
+    assert batch.decode is None

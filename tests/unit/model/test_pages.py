@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from model.pages import PagePool
+
+
+def allocated(pool: PagePool, count: int) -> list[int]:
+    pages = pool.allocate(count)
+    assert pages is not None
+    return pages
+
+
+@pytest.mark.parametrize(("num_tokens", "pages"), [(0, 0), (1, 1), (15, 1), (16, 1), (17, 2), (32, 2), (33, 3)])
+def test_tokens_take_whole_pages(num_tokens: int, pages: int) -> None:
+    assert PagePool(8, 16).pages_for(num_tokens) == pages
+
+
+def test_no_page_is_given_out_twice() -> None:
+    pool = PagePool(8, 16)
+    assert sorted(allocated(pool, 3) + allocated(pool, 5)) == list(range(8))
+
+
+def test_an_allocation_that_does_not_fit_takes_nothing() -> None:
+    pool = PagePool(8, 16)
+    allocated(pool, 5)
+    assert pool.allocate(4) is None
+    assert pool.num_free == 3
+
+
+def test_released_pages_can_be_allocated_again() -> None:
+    pool = PagePool(4, 16)
+    pool.release(allocated(pool, 4))
+    assert sorted(allocated(pool, 4)) == [0, 1, 2, 3]
+
+
+def test_a_shared_page_is_free_only_when_its_last_holder_releases_it() -> None:
+    pool = PagePool(1, 16)
+    page = allocated(pool, 1)
+    pool.share(page)
+    pool.release(page)
+    assert pool.num_free == 0
+    pool.release(page)
+    assert pool.num_free == 1
+
+
+def test_a_free_page_cannot_be_released() -> None:
+    pool = PagePool(2, 16)
+    with pytest.raises(AssertionError, match="released"):
+        pool.release([0])
+
+
+def test_a_free_page_cannot_be_shared() -> None:
+    pool = PagePool(2, 16)
+    with pytest.raises(AssertionError, match="shared"):
+        pool.share([0])
+
+
+def test_slots_follow_the_page_table() -> None:
+    assert PagePool(8, 4).slots([5, 2, 7], 3, 9) == [23, 8, 9, 10, 11, 28]
+
+
+def test_free_pages_are_those_that_nobody_holds_after_any_history() -> None:
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    pool, held = PagePool(20, 4), list[list[int]]()
+    for _ in range(500):
+        if held and rng.random() < 0.5:
+            pool.release(held.pop(rng.randrange(len(held))))
+        elif held and rng.random() < 0.3:
+            shared = rng.choice(held)
+            pool.share(shared)
+            held.append(shared)
+        elif (pages := pool.allocate(rng.randint(0, 6))) is not None:
+            assert not {page for table in held for page in table} & set(pages)
+            held.append(pages)
+        assert pool.num_free == 20 - len({page for table in held for page in table})

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import json
+import pathlib
+import random
+from typing import Any
+
+import pytest
+import torch
+from transformers import Glm4MoeConfig
+from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeTopkRouter
+
+from model.config import ModelConfig, read_config
+from model.weights import GateWeights
+from router.gate import select_experts
+
+HIDDEN_SIZE = 24
+NUM_TOKENS = 200
+
+GATES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "all_experts": {"num_experts_per_tok": 16},
+    "one_expert": {"num_experts_per_tok": 1},
+    "groups": {"n_group": 4, "topk_group": 2},
+    "one_group_of_eight": {"n_group": 8, "topk_group": 1, "num_experts_per_tok": 2},
+    "all_groups": {"n_group": 4, "topk_group": 4},
+    "unnormalised": {"norm_topk_prob": False},
+    "scaled": {"routed_scaling_factor": 2.5},
+    "glm_4_6": {"n_routed_experts": 160, "num_experts_per_tok": 8, "routed_scaling_factor": 2.5},
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_seed() -> None:
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    torch.manual_seed(seed)
+
+
+def config_of(model_dir: pathlib.Path, **changes: Any) -> ModelConfig:
+    fields = {
+        "architectures": ["Glm4MoeForCausalLM"],
+        "vocab_size": 10,
+        "hidden_size": HIDDEN_SIZE,
+        "intermediate_size": 8,
+        "moe_intermediate_size": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "n_routed_experts": 16,
+        "num_experts_per_tok": 4,
+    }
+    (model_dir / "config.json").write_text(json.dumps({**fields, **changes}))
+    return read_config(model_dir)
+
+
+def random_gate(config: ModelConfig) -> GateWeights:
+    weight = torch.randn(config.n_routed_experts, HIDDEN_SIZE) * 0.3
+    return GateWeights(weight=weight, correction_bias=torch.randn(config.n_routed_experts) * 0.2)
+
+
+def by_expert(expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Weights `[T, E]`, NaN where an expert was not chosen."""
+    return torch.full((len(weights_TK), num_experts), torch.nan).scatter(1, expert_ids_TK, weights_TK)
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_experts_and_weights_are_those_of_transformers(name: str, tmp_path: pathlib.Path) -> None:
+    config = config_of(tmp_path, **GATES[name])
+    gate, x_TH = random_gate(config), torch.randn(NUM_TOKENS, HIDDEN_SIZE)
+    reference: Any = Glm4MoeTopkRouter(Glm4MoeConfig.from_pretrained(tmp_path))
+    reference.load_state_dict({"weight": gate.weight, "e_score_correction_bias": gate.correction_bias})
+    with torch.inference_mode():
+        _, weights_TK, expert_ids_TK = reference(x_TH)
+    found = by_expert(*select_experts(x_TH, gate, config), config.n_routed_experts)
+    expected = by_expert(expert_ids_TK, weights_TK, config.n_routed_experts)
+    torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+def test_the_correction_bias_chooses_but_does_not_weigh(tmp_path: pathlib.Path) -> None:
+    config = config_of(tmp_path, num_experts_per_tok=2, norm_topk_prob=False)
+    gate = random_gate(config)
+    gate.correction_bias.zero_()[[3, 11]] = 10.0
+    x_TH = torch.randn(NUM_TOKENS, HIDDEN_SIZE)
+    expert_ids_TK, weights_TK = select_experts(x_TH, gate, config)
+    assert {tuple(sorted(row)) for row in expert_ids_TK.tolist()} == {(3, 11)}
+    torch.testing.assert_close(weights_TK, (x_TH @ gate.weight.T).sigmoid().gather(1, expert_ids_TK))
+
+
+def test_the_gate_of_a_bf16_model_computes_in_fp32(tmp_path: pathlib.Path) -> None:
+    config = config_of(tmp_path)
+    gate, x_TH = random_gate(config), torch.randn(NUM_TOKENS, HIDDEN_SIZE).bfloat16()
+    found, expected = select_experts(x_TH, gate, config), select_experts(x_TH.float(), gate, config)
+    assert found[1].dtype == torch.float32
+    assert found[0].equal(expected[0])
+    assert found[1].equal(expected[1])
+
+
+def test_normalised_weights_sum_to_the_scaling_factor(tmp_path: pathlib.Path) -> None:
+    config = config_of(tmp_path, routed_scaling_factor=2.5)
+    _, weights_TK = select_experts(torch.randn(NUM_TOKENS, HIDDEN_SIZE), random_gate(config), config)
+    torch.testing.assert_close(weights_TK.sum(-1), torch.full((NUM_TOKENS,), 2.5))

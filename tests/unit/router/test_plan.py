@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from router.placement import EMPTY, Placement, from_physical, place_evenly
+from router.plan import Planner, ShardPlan
+
+LAYER = 5
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Routing:
+    """A placement, and the experts that some tokens have chosen, with a weight for each."""
+
+    placement: Placement
+    expert_ids_TK: torch.Tensor
+    weights_TK: torch.Tensor
+
+    def plan(self) -> list[ShardPlan | None]:
+        return Planner(self.placement, torch.device("cpu")).plan(LAYER, self.expert_ids_TK, self.weights_TK)
+
+
+@st.composite
+def routings(draw: st.DrawFn) -> Routing:
+    num_experts, num_shards = draw(st.integers(1, 12)), draw(st.integers(1, 4))
+    redundant = draw(st.lists(st.integers(0, num_experts - 1), max_size=6))
+    slots = [*range(num_experts), *redundant]
+    slots += [EMPTY] * (-len(slots) % num_shards)
+    row = draw(st.permutations(slots))
+    other_layer = draw(st.permutations(slots))
+    placement = from_physical(
+        np.array([other_layer, row], dtype=np.int32), (LAYER - 1, LAYER), num_experts, num_shards, version=1
+    )
+    num_tokens, per_token = draw(st.integers(0, 12)), draw(st.integers(1, num_experts))
+    chosen = [draw(st.permutations(range(num_experts)))[:per_token] for _ in range(num_tokens)]
+    expert_ids_TK = torch.tensor(chosen, dtype=torch.long).view(num_tokens, per_token)
+    weights_TK = (torch.arange(num_tokens * per_token) + 1.0).view(num_tokens, per_token)
+    return Routing(placement=placement, expert_ids_TK=expert_ids_TK, weights_TK=weights_TK)
+
+
+def asked(routing: Routing) -> list[tuple[int, int, int, float]]:
+    """(shard, token, expert, weight) of every slot that some row asks for."""
+    placement = routing.placement
+    found = []
+    for shard, plan in enumerate(routing.plan()):
+        if plan is not None:
+            held = placement.held_by(shard)[placement.layers.index(LAYER)]
+            for token, slots, weights in zip(
+                plan.rows_U.tolist(), plan.slots_UK.tolist(), plan.weights_UK.tolist(), strict=True
+            ):
+                found += [
+                    (shard, token, int(held[slot]), weight)
+                    for slot, weight in zip(slots, weights, strict=True)
+                    if slot != EMPTY
+                ]
+    return found
+
+
+@given(routings())
+def test_every_choice_of_a_token_is_asked_for_exactly_once_with_its_weight(routing: Routing) -> None:
+    expected = Counter(
+        (token, expert, weight)
+        for token, (experts, weights) in enumerate(
+            zip(routing.expert_ids_TK.tolist(), routing.weights_TK.tolist(), strict=True)
+        )
+        for expert, weight in zip(experts, weights, strict=True)
+    )
+    assert Counter((token, expert, weight) for _, token, expert, weight in asked(routing)) == expected
+
+
+@given(routings())
+def test_a_token_goes_once_to_each_shard_that_is_asked_for_one_of_its_experts(routing: Routing) -> None:
+    needed = {(shard, token) for shard, token, _, _ in asked(routing)}
+    sent = [
+        (shard, token) for shard, plan in enumerate(routing.plan()) if plan is not None for token in plan.rows_U.tolist()
+    ]
+    assert sent == sorted(needed)
+
+
+@given(routings())
+def test_a_shard_that_no_token_needs_is_sent_nothing(routing: Routing) -> None:
+    needed = {shard for shard, _, _, _ in asked(routing)}
+    assert {shard for shard, plan in enumerate(routing.plan()) if plan is not None} == needed
+
+
+@given(routings())
+def test_slots_elsewhere_are_empty_and_weigh_nothing(routing: Routing) -> None:
+    for plan in routing.plan():
+        if plan is not None:
+            assert not plan.weights_UK[plan.slots_UK < 0].any()
+            assert (plan.slots_UK >= EMPTY).all()
+            assert (plan.slots_UK < routing.placement.slots_per_shard).all()
+
+
+@given(routings())
+def test_slots_travel_as_int32_and_weights_as_fp32(routing: Routing) -> None:
+    for plan in routing.plan():
+        if plan is not None:
+            assert (plan.slots_UK.dtype, plan.weights_UK.dtype) == (torch.int32, torch.float32)
+
+
+@given(st.integers(1, 4), st.integers(0, 30))
+def test_replicas_of_an_expert_take_its_tokens_in_turn(num_replicas: int, num_tokens: int) -> None:
+    row = np.array([[0] * num_replicas], dtype=np.int32)
+    routing = Routing(
+        placement=from_physical(row, (LAYER,), 1, num_replicas, version=1),
+        expert_ids_TK=torch.zeros(num_tokens, 1, dtype=torch.long),
+        weights_TK=torch.ones(num_tokens, 1),
+    )
+    assert {token: shard for shard, token, _, _ in asked(routing)} == {
+        token: token % num_replicas for token in range(num_tokens)
+    }
+
+
+def test_no_tokens_go_nowhere() -> None:
+    planner = Planner(place_evenly((LAYER,), 4, 2), torch.device("cpu"))
+    assert planner.plan(LAYER, torch.empty(0, 2, dtype=torch.long), torch.empty(0, 2)) == [None, None]
