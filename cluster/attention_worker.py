@@ -16,6 +16,7 @@ from typing import Protocol
 
 import torch
 
+from cluster.lanes import open_exchange, serving_dtype
 from cluster.members import Endpoint, MemberStatus, Role
 from cluster.plan import ServingPlan
 from cluster.process import resident_bytes
@@ -36,9 +37,7 @@ from prefill.handoff import KvSender
 from prefill.leases import LeaseTable
 from router.channel import GroupChannel, KvChannel
 from router.exchange import Exchange
-from router.frames import FrameLayout
 from router.group import Group, GroupStore
-from router.lane import LaneExchange
 from router.routed_experts import RoutedExperts
 
 _log = logging.getLogger(__name__)
@@ -66,7 +65,7 @@ class AttentionWorker:
         torch.set_num_threads(plan.threads[role])
         self._worker_id, self._role, self._plan, self._host, self._node_id = worker_id, role, plan, host, node_id
         self._device = torch.device(plan.device)
-        self._dtype = torch.float32 if plan.device == "cpu" else torch.bfloat16
+        self._dtype = serving_dtype(plan)
         self._mailbox = Mailbox(host)
         self._store = GroupStore.host(host, plan.config.ray.start_timeout_s)
         self._progress = LoadProgress(time.monotonic())
@@ -102,12 +101,8 @@ class AttentionWorker:
 
         Raises: LaneTimeoutError.
         """
-        plan, timeout_s = self._plan, self._plan.config.ray.start_timeout_s
         self._mailbox.connect(dict(peers))
-        num_shards = plan.config.pools.experts.size
-        name = lane_name(self._worker_id, plan)
-        group = Group(self._store, name, 0, num_shards + 1, self._host, timeout_s, plan.config.lane.timeout_s)
-        self._exchange = LaneExchange(group, num_shards, lane_layout(self._role, plan), plan.epoch)
+        self._exchange = open_exchange(self._worker_id, self._role, self._plan, self._store, self._host)
         kv_channels = {peer.worker_id: self._channel(peer) for peer in channels}
         self._engine = self._build_engine(self._exchange, kv_channels)
 
@@ -224,18 +219,3 @@ class AttentionWorker:
                 self._mailbox.send(to, message)
             except UnavailableError as error:
                 _log.warning("a %s is lost: %s", type(message).__name__, error)
-
-
-def lane_name(worker_id: WorkerId, plan: ServingPlan) -> str:
-    return f"lane/{worker_id}/{plan.epoch}"
-
-
-def lane_layout(role: Role, plan: ServingPlan) -> FrameLayout:
-    """Both ends of a lane derive the same layout from the plan."""
-    config = plan.config
-    return FrameLayout(
-        hidden_size=plan.model.hidden_size,
-        experts_per_token=plan.model.num_experts_per_tok,
-        max_rows=config.prefill.chunk_tokens if role == "prefill" else config.decode.max_batch,
-        dtype=torch.float32 if plan.device == "cpu" else torch.bfloat16,
-    )

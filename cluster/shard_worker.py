@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cluster.attention_worker import lane_layout, lane_name
+from cluster.lanes import open_port, serving_dtype
 from cluster.members import Endpoint, MemberStatus, Role
 from cluster.plan import ServingPlan
 from cluster.process import resident_bytes
@@ -20,8 +20,6 @@ from experts.shard import ExpertShard
 from experts.slots import ExpertSlots
 from model.checkpoint import Checkpoint, LoadProgress, LoadSnapshot
 from octet.ids import WorkerId
-from router.group import Group, GroupStore
-from router.lane import LanePort
 
 
 class ShardWorker:
@@ -47,8 +45,8 @@ class ShardWorker:
         held = {
             layer: row.tolist() for layer, row in zip(placement.layers, placement.held_by(self._number), strict=True)
         }
-        dtype = torch.float32 if self._plan.device == "cpu" else torch.bfloat16
-        self._shard = ExpertShard(ExpertSlots(checkpoint, held, dtype, self._device, self._progress))
+        slots = ExpertSlots(checkpoint, held, serving_dtype(self._plan), self._device, self._progress)
+        self._shard = ExpertShard(slots)
 
     def connect(self, workers: Sequence[tuple[Role, Endpoint]]) -> None:
         """Join the lane of every attention worker, in the given order, and serve them.
@@ -56,15 +54,9 @@ class ShardWorker:
         Raises: LaneTimeoutError.
         """
         assert self._shard is not None, "load comes before connect"
-        plan, timeout_s = self._plan, self._plan.config.ray.start_timeout_s
-        size = plan.config.pools.experts.size + 1
         self._loop = ShardLoop(self._shard)
         for role, peer in workers:
-            store = GroupStore.join(peer.store, timeout_s)
-            name = lane_name(peer.worker_id, plan)
-            lane_s = plan.config.lane.timeout_s
-            group = Group(store, name, self._number + 1, size, self._host, timeout_s, lane_s)
-            port = LanePort(group, lane_layout(role, plan), plan.epoch, lane_s)
+            port = open_port(peer, role, self._number, self._plan, self._host)
             self._loop.add(peer.worker_id, port, DECODE_FIRST if role == "decode" else PREFILL_AFTER)
         self._state = "READY"
 

@@ -99,9 +99,7 @@ class FrameLayout:
         self, buffer: torch.Tensor, epoch: Epoch, sequence: int, layer: int, rows: ExpertRows
     ) -> torch.Tensor:
         """The filled part of `buffer`. Raises: RequestLimitError."""
-        num_rows = len(rows.x_UH)
-        if num_rows > self.max_rows:
-            raise RequestLimitError(f"{num_rows} rows in one frame: found more than the lane's {self.max_rows}")
+        num_rows = self._checked(rows)
         size = self.call_bytes(num_rows)
         Header(
             kind=Kind.CALL,
@@ -111,23 +109,43 @@ class FrameLayout:
             num_rows=num_rows,
             payload_bytes=size - HEADER_BYTES,
         ).write(buffer)
-        view = self.rows(buffer, num_rows)
-        view.x_UH.copy_(rows.x_UH)
-        view.slots_UK.copy_(rows.slots_UK)
-        view.weights_UK.copy_(rows.weights_UK)
+        self._fill(self.rows(buffer, num_rows), rows)
         return buffer[:size]
 
     def rows(self, buffer: torch.Tensor, num_rows: int) -> ExpertRows:
         """The payload of a call, as views."""
-        slots_at = HEADER_BYTES + num_rows * self._x_bytes
+        return self.unpack_call(buffer[HEADER_BYTES:], num_rows)
+
+    def pack_call(self, rows: ExpertRows, device: torch.device) -> torch.Tensor:
+        """The payload of a call without its header, as a frame of its own. Raises: RequestLimitError."""
+        num_rows = self._checked(rows)
+        payload = torch.empty(self.call_bytes(num_rows) - HEADER_BYTES, dtype=torch.uint8, device=device)
+        self._fill(self.unpack_call(payload, num_rows), rows)
+        return payload
+
+    def unpack_call(self, payload: torch.Tensor, num_rows: int) -> ExpertRows:
+        """The inverse of `pack_call`, as views."""
+        slots_at = num_rows * self._x_bytes
         weights_at = slots_at + num_rows * self._k_bytes
         end = weights_at + num_rows * self._k_bytes
         return ExpertRows(
-            x_UH=buffer[HEADER_BYTES:slots_at].view(self.dtype).view(num_rows, self.hidden_size),
-            slots_UK=buffer[slots_at:weights_at].view(torch.int32).view(num_rows, self.experts_per_token),
-            weights_UK=buffer[weights_at:end].view(torch.float32).view(num_rows, self.experts_per_token),
+            x_UH=payload[:slots_at].view(self.dtype).view(num_rows, self.hidden_size),
+            slots_UK=payload[slots_at:weights_at].view(torch.int32).view(num_rows, self.experts_per_token),
+            weights_UK=payload[weights_at:end].view(torch.float32).view(num_rows, self.experts_per_token),
         )
 
     def reply(self, buffer: torch.Tensor, num_rows: int) -> torch.Tensor:
         """The payload of a reply `[U, H]`, as a view."""
         return buffer[HEADER_BYTES : self.reply_bytes(num_rows)].view(self.dtype).view(num_rows, self.hidden_size)
+
+    def _checked(self, rows: ExpertRows) -> int:
+        num_rows = len(rows.x_UH)
+        if num_rows > self.max_rows:
+            raise RequestLimitError(f"{num_rows} rows in one frame: found more than the lane's {self.max_rows}")
+        return num_rows
+
+    @staticmethod
+    def _fill(view: ExpertRows, rows: ExpertRows) -> None:
+        view.x_UH.copy_(rows.x_UH)
+        view.slots_UK.copy_(rows.slots_UK)
+        view.weights_UK.copy_(rows.weights_UK)

@@ -16,7 +16,6 @@ from torch.distributed import DistError
 
 from octet.errors import LaneError, LaneTimeoutError, PeerLostError
 
-
 _FRAMES, _NOTHING = 0, 1
 """Tags: everything is sent with the first, nothing ever with the second."""
 

@@ -71,7 +71,7 @@ def test_a_mixed_batch_is_filtered_as_by_the_warpers_of_transformers() -> None:
 
 
 def warped(logits_V: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    nothing = torch.empty(1, 0, dtype=torch.long)
+    nothing: Any = torch.empty(1, 0, dtype=torch.long)
     scores: Any = TemperatureLogitsWarper(sampling.temperature)(nothing, logits_V.unsqueeze(0)).double()
     if sampling.top_k > 0:
         scores = TopKLogitsWarper(sampling.top_k)(nothing, scores)

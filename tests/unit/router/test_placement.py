@@ -80,7 +80,7 @@ def test_slots_that_do_not_divide_by_the_shards_are_refused() -> None:
 
 
 def test_rows_that_do_not_match_the_layers_are_refused() -> None:
-    with pytest.raises(ValueError, match="1 rows .* do not fit 2 layers"):
+    with pytest.raises(ValueError, match=r"1 rows .* do not fit 2 layers"):
         from_physical(np.array([[0, 1]], dtype=np.int32), (1, 2), 2, 1, version=1)
 
 

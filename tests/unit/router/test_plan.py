@@ -78,7 +78,10 @@ def test_every_choice_of_a_token_is_asked_for_exactly_once_with_its_weight(routi
 def test_a_token_goes_once_to_each_shard_that_is_asked_for_one_of_its_experts(routing: Routing) -> None:
     needed = {(shard, token) for shard, token, _, _ in asked(routing)}
     sent = [
-        (shard, token) for shard, plan in enumerate(routing.plan()) if plan is not None for token in plan.rows_U.tolist()
+        (shard, token)
+        for shard, plan in enumerate(routing.plan())
+        if plan is not None
+        for token in plan.rows_U.tolist()
     ]
     assert sent == sorted(needed)
 

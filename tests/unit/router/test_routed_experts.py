@@ -15,6 +15,7 @@ from experts.shard import ExpertShard
 from experts.slots import ExpertSlots
 from model.census import required_tensors
 from model.checkpoint import Checkpoint
+from model.config import read_config
 from model.weights import GateWeights
 from octet.errors import ExpertMissingError
 from router.exchange import LocalExchange
@@ -52,8 +53,8 @@ def checkpoint(tmp_path: pathlib.Path) -> Checkpoint:
         "num_nextn_predict_layers": 0,
     }
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    config_tensors = required_tensors(Checkpoint.open.__func__ and _config(tmp_path))
-    save_file({name: torch.randn(shape) * 0.3 for name, shape in config_tensors.items()}, tmp_path / "model.safetensors")
+    shapes = required_tensors(read_config(tmp_path))
+    save_file({name: torch.randn(shape) * 0.3 for name, shape in shapes.items()}, tmp_path / "model.safetensors")
     return Checkpoint.open(tmp_path)
 
 
@@ -63,3 +64,97 @@ def gates() -> dict[int, GateWeights]:
         layer: GateWeights(weight=torch.randn(NUM_EXPERTS, HIDDEN_SIZE), correction_bias=torch.randn(NUM_EXPERTS))
         for layer in LAYERS
     }
+
+
+def routed_over(
+    checkpoint: Checkpoint,
+    gates: dict[int, GateWeights],
+    placement: Placement,
+    held: Sequence[dict[int, list[int]]] | None = None,
+) -> RoutedExperts:
+    """Shards that hold what the placement says, or something else."""
+    rows = held or [
+        dict(zip(placement.layers, placement.held_by(shard).tolist(), strict=True))
+        for shard in range(placement.num_shards)
+    ]
+    shards = [ExpertShard(ExpertSlots(checkpoint, row, torch.float32, CPU)) for row in rows]
+    exchange = LocalExchange([shard.serve for shard in shards])
+    return RoutedExperts(checkpoint.config, gates, placement, exchange, CPU)
+
+
+def dense(checkpoint: Checkpoint, layer: int, x_TH: torch.Tensor, gate: GateWeights) -> torch.Tensor:
+    """Each token's experts, one at a time."""
+    y_TH = torch.zeros_like(x_TH)
+    for token, (experts, weights) in enumerate(zip(*select_experts(x_TH, gate, checkpoint.config), strict=True)):
+        for expert, weight in zip(experts.tolist(), weights.tolist(), strict=True):
+            names = [f"model.layers.{layer}.mlp.experts.{expert}.{part}_proj.weight" for part in ("gate", "up", "down")]
+            gate_proj, up_proj, down_proj = checkpoint.read(names, torch.float32).values()
+            x_H = x_TH[token]
+            y_TH[token] += weight * (down_proj @ (F.silu(gate_proj @ x_H) * (up_proj @ x_H)))
+    return y_TH
+
+
+def replicated(num_shards: int) -> Placement:
+    """Every expert twice, anywhere, and some empty slots."""
+    slots = [*range(NUM_EXPERTS), *range(NUM_EXPERTS)]
+    slots += [EMPTY] * (num_shards - len(slots) % num_shards)
+    rows = np.array([random.sample(slots, len(slots)) for _ in LAYERS], dtype=np.int32)
+    return from_physical(rows, LAYERS, NUM_EXPERTS, num_shards, version=1)
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 3, 8])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_shards_together_equal_a_loop_over_the_experts(
+    checkpoint: Checkpoint, gates: dict[int, GateWeights], num_shards: int, layer: int
+) -> None:
+    routed = routed_over(checkpoint, gates, place_evenly(LAYERS, NUM_EXPERTS, num_shards))
+    x_TH = torch.randn(NUM_TOKENS, HIDDEN_SIZE)
+    found = routed.combine(routed.dispatch(layer, x_TH))
+    torch.testing.assert_close(found, dense(checkpoint, layer, x_TH, gates[layer]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_shards", [1, 3])
+def test_replicas_equal_a_loop_over_the_experts(
+    checkpoint: Checkpoint, gates: dict[int, GateWeights], num_shards: int
+) -> None:
+    routed = routed_over(checkpoint, gates, replicated(num_shards))
+    x_TH = torch.randn(NUM_TOKENS, HIDDEN_SIZE)
+    found = routed.combine(routed.dispatch(2, x_TH))
+    torch.testing.assert_close(found, dense(checkpoint, 2, x_TH, gates[2]), rtol=1e-4, atol=1e-4)
+
+
+def test_two_rounds_may_be_open_at_once(checkpoint: Checkpoint, gates: dict[int, GateWeights]) -> None:
+    routed = routed_over(checkpoint, gates, place_evenly(LAYERS, NUM_EXPERTS, 2))
+    first_TH, second_TH = torch.randn(5, HIDDEN_SIZE), torch.randn(9, HIDDEN_SIZE)
+    first, second = routed.dispatch(1, first_TH), routed.dispatch(1, second_TH)
+    torch.testing.assert_close(routed.combine(first), dense(checkpoint, 1, first_TH, gates[1]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(routed.combine(second), dense(checkpoint, 1, second_TH, gates[1]), rtol=1e-4, atol=1e-4)
+
+
+def test_sums_over_shards_of_a_bf16_model_are_fp32(checkpoint: Checkpoint, gates: dict[int, GateWeights]) -> None:
+    placement = place_evenly(LAYERS, NUM_EXPERTS, 2)
+    rows = [dict(zip(LAYERS, placement.held_by(shard).tolist(), strict=True)) for shard in range(2)]
+    shards = [ExpertShard(ExpertSlots(checkpoint, row, torch.bfloat16, CPU)) for row in rows]
+    exchange = LocalExchange([shard.serve for shard in shards])
+    routed = RoutedExperts(checkpoint.config, gates, placement, exchange, CPU)
+    x_TH = torch.randn(NUM_TOKENS, HIDDEN_SIZE).bfloat16()
+    assert routed.combine(routed.dispatch(1, x_TH)).dtype == torch.float32
+
+
+def test_a_missing_expert_is_an_error_and_never_zeros(checkpoint: Checkpoint, gates: dict[int, GateWeights]) -> None:
+    gates[1].correction_bias[3] = 10.0
+    held = [{layer: [EMPTY if expert == 3 else expert for expert in range(NUM_EXPERTS)] for layer in LAYERS}]
+    routed = routed_over(checkpoint, gates, place_evenly(LAYERS, NUM_EXPERTS, 1), held)
+    with pytest.raises(ExpertMissingError, match=r"no expert in slots \[3\]"):
+        routed.dispatch(1, torch.randn(NUM_TOKENS, HIDDEN_SIZE))
+
+
+def test_a_missing_expert_that_nobody_asks_for_does_no_harm(
+    checkpoint: Checkpoint, gates: dict[int, GateWeights]
+) -> None:
+    gates[1].correction_bias[3] = -10.0
+    held = [{layer: [EMPTY if expert == 3 else expert for expert in range(NUM_EXPERTS)] for layer in LAYERS}]
+    routed = routed_over(checkpoint, gates, place_evenly(LAYERS, NUM_EXPERTS, 1), held)
+    x_TH = torch.randn(NUM_TOKENS, HIDDEN_SIZE)
+    found = routed.combine(routed.dispatch(1, x_TH))
+    torch.testing.assert_close(found, dense(checkpoint, 1, x_TH, gates[1]), rtol=1e-4, atol=1e-4)

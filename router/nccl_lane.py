@@ -1,0 +1,206 @@
+"""A lane over NCCL: frames between GPUs, each announced by a header over the lane's CPU group.
+
+An NCCL receive occupies multiprocessors until its sender comes, and a shard has as many lanes as there are attention
+workers. So nobody posts one before it knows that the frame is there, and how long it is: the header says so, over
+gloo. Silence and lost peers are likewise noticed on the CPU group, where a wait costs nothing.
+
+Ranks are those of the CPU group: the attention worker is 0, shard `i` is `i + 1`.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from octet.errors import ExpertMissingError, LaneError
+from octet.ids import Epoch
+from router.exchange import Call, ExpertRows, Ticket
+from router.frames import HEADER_BYTES, FrameLayout, Header, Kind
+from router.group import Group, GroupStore, Transfer
+from router.lane import OPEN_ROUNDS
+
+
+class NcclGroup:
+    """All-to-all of frames among the ranks of a lane, on the current CUDA stream."""
+
+    def __init__(self, store: GroupStore, name: str, rank: int, size: int, device: torch.device) -> None:
+        """Every rank connects at the same time."""
+        from torch._C._distributed_c10d import ProcessGroupNCCL
+
+        nccl: Any = ProcessGroupNCCL
+        self._group = nccl(store.prefix(f"{name}/nccl"), rank, size, nccl.Options())
+        self._size, self._nothing = size, torch.empty(0, dtype=torch.uint8, device=device)
+        # NCCL connects at its first exchange; that must not fall into a request.
+        here = [torch.zeros(1, dtype=torch.uint8, device=device) for _ in range(size)]
+        self._group.alltoall([torch.empty_like(part) for part in here], here).wait()
+
+    def exchange(self, sends: dict[int, torch.Tensor], receives: dict[int, torch.Tensor]) -> None:
+        """Send and receive flat uint8 frames by rank; ranks without one are left out. The stream waits, the host
+        does not."""
+        outputs = [receives.get(rank, self._nothing) for rank in range(self._size)]
+        inputs = [sends.get(rank, self._nothing) for rank in range(self._size)]
+        self._group.alltoall(outputs, inputs).wait()
+
+    def abort(self) -> None:
+        self._group.abort()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Round:
+    """One dispatch under way. `headers` are what the shards announce their replies with."""
+
+    layer: int
+    sequence: int
+    num_rows: list[int]
+    headers: list[torch.Tensor | None]
+    announced: list[Transfer | None]
+
+
+class NcclLaneExchange:
+    """The attention worker's end. Belongs to one thread and its CUDA stream."""
+
+    def __init__(
+        self, control: Group, data: NcclGroup, num_shards: int, layout: FrameLayout, epoch: Epoch, device: torch.device
+    ) -> None:
+        self._control, self._data, self._num_shards = control, data, num_shards
+        self._layout, self._epoch, self._device = layout, epoch, device
+        self._open: collections.deque[_Round] = collections.deque()
+        self._sequence = 0
+
+    @property
+    def num_shards(self) -> int:
+        return self._num_shards
+
+    def send(self, layer: int, rows: Sequence[ExpertRows | None]) -> Ticket:
+        if len(self._open) == OPEN_ROUNDS:
+            raise LaneError(f"{OPEN_ROUNDS} rounds are under way: receive one first")
+        frames = {
+            shard + 1: self._layout.pack_call(part, self._device) for shard, part in enumerate(rows) if part is not None
+        }
+        num_rows = [0 if part is None else len(part.x_UH) for part in rows]
+        headers: list[torch.Tensor | None] = [None] * self._num_shards
+        announced: list[Transfer | None] = [None] * self._num_shards
+        for rank in frames:
+            shard = rank - 1
+            header = torch.empty(HEADER_BYTES, dtype=torch.uint8)
+            headers[shard], announced[shard] = header, self._control.receive(header, rank)
+            self._announce(rank, Kind.CALL, layer, num_rows[shard], len(frames[rank]))
+        if frames:
+            self._data.exchange(frames, {})
+        started = _Round(layer, self._sequence, num_rows, headers, announced)
+        self._open.append(started)
+        self._sequence += 1
+        return started
+
+    def receive(self, ticket: Ticket) -> list[torch.Tensor | None]:
+        assert self._open, "no round is under way"
+        assert ticket is self._open[0], "rounds are received in the order in which they were sent"
+        current = self._open.popleft()
+        replies: list[torch.Tensor | None] = [None] * self._num_shards
+        frames: dict[int, torch.Tensor] = {}
+        refused: list[int] = []
+        for shard, (raw, transfer) in enumerate(zip(current.headers, current.announced, strict=True)):
+            if raw is None or transfer is None:
+                continue
+            transfer.wait()
+            header = Header.read(raw, self._epoch)
+            if header.sequence != current.sequence:
+                raise LaneError(f"shard {shard} answered frame {header.sequence}, expected {current.sequence}")
+            if header.kind is Kind.REFUSAL:
+                refused.append(shard)
+            frame = torch.empty(header.payload_bytes, dtype=torch.uint8, device=self._device)
+            frames[shard + 1] = frame
+            replies[shard] = frame
+        if frames:
+            self._data.exchange({}, frames)
+        if refused:
+            texts = (bytes(frames[shard + 1].tolist()).decode(errors="replace") for shard in refused)
+            raise ExpertMissingError("; ".join(f"shard {s}: {text}" for s, text in zip(refused, texts, strict=True)))
+        hidden, dtype = self._layout.hidden_size, self._layout.dtype
+        return [None if frame is None else frame.view(dtype).view(-1, hidden) for frame in replies]
+
+    def heartbeat(self) -> None:
+        for rank in range(1, self._num_shards + 1):
+            self._announce(rank, Kind.HEARTBEAT)
+
+    def close(self) -> None:
+        """Tell every shard, and break the connections."""
+        try:
+            for rank in range(1, self._num_shards + 1):
+                self._announce(rank, Kind.CLOSE)
+        except LaneError:
+            # A shard that is gone already needs no telling.
+            return
+        finally:
+            self._control.abort()
+            self._data.abort()
+
+    def _announce(self, rank: int, kind: Kind, layer: int = 0, num_rows: int = 0, payload_bytes: int = 0) -> None:
+        frame = torch.empty(HEADER_BYTES, dtype=torch.uint8)
+        Header(
+            kind=kind,
+            epoch=self._epoch,
+            sequence=self._sequence,
+            layer=layer,
+            num_rows=num_rows,
+            payload_bytes=payload_bytes,
+        ).write(frame)
+        self._control.send(frame, rank).wait()
+
+
+class NcclLanePort:
+    """A shard's end. One thread receives, another may reply; both use the device's current stream."""
+
+    def __init__(
+        self,
+        control: Group,
+        data: NcclGroup,
+        layout: FrameLayout,
+        epoch: Epoch,
+        timeout_s: float,
+        device: torch.device,
+    ) -> None:
+        self._control, self._data, self._layout = control, data, layout
+        self._epoch, self._timeout_s, self._device = epoch, timeout_s, device
+
+    def receive(self) -> Call | None:
+        raw = torch.empty(HEADER_BYTES, dtype=torch.uint8)
+        while True:
+            self._control.receive(raw, 0).wait(self._timeout_s)
+            header = Header.read(raw, self._epoch)
+            if header.kind is Kind.CLOSE:
+                return None
+            if header.kind is Kind.CALL:
+                frame = torch.empty(header.payload_bytes, dtype=torch.uint8, device=self._device)
+                self._data.exchange({}, {0: frame})
+                rows = self._layout.unpack_call(frame, header.num_rows)
+                return Call(layer=header.layer, rows=rows, sequence=header.sequence)
+
+    def reply(self, call: Call, y_UH: torch.Tensor) -> None:
+        frame = y_UH.to(self._layout.dtype).contiguous().view(-1).view(torch.uint8)
+        self._post(call, Kind.REPLY, len(y_UH), frame)
+
+    def refuse(self, call: Call, error: Exception) -> None:
+        text = list(str(error).encode())
+        self._post(call, Kind.REFUSAL, 0, torch.tensor(text, dtype=torch.uint8, device=self._device))
+
+    def close(self) -> None:
+        self._control.abort()
+        self._data.abort()
+
+    def _post(self, call: Call, kind: Kind, num_rows: int, frame: torch.Tensor) -> None:
+        header = torch.empty(HEADER_BYTES, dtype=torch.uint8)
+        Header(
+            kind=kind,
+            epoch=self._epoch,
+            sequence=call.sequence,
+            layer=call.layer,
+            num_rows=num_rows,
+            payload_bytes=len(frame),
+        ).write(header)
+        self._control.send(header, 0).wait()
+        self._data.exchange({0: frame}, {})

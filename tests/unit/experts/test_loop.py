@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import pytest
+import torch
+
+from experts.loop import DECODE_FIRST, PREFILL_AFTER, ShardLoop
+from experts.shard import ExpertShard, Rows
+from octet.errors import ExpertMissingError, LaneError, PeerLostError
+from router.exchange import Call, ExpertRows
+from tests.exchange_conformance import Gloo, LaneSettings, Scale, assert_answered, random_rows
+
+PATIENT_S = 20.0
+
+
+class FakeShard:
+    """Says what it serves, and waits to be let go on."""
+
+    def __init__(self) -> None:
+        self.served: list[int] = []
+        self.at_work = threading.Event()
+        self.may_go_on = threading.Event()
+        self.may_go_on.set()
+
+    def serve(self, layer: int, rows: Rows) -> torch.Tensor:
+        self.served.append(layer)
+        self.at_work.set()
+        assert self.may_go_on.wait(PATIENT_S)
+        if layer < 0:
+            raise ExpertMissingError(f"layer {layer} is not here")
+        return rows.x_UH * layer
+
+
+class FakeLane:
+    """A lane's end whose other end is the test."""
+
+    def __init__(self, *layers: int) -> None:
+        self._incoming: queue.Queue[Call | Exception | None] = queue.Queue()
+        self.answers: queue.Queue[tuple[int, torch.Tensor | Exception]] = queue.Queue()
+        self.all_received, self.closed = threading.Event(), threading.Event()
+        self.broken_for_replies = False
+        for layer in layers:
+            self.ask(layer)
+
+    def ask(self, layer: int) -> None:
+        rows = ExpertRows(x_UH=torch.ones(1, 2), slots_UK=torch.zeros(1, 1).int(), weights_UK=torch.ones(1, 1))
+        self._incoming.put(Call(layer=layer, rows=rows, sequence=0))
+
+    def end(self, error: Exception | None) -> None:
+        self._incoming.put(error)
+
+    def receive(self) -> Call | None:
+        if self._incoming.empty():
+            self.all_received.set()
+        item = self._incoming.get()
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    def reply(self, call: Call, y_UH: torch.Tensor) -> None:
+        if self.broken_for_replies:
+            raise PeerLostError("the other end is gone")
+        self.answers.put((call.layer, y_UH))
+
+    def refuse(self, call: Call, error: Exception) -> None:
+        self.answers.put((call.layer, error))
+
+    def close(self) -> None:
+        self.closed.set()
+        self._incoming.put(None)
+
+
+@pytest.fixture
+def shard() -> FakeShard:
+    return FakeShard()
+
+
+@pytest.fixture
+def loop(shard: FakeShard) -> Iterator[ShardLoop]:
+    loop = ShardLoop(cast(ExpertShard, shard))
+    yield loop
+    shard.may_go_on.set()
+    loop.close(PATIENT_S)
+
+
+def until(happened: Callable[[], bool]) -> None:
+    """Wait for a state that nothing announces."""
+    tick = threading.Event()
+    for _ in range(2000):
+        if happened():
+            return
+        tick.wait(0.01)
+    raise AssertionError("it did not happen")
+
+
+def test_decode_frames_are_served_before_waiting_prefill_frames(loop: ShardLoop, shard: FakeShard) -> None:
+    shard.may_go_on.clear()
+    prefill, decode = FakeLane(1, 2, 3), FakeLane(11, 12)
+    loop.add("prefill-0", prefill, PREFILL_AFTER)
+    assert shard.at_work.wait(PATIENT_S)
+    assert prefill.all_received.wait(PATIENT_S)
+    loop.add("decode-0", decode, DECODE_FIRST)
+    assert decode.all_received.wait(PATIENT_S)
+    shard.may_go_on.set()
+    until(lambda: len(shard.served) == 5)
+    assert shard.served == [1, 11, 12, 2, 3]
+
+
+def test_frames_of_equal_priority_are_served_in_order_of_arrival(loop: ShardLoop, shard: FakeShard) -> None:
+    shard.may_go_on.clear()
+    lanes = [FakeLane(number, number + 10) for number in range(1, 5)]
+    for number, lane in enumerate(lanes):
+        loop.add(f"decode-{number}", lane, DECODE_FIRST)
+        assert lane.all_received.wait(PATIENT_S)
+    shard.may_go_on.set()
+    until(lambda: len(shard.served) == 8)
+    assert shard.served == [1, 11, 2, 12, 3, 13, 4, 14]
+
+
+def test_an_answer_goes_back_on_the_lane_that_asked(loop: ShardLoop) -> None:
+    lanes = {name: FakeLane(layer) for layer, name in enumerate(["prefill-0", "decode-0", "decode-1"], start=5)}
+    for name, lane in lanes.items():
+        loop.add(name, lane, DECODE_FIRST)
+    assert [lane.answers.get(timeout=PATIENT_S)[0] for lane in lanes.values()] == [5, 6, 7]
+
+
+def test_a_failing_call_is_refused_with_its_error(loop: ShardLoop) -> None:
+    lane = FakeLane(-1)
+    loop.add("decode-0", lane, DECODE_FIRST)
+    _, error = lane.answers.get(timeout=PATIENT_S)
+    assert isinstance(error, ExpertMissingError)
+
+
+def test_the_loop_goes_on_after_a_failing_call(loop: ShardLoop) -> None:
+    lane = FakeLane(-1, 4)
+    loop.add("decode-0", lane, DECODE_FIRST)
+    lane.answers.get(timeout=PATIENT_S)
+    layer, y_UH = lane.answers.get(timeout=PATIENT_S)
+    assert layer == 4
+    assert isinstance(y_UH, torch.Tensor)
+
+
+@pytest.mark.parametrize("error", [PeerLostError("gone"), None, RuntimeError("not foreseen")], ids=repr)
+def test_a_lane_that_ends_is_closed_and_retired(loop: ShardLoop, error: Exception | None) -> None:
+    lane = FakeLane()
+    loop.add("decode-0", lane, DECODE_FIRST)
+    lane.end(error)
+    assert lane.closed.wait(PATIENT_S)
+    until(lambda: loop.lanes == [])
+
+
+def test_other_lanes_are_served_after_one_breaks(loop: ShardLoop) -> None:
+    broken, whole = FakeLane(), FakeLane()
+    loop.add("decode-0", broken, DECODE_FIRST)
+    loop.add("decode-1", whole, DECODE_FIRST)
+    broken.end(LaneError("broken"))
+    until(lambda: loop.lanes == ["decode-1"])
+    whole.ask(9)
+    assert whole.answers.get(timeout=PATIENT_S)[0] == 9
+
+
+def test_a_reply_to_a_broken_lane_does_not_end_the_loop(loop: ShardLoop) -> None:
+    broken, whole = FakeLane(), FakeLane()
+    broken.broken_for_replies = True
+    loop.add("decode-0", broken, DECODE_FIRST)
+    broken.ask(8)
+    loop.add("decode-1", whole, DECODE_FIRST)
+    whole.ask(9)
+    assert whole.answers.get(timeout=PATIENT_S)[0] == 9
+
+
+def test_a_lane_that_broke_is_logged_with_its_reason(loop: ShardLoop, caplog: pytest.LogCaptureFixture) -> None:
+    lane = FakeLane()
+    with caplog.at_level(logging.WARNING, logger="experts.loop"):
+        loop.add("prefill-3", lane, PREFILL_AFTER)
+        lane.end(PeerLostError("its process is gone"))
+        until(lambda: loop.lanes == [])
+    assert "prefill-3" in caplog.text
+    assert "its process is gone" in caplog.text
+
+
+def test_closing_closes_every_lane(shard: FakeShard) -> None:
+    loop = ShardLoop(cast(ExpertShard, shard))
+    lanes = [FakeLane(), FakeLane()]
+    for number, lane in enumerate(lanes):
+        loop.add(f"decode-{number}", lane, DECODE_FIRST)
+    loop.close(PATIENT_S)
+    assert all(lane.closed.is_set() for lane in lanes)
+    assert loop.lanes == []
+
+
+def test_it_serves_real_lanes_of_several_attention_workers() -> None:
+    class Scaling:
+        def serve(self, layer: int, rows: Any) -> torch.Tensor:
+            return Scale(0)(layer, rows)
+
+    loop = ShardLoop(cast(ExpertShard, Scaling()))
+    settings = LaneSettings(num_shards=1)
+    with Gloo().open(settings) as prefill, Gloo().open(settings) as decode:
+        loop.add("prefill-0", prefill.ports[0], PREFILL_AFTER)
+        loop.add("decode-0", decode.ports[0], DECODE_FIRST)
+        for layer in range(4):
+            for lane in (prefill, decode):
+                sent = [random_rows(3 + layer, settings.layout)]
+                assert_answered(lane.exchange.receive(lane.exchange.send(layer, sent)), [Scale(0)], layer, sent)
+        prefill.exchange.close()
+        until(lambda: loop.lanes == ["decode-0"])
+        loop.close(PATIENT_S)

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import json
+import pathlib
+import random
+from collections.abc import Sequence
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from experts.grouped import count_slots, grouped_swiglu
+from experts.shard import ExpertShard
+from experts.slots import EMPTY, ExpertSlots
+from model.census import required_tensors
+from model.checkpoint import Checkpoint
+from model.config import read_config
+from octet.errors import ExpertMissingError
+from router.exchange import ExpertRows
+
+HIDDEN_SIZE = 16
+HELD = {1: [4, EMPTY, 0], 2: [5, 2, 3]}
+
+
+@pytest.fixture
+def slots(tmp_path: pathlib.Path) -> ExpertSlots:
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    torch.manual_seed(seed)
+    fields = {
+        "architectures": ["Glm4MoeForCausalLM"],
+        "vocab_size": 10,
+        "hidden_size": HIDDEN_SIZE,
+        "intermediate_size": 8,
+        "moe_intermediate_size": 8,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "n_routed_experts": 6,
+        "num_experts_per_tok": 2,
+        "num_nextn_predict_layers": 0,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    shapes = required_tensors(read_config(tmp_path))
+    save_file({name: torch.randn(shape) for name, shape in shapes.items()}, tmp_path / "model.safetensors")
+    return ExpertSlots(Checkpoint.open(tmp_path), HELD, torch.float32, torch.device("cpu"))
+
+
+@pytest.fixture
+def shard(slots: ExpertSlots) -> ExpertShard:
+    return ExpertShard(slots)
+
+
+def asking_for(*slots: Sequence[int], dtype: torch.dtype = torch.float32) -> ExpertRows:
+    return ExpertRows(
+        x_UH=torch.randn(len(slots), HIDDEN_SIZE).to(dtype),
+        slots_UK=torch.tensor(slots, dtype=torch.int32),
+        weights_UK=torch.rand(len(slots), len(slots[0])) + 0.1,
+    )
+
+
+def test_rows_are_served_from_the_slots_of_their_layer(shard: ExpertShard, slots: ExpertSlots) -> None:
+    rows = asking_for([0, 2], [-1, 1], [1, 0])
+    expected = grouped_swiglu(
+        rows.x_UH, rows.slots_UK, rows.weights_UK, slots.gate_up[2], slots.down[2], count_slots(rows.slots_UK, 3)
+    )
+    torch.testing.assert_close(shard.serve(2, rows), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_answer_has_the_dtype_of_the_rows(slots: ExpertSlots, dtype: torch.dtype) -> None:
+    for weights in (slots.gate_up, slots.down):
+        weights.update({layer: tensor.to(dtype) for layer, tensor in weights.items()})
+    assert ExpertShard(slots).serve(2, asking_for([0, 2], dtype=dtype)).dtype == dtype
+
+
+def test_an_empty_slot_is_an_error_and_never_zeros(shard: ExpertShard) -> None:
+    with pytest.raises(ExpertMissingError, match=r"layer 1: no expert in slots \[1\] of 3"):
+        shard.serve(1, asking_for([0, 2], [-1, 1]))
+
+
+def test_a_slot_beyond_the_last_is_an_error(shard: ExpertShard) -> None:
+    with pytest.raises(ExpertMissingError, match=r"layer 2: no expert in slots \[3\] of 3"):
+        shard.serve(2, asking_for([0, 3]))
+
+
+def test_a_layer_that_the_shard_lacks_is_an_error(shard: ExpertShard) -> None:
+    with pytest.raises(ExpertMissingError, match=r"layer 3: this shard holds layers \[1, 2\]"):
+        shard.serve(3, asking_for([0, 1]))
+
+
+def test_an_empty_slot_beside_the_ones_asked_for_does_no_harm(shard: ExpertShard) -> None:
+    assert shard.serve(1, asking_for([0, 2], [2, -1])).isfinite().all()
+
+
+def test_tokens_are_counted_by_layer_and_slot(shard: ExpertShard) -> None:
+    shard.serve(1, asking_for([0, 2], [2, -1]))
+    shard.serve(2, asking_for([0, 2]))
+    shard.serve(2, asking_for([1, 2], [2, 0]))
+    counts = shard.counts()
+    assert {layer: counted.tolist() for layer, counted in counts.items()} == {1: [1, 0, 2], 2: [2, 1, 3]}
+
+
+def test_rows_are_counted_once_however_many_experts_they_use(shard: ExpertShard) -> None:
+    shard.serve(1, asking_for([0, 2], [2, -1]))
+    assert shard.num_rows == 2
+
+
+def test_a_refused_call_counts_nothing(shard: ExpertShard) -> None:
+    with pytest.raises(ExpertMissingError):
+        shard.serve(1, asking_for([0, 1]))
+    assert shard.num_rows == 0
+    assert not shard.counts()[1].any()
+
+
+def test_counts_are_a_copy(shard: ExpertShard) -> None:
+    shard.counts()[1][0] = 99
+    assert shard.counts()[1][0] == 0

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import pathlib
+
+import pydantic
+import pytest
+
+from octet.config import OctetConfig, load_config
+from octet.errors import ConfigError
+
+
+@pytest.fixture
+def file(tmp_path: pathlib.Path) -> pathlib.Path:
+    return tmp_path / "octet.yaml"
+
+
+def test_without_a_file_everything_has_its_default() -> None:
+    assert load_config() == OctetConfig()
+
+
+def test_a_file_overrides_defaults(file: pathlib.Path) -> None:
+    file.write_text("pools:\n  experts:\n    size: 5\n")
+    assert load_config(file).pools.experts.size == 5
+
+
+def test_what_a_file_leaves_out_keeps_its_default(file: pathlib.Path) -> None:
+    file.write_text("kv:\n  page_size: 8\n")
+    assert load_config(file) == OctetConfig(kv=OctetConfig().kv.model_copy(update={"page_size": 8}))
+
+
+@pytest.mark.parametrize("pool", ["prefill", "decode", "experts"])
+def test_what_a_pool_leaves_out_keeps_its_default(pool: str) -> None:
+    defaults = getattr(OctetConfig().pools, pool)
+    assert getattr(load_config(None, [f"pools.{pool}.threads=3"]).pools, pool) == defaults.model_copy(
+        update={"threads": 3}
+    )
+
+
+def test_a_flag_may_fill_an_empty_section_of_the_file(file: pathlib.Path) -> None:
+    file.write_text("kv:\n")
+    assert load_config(file, ["kv.page_size=8"]).kv.page_size == 8
+
+
+def test_flags_override_the_file(file: pathlib.Path) -> None:
+    file.write_text("kv:\n  page_size: 32\n  prefill_pages: 9\n")
+    kv = load_config(file, ["kv.page_size=64"]).kv
+    assert (kv.page_size, kv.prefill_pages) == (64, 9)
+
+
+def test_of_two_flags_the_last_one_holds() -> None:
+    assert load_config(None, ["frontend.port=1", "frontend.port=2"]).frontend.port == 2
+
+
+def test_a_flag_is_yaml() -> None:
+    config = load_config(
+        None, ["pools.prefill.resources={octet_prefill: 1}", "model.max_model_len=null", "frontend.host=0.0.0.0"]
+    )
+    assert config.pools.prefill.resources == {"octet_prefill": 1}
+    assert (config.model.max_model_len, config.frontend.host) == (None, "0.0.0.0")
+
+
+def test_a_flag_may_contain_an_equals_sign() -> None:
+    assert load_config(None, ["model.path=/a=b"]).model.path == "/a=b"
+
+
+@pytest.mark.parametrize("content", ["", "# nothing\n", "kv:\n"])
+def test_an_empty_file_or_section_is_all_defaults(file: pathlib.Path, content: str) -> None:
+    file.write_text(content)
+    assert load_config(file) == OctetConfig()
+
+
+@pytest.mark.parametrize(
+    ("override", "field", "near"),
+    [
+        ("kv.page_sise=1", "kv.page_sise", "kv.page_size"),
+        ("frontent.port=1", "frontent", "frontend"),
+        ("pools.expert.size=1", "pools.expert", "pools.experts"),
+        ("pools.decode.num_gpu=1", "pools.decode.num_gpu", "pools.decode.num_gpus"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(override: str, field: str, near: str) -> None:
+    with pytest.raises(ConfigError, match=f"did you mean '{near}'") as caught:
+        load_config(None, [override])
+    assert caught.value.field == field
+
+
+def test_an_unknown_key_in_a_file_names_the_nearest(file: pathlib.Path) -> None:
+    file.write_text("prefill:\n  chunk_token: 3\n")
+    with pytest.raises(ConfigError, match=r"did you mean 'prefill\.chunk_tokens'"):
+        load_config(file)
+
+
+@pytest.mark.parametrize(
+    ("override", "field"),
+    [
+        ("kv.page_size=many", "kv.page_size"),
+        ("kv.page_size=0", "kv.page_size"),
+        ("kv.page_size=1.5", "kv.page_size"),
+        ("frontend.port=65536", "frontend.port"),
+        ("pools.decode.strategy=TIGHT", "pools.decode.strategy"),
+        ("pools.experts.size=-1", "pools.experts.size"),
+        ("pools.prefill.resources.gpu=much", "pools.prefill.resources.gpu"),
+        ("model.path=[1]", "model.path"),
+        ("lane.timeout_s=-2", "lane.timeout_s"),
+        ("kv=3", "kv"),
+    ],
+)
+def test_a_wrong_value_names_its_field_and_is_shown(override: str, field: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [override])
+    assert caught.value.field == field
+    assert override.partition("=")[2].strip("[]") in str(caught.value)
+
+
+@pytest.mark.parametrize("override", ["kv.page_size", "=3", ""])
+def test_a_flag_without_a_name_or_value_shows_the_form(override: str) -> None:
+    with pytest.raises(ConfigError, match=r"section\.field=value"):
+        load_config(None, [override])
+
+
+def test_a_flag_that_is_not_yaml_names_its_field() -> None:
+    with pytest.raises(ConfigError, match=r"kv\.page_size.*YAML"):
+        load_config(None, ["kv.page_size={"])
+
+
+def test_a_flag_below_a_value_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'page_size'"):
+        load_config(None, ["kv.page_size=16", "kv.page_size.deep=1"])
+
+
+@pytest.mark.parametrize("content", ["- 1\n", "seven\n", "kv: [\n"])
+def test_a_file_that_is_no_mapping_is_named(file: pathlib.Path, content: str) -> None:
+    file.write_text(content)
+    with pytest.raises(ConfigError, match="mapping") as caught:
+        load_config(file)
+    assert caught.value.field == str(file)
+
+
+def test_a_file_that_cannot_be_read_is_named(file: pathlib.Path) -> None:
+    with pytest.raises(ConfigError, match="readable") as caught:
+        load_config(file)
+    assert caught.value.field == str(file)
+
+
+def test_heartbeats_must_be_well_below_the_deadline_of_a_lane() -> None:
+    with pytest.raises(ConfigError, match=r"lane\.heartbeat_s \(20.0\).*half of lane\.timeout_s"):
+        load_config(None, ["lane.heartbeat_s=20"])
+
+
+def test_the_tree_is_frozen() -> None:
+    with pytest.raises(pydantic.ValidationError, match="frozen"):
+        OctetConfig().kv.page_size = 3  # type: ignore[misc]

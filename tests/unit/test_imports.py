@@ -1,0 +1,93 @@
+"""Who may import whom, read from the syntax trees."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import pathlib
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+BELOW_CLUSTER = ("octet", "model", "experts", "router", "prefill", "decode")
+MAY_IMPORT: dict[str, tuple[str, ...]] = {
+    "octet": (),
+    "model": ("octet",),
+    "experts": ("octet", "model"),
+    "router": ("octet", "model"),
+    "prefill": ("octet", "model", "router"),
+    "decode": ("octet", "model", "router"),
+    "cluster": BELOW_CLUSTER,
+    "ops": (*BELOW_CLUSTER, "cluster"),
+}
+EVALUATES_WHAT_IT_READS = {"pickle", "_pickle", "cPickle", "cloudpickle", "marshal", "dill", "shelve", "joblib"}
+
+
+def files(package: str) -> list[pathlib.Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def imports(file: pathlib.Path) -> Iterator[tuple[str, int]]:
+    """(module, line) of every import at any depth, also by `importlib.import_module` of a constant."""
+    for node in ast.walk(ast.parse(file.read_text(), str(file))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node.lineno
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}:{node.lineno}: a relative import"
+            yield node.module or "", node.lineno
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = ast.unparse(node.func)
+            if called in ("__import__", "import_module", "importlib.import_module"):
+                yield str(node.args[0].value), node.lineno
+
+
+def offences(package: str, forbidden: set[str]) -> list[str]:
+    return [
+        f"{file.relative_to(ROOT)}:{line} imports {module}"
+        for file in files(package)
+        for module, line in imports(file)
+        if module.partition(".")[0] in forbidden
+    ]
+
+
+def test_every_package_of_ours_is_looked_at() -> None:
+    ours = {file.parent.relative_to(ROOT).parts[0] for file in ROOT.glob("*/*.py")}
+    assert ours - {"tests", "docs", "deploy"} == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_no_import_runs_upward_or_across(package: str) -> None:
+    assert files(package)
+    assert offences(package, set(MAY_IMPORT) - {package, *MAY_IMPORT[package]}) == []
+
+
+@pytest.mark.parametrize("package", [package for package in MAY_IMPORT if package != "cluster"])
+def test_only_cluster_imports_ray(package: str) -> None:
+    assert offences(package, {"ray"}) == []
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_nothing_received_is_ever_evaluated(package: str) -> None:
+    assert offences(package, EVALUATES_WHAT_IT_READS) == []
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_nothing_of_ours_imports_the_tests(package: str) -> None:
+    assert offences(package, {"tests"}) == []
+
+
+@pytest.mark.parametrize(
+    "module", ["octet", "octet.client", "octet.config", "octet.errors", "octet.messages", "octet.v1.octet_pb2_grpc"]
+)
+def test_the_public_face_is_light(module: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        pytest.skip(f"{module} is not there")
+    script = f"import sys, {module}; print(*sorted({{'torch', 'ray', 'numpy', 'transformers'}} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.split() == []
