@@ -34,12 +34,13 @@ class StopStrings:
     def push(self, text: str) -> tuple[str, str | None]:
         """Text that is certain now, and the stop string that ends it, if one is complete.
 
-        Of several that match, the one that begins first counts; of those, the longest.
+        Of several that match, the one that is complete first counts, whatever pieces the text comes in; of those that
+        end together, the longest.
         """
         self._held += text
-        found = [(at, -len(stop), stop) for stop in self._stop_strings if (at := self._held.find(stop)) >= 0]
+        found = [(at + len(stop), at, stop) for stop in self._stop_strings if (at := self._held.find(stop)) >= 0]
         if found:
-            at, _, stop = min(found)
+            _, at, stop = min(found)
             return self._held[:at], stop
         keep = self._partial()
         certain, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]

@@ -89,7 +89,7 @@ def test_only_what_may_become_a_stop_string_is_held_back(parts: list[str], stops
     assert not held or any(stop.startswith(held) for stop in stops)
 
 
-@given(st.text(max_size=30), st.lists(st.text(min_size=1, max_size=3), max_size=2))
+@given(st.text(st.characters(codec="utf-8"), max_size=30), st.lists(st.text(min_size=1, max_size=3), max_size=2))
 def test_pieces_of_any_text_are_the_text_before_the_first_stop_string(text: str, stops: list[str]) -> None:
     pieces = push_all(answer(*stops), [*TOKENIZER.encode(text), EOS], last="stop")
     assert text_of(pieces) == cut(text, stops)[0]
@@ -101,7 +101,7 @@ def test_pieces_of_any_tokens_are_their_text_before_the_first_stop_string(ids: l
     assert text_of(pieces) == cut(TOKENIZER.decode(ids), stops)[0]
 
 
-@given(st.text(st.characters(min_codepoint=0x80), min_size=1, max_size=12))
+@given(st.text(st.characters(codec="utf-8", min_codepoint=0x80), min_size=1, max_size=12))
 def test_no_piece_ends_inside_a_character(text: str) -> None:
     pieces = push_all(answer(), [*TOKENIZER.encode(text), EOS], last="stop")
     ends = ["".join(piece.text for piece in pieces[:count]) for count in range(len(pieces) + 1)]
