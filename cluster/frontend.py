@@ -22,6 +22,9 @@ from octet.messages import Abort, Evicted, Failed, PrefillRequest, StepReport, T
 
 _log = logging.getLogger(__name__)
 
+_ATTEMPTS = 2**20
+"""Attempts that one admission may use: what is late of a request is never taken for a later one of the same id."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
@@ -61,6 +64,7 @@ class Frontend:
         self._idle = asyncio.Event()
         self._idle.set()
         self._reader: asyncio.Task[None] | None = None
+        self._first_attempts = itertools.count(0, _ATTEMPTS)
         self.totals = Totals()
         self.limits = Limits(
             config=plan.config,
@@ -169,10 +173,12 @@ class Frontend:
             raise
         return live
 
-    def _start(self, live: LiveRequest, request: PrefillRequest) -> None:
-        """Send a request, or an evicted choice of one, on its way."""
-        # A request that was admitted is never shed when one of its choices is computed again.
-        others = len(self._live) - 1 if request.attempt == 0 else 0
+    def _start(self, live: LiveRequest, request: PrefillRequest, others: int = 0) -> None:
+        """Send a request, or an evicted choice of one, on its way.
+
+        Args:
+            others: live requests beside a new one. One that was admitted is never shed when it is computed again.
+        """
         decision = schedule(
             others, self._plan.config.frontend.max_requests, self._live.prefill_views(), self._live.decode_views()
         )
@@ -245,11 +251,14 @@ class Frontend:
             self._live.loads[message.worker_id] = message.load
             for event in message.events:
                 live = self._live.get(event.request_id)
+                goes_on = isinstance(event, TokenEvent) and event.finish_reason is None
                 if live is not None:
                     live.events.put_nowait(event)
-                elif isinstance(event, TokenEvent) and event.finish_reason is None:
-                    # The abort overtook the hand-off: say it again to whoever computes the request now.
+                # An abort may overtake the hand-off: then it is said again to whoever computes the token now.
+                if goes_on and live is None:
                     self._tell(message.worker_id, Abort(request_id=event.request_id))
+                elif goes_on and live is not None and live.journal.has_ended(event.choice):
+                    self._tell(message.worker_id, Abort(request_id=event.request_id, choice=event.choice))
 
     def _tell(self, to: WorkerId, message: Abort) -> None:
         try:

@@ -44,8 +44,10 @@ class Journal:
 
     def commit(self, event: TokenEvent) -> bool:
         """Whether the token is the next one of its choice's live attempt; anything else is dropped."""
+        if not self.is_live(event.choice, event.attempt):
+            return False
         choice = self._choices[event.choice]
-        if choice.ended or event.attempt != choice.attempt or event.index != len(choice.token_ids):
+        if event.index != len(choice.token_ids):
             return False
         choice.token_ids.append(event.token_id)
         return True
@@ -53,8 +55,13 @@ class Journal:
     def end(self, choice: int) -> None:
         self._choices[choice].ended = True
 
+    def has_ended(self, choice: int) -> bool:
+        return choice in self._choices and self._choices[choice].ended
+
     def is_live(self, choice: int, attempt: int) -> bool:
-        return not self._choices[choice].ended and attempt == self._choices[choice].attempt
+        """Whether events of this attempt count; a choice that the request does not have is never live."""
+        known = self._choices.get(choice)
+        return known is not None and not known.ended and attempt == known.attempt
 
     def restart(self, event: Evicted) -> PrefillRequest | None:
         """The request that computes an evicted choice again, or None if the eviction is not of the live attempt."""
