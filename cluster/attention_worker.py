@@ -24,6 +24,7 @@ from decode.engine import DecodeEngine
 from decode.handoff import KvReceiver
 from model.checkpoint import Checkpoint, LoadProgress, LoadSnapshot
 from model.kv_cache import KvCache
+from model.norm import warm_up
 from model.pages import PagePool
 from model.runner import ModelRunner
 from model.transformer import Transformer
@@ -91,6 +92,7 @@ class AttentionWorker:
         self._state = "LOADING"
         checkpoint = Checkpoint.open(pathlib.Path(self._plan.model_dir))
         self._weights = load_attention_weights(checkpoint, self._dtype, self._device, self._progress)
+        warm_up(self._device)
 
     def connect(self, peers: Mapping[WorkerId, str], channels: Sequence[Endpoint]) -> None:
         """Form this worker's lane and its KV channels; every other member does so at the same time.

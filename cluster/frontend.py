@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import logging
 from collections.abc import AsyncGenerator, Mapping
 
@@ -163,11 +164,12 @@ class Frontend:
             raise UnavailableError(self._unavailable)
         if self._live.get(spec.request.request_id) is not None:
             raise RequestExistsError(f"request_id '{spec.request.request_id}' is live; use another, or abort it first")
-        request = dataclasses.replace(spec.request, frontend=self._worker_id)
+        request = dataclasses.replace(spec.request, frontend=self._worker_id, attempt=next(self._first_attempts))
+        others = len(self._live)
         live = self._live.add(Journal(request))
         self._idle.clear()
         try:
-            self._start(live, request)
+            self._start(live, request, others)
         except BaseException:
             self._release(live)
             raise

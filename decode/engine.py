@@ -83,14 +83,14 @@ class DecodeEngine:
     def fail_all(self, reason: str) -> None:
         """End every request here; `flush` tells their frontends."""
         self._fail_running(reason)
-        for offer in (*self._offers, *(incoming.offer for incoming in self._incoming.values())):
-            for choice in offer.request.choices:
-                self._tell_failed(
-                    offer.request.request_id, choice, offer.request.attempt, offer.request.frontend, reason
-                )
-        self._offers.clear()
+        told = [(offer.request, offer.request.choices) for offer in self._offers]
         for incoming in self._incoming.values():
+            told.append((incoming.offer.request, tuple(choice for choice, _ in incoming.wanted)))
             incoming.dropped.update(incoming.offer.request.choices)
+        self._offers.clear()
+        for request, choices in told:
+            for choice in choices:
+                self._tell_failed(request.request_id, choice, request.attempt, request.frontend, reason)
 
     def flush(self) -> list[tuple[WorkerId, Message]]:
         """What there is to tell, without computing."""

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
@@ -17,7 +19,7 @@ def grouped_swiglu(
     weights_UK: torch.Tensor,
     gate_up: torch.Tensor,
     down: torch.Tensor,
-    counts_S: torch.Tensor,
+    counts_S: npt.NDArray[np.int64],
 ) -> torch.Tensor:
     """For each row, the weighted sum of its experts: `Σ w · down(silu(gate(x)) · up(x))`, `[U, H]` in fp32.
 
@@ -45,10 +47,10 @@ def grouped_swiglu(
     return y_UH
 
 
-def count_slots(slots_UK: torch.Tensor, num_slots: int) -> torch.Tensor:
-    """How many rows ask for each slot, `[S]`."""
+def count_slots(slots_UK: torch.Tensor, num_slots: int) -> npt.NDArray[np.int64]:
+    """How many rows ask for each slot, `[S]`; longer if one asks for a slot beyond the last."""
     # Shifted by one so that "elsewhere" (-1) has a bin of its own, which is dropped.
-    return torch.bincount(slots_UK.flatten().long() + 1, minlength=num_slots + 1)[1:]
+    return np.bincount(slots_UK.cpu().numpy().ravel() + 1, minlength=num_slots + 1)[1:]
 
 
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]

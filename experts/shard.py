@@ -30,7 +30,8 @@ class ExpertShard:
     def __init__(self, slots: ExpertSlots) -> None:
         self._slots = slots
         self._missing = {
-            layer: torch.tensor([expert == EMPTY for expert in experts]) for layer, experts in slots.held.items()
+            layer: np.array([expert == EMPTY for expert in experts], dtype=bool)
+            for layer, experts in slots.held.items()
         }
         self._counts = {layer: np.zeros(len(experts), dtype=np.int64) for layer, experts in slots.held.items()}
         self._few_rows = cpu_kernel() if slots.on_fp32_cpu else None
@@ -46,7 +47,7 @@ class ExpertShard:
             raise ExpertMissingError(f"layer {layer}: this shard holds layers {sorted(self._counts)}")
         counts_S = self._count(layer, rows.slots_UK)
         y_UH = self._compute(layer, rows, counts_S)
-        self._counts[layer] += counts_S.cpu().numpy()
+        self._counts[layer] += counts_S
         self.num_rows += len(rows.x_UH)
         return y_UH.to(rows.x_UH.dtype)
 
@@ -54,17 +55,17 @@ class ExpertShard:
         """Tokens served since the start, by layer and slot. A copy."""
         return {layer: counts.copy() for layer, counts in self._counts.items()}
 
-    def _compute(self, layer: int, rows: Rows, counts_S: torch.Tensor) -> torch.Tensor:
+    def _compute(self, layer: int, rows: Rows, counts_S: npt.NDArray[np.int64]) -> torch.Tensor:
         gate_up, down = self._slots.gate_up[layer], self._slots.down[layer]
         if self._few_rows is not None and len(rows.x_UH) <= MAX_ROWS:
             return self._few_rows(rows.x_UH, rows.slots_UK, rows.weights_UK, gate_up, down)
         return grouped_swiglu(rows.x_UH, rows.slots_UK, rows.weights_UK, gate_up, down, counts_S)
 
-    def _count(self, layer: int, slots_UK: torch.Tensor) -> torch.Tensor:
+    def _count(self, layer: int, slots_UK: torch.Tensor) -> npt.NDArray[np.int64]:
         missing_S = self._missing[layer]
-        counts_S = count_slots(slots_UK, len(missing_S)).cpu()
-        if len(counts_S) > len(missing_S) or bool(counts_S[missing_S].any()):
-            asked = counts_S.nonzero().flatten().tolist()
+        counts_S = count_slots(slots_UK, len(missing_S))
+        if len(counts_S) > len(missing_S) or counts_S[missing_S].any():
+            asked = counts_S.nonzero()[0].tolist()
             absent = [slot for slot in asked if slot >= len(missing_S) or missing_S[slot]]
             raise ExpertMissingError(f"layer {layer}: no expert in slots {absent} of {len(missing_S)}")
         return counts_S

@@ -52,6 +52,8 @@ class PrefillSpan:
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeSpans:
     pages_BP: torch.Tensor
+    lengths_B: torch.Tensor
+    """Positions that exist, the new one included."""
     mask_BL: torch.Tensor
     """`[B, P · page_size]`, true on positions that exist."""
 
@@ -100,4 +102,4 @@ def _decode_spans(spans: Sequence[Span], pool: PagePool, device: torch.device) -
     pages = [[*span.pages[:num_pages], *[0] * (num_pages - len(span.pages))] for span in spans]
     lengths = torch.tensor([span.stop for span in spans], device=device)
     mask = torch.arange(num_pages * pool.page_size, device=device) < lengths.unsqueeze(1)
-    return DecodeSpans(pages_BP=torch.tensor(pages, device=device), mask_BL=mask)
+    return DecodeSpans(pages_BP=torch.tensor(pages, device=device), lengths_B=lengths, mask_BL=mask)

@@ -22,8 +22,13 @@ class KvCache:
     ) -> None:
         shape = (config.num_hidden_layers, 2, num_pages, page_size, config.num_key_value_heads, config.head_dim)
         # Zeros, not empty: a masked position may hold anything finite, and NaN · 0 would spread.
+        self.page_size = page_size
         self._kv = _lazy_zeros(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
         self._flat = self._kv.view(shape[0], 2, num_pages * page_size, *shape[4:])
+
+    def of_layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of one layer by flat slot, `[P · G, N, D]`, as views."""
+        return self._flat[layer, 0], self._flat[layer, 1]
 
     def write(self, layer: int, k_TND: torch.Tensor, v_TND: torch.Tensor, kv_slots_T: torch.Tensor) -> None:
         self._flat[layer, 0].index_copy_(0, kv_slots_T, k_TND)

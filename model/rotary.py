@@ -25,12 +25,12 @@ class RotaryEmbedding:
         self._sin = (angles.sin() * scale).to(device)
 
     def at(self, positions_T: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines `[T, 1, R]`, to be used by every layer of a step."""
-        return self._cos[positions_T].to(dtype).unsqueeze(1), self._sin[positions_T].to(dtype).unsqueeze(1)
+        """Cosines and sines `[T, R]`, to be used by every layer of a step."""
+        return self._cos[positions_T].to(dtype), self._sin[positions_T].to(dtype)
 
     def rotate(self, x_TND: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """`[T, N, D]` with its first R dims rotated."""
-        cos, sin = cos_sin
+        cos, sin = (part.unsqueeze(1) for part in cos_sin)
         rotated, passed = x_TND[..., : self._rotary_dim], x_TND[..., self._rotary_dim :]
         first, second = rotated.chunk(2, dim=-1)
         rotated = rotated * cos + torch.cat((-second, first), dim=-1) * sin

@@ -66,8 +66,9 @@ class PrefillEngine:
 
     @property
     def busy(self) -> bool:
-        """Whether `step` would compute something now."""
-        return bool(self._queue.running or self._queue.waiting)
+        """Whether `step` would compute something now: a request that waits for pages is no work yet."""
+        task = self._queue.next_to_admit()
+        return bool(self._queue.running) or (task is not None and self._pages_of(task) <= self._pool.num_free)
 
     def handle(self, message: Message) -> None:
         match message:
@@ -128,10 +129,13 @@ class PrefillEngine:
 
     def _admit(self) -> None:
         while (task := self._queue.next_to_admit()) is not None:
-            pages = self._pool.allocate(self._pool.pages_for(len(task.token_ids)))
+            pages = self._pool.allocate(self._pages_of(task))
             if pages is None:
                 return
             self._queue.admit(task, pages)
+
+    def _pages_of(self, task: Task) -> int:
+        return self._pool.pages_for(len(task.token_ids))
 
     def _advance(self, chunks: Sequence[Chunk], hidden: Sequence[torch.Tensor], now_s: float) -> None:
         for chunk, hidden_TH in zip(chunks, hidden, strict=True):

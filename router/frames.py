@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import struct
 
 import torch
 
@@ -19,6 +20,7 @@ from octet.ids import Epoch
 from router.exchange import ExpertRows
 
 HEADER_BYTES = 64
+_FIELDS = struct.Struct("<8q")
 _MAGIC = 0x4F43544554  # "OCTET"
 
 
@@ -46,14 +48,12 @@ class Header:
 
     def write(self, buffer: torch.Tensor) -> None:
         fields = (_MAGIC, self.kind, self.epoch, self.sequence, self.layer, self.num_rows, self.payload_bytes, 0)
-        buffer[:HEADER_BYTES].view(torch.int64).copy_(torch.tensor(fields))
+        _FIELDS.pack_into(buffer.numpy().data, 0, *fields)
 
     @staticmethod
     def read(buffer: torch.Tensor, expected_epoch: Epoch) -> Header:
         """Raises: LaneError if this is no frame, WrongEpochError."""
-        magic, kind, epoch, sequence, layer, num_rows, payload_bytes, _ = (
-            buffer[:HEADER_BYTES].view(torch.int64).tolist()
-        )
+        magic, kind, epoch, sequence, layer, num_rows, payload_bytes, _ = _FIELDS.unpack_from(buffer.numpy().data, 0)
         if magic != _MAGIC or kind not in _KINDS:
             raise LaneError(f"not a frame: magic {magic:#x}, kind {kind}")
         if epoch != expected_epoch:

@@ -6,6 +6,9 @@ Shapes: `T` tokens, `K` experts per token, `E` experts, `R` replicas, `U` rows s
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib
+from types import ModuleType
 
 import torch
 
@@ -24,11 +27,19 @@ class ShardPlan:
     """fp32; 0 where the slot is EMPTY."""
 
 
+@functools.cache
+def plan_cpu() -> ModuleType:
+    # Imported here, so that GPU workers do without numba.
+    return importlib.import_module("router.plan_cpu")
+
+
 class Planner:
-    """Plans dispatches of one placement."""
+    """Plans dispatches of one placement. Made ready when it is built: no request waits for a compiler."""
 
     def __init__(self, placement: Placement, device: torch.device) -> None:
         self._num_shards, self._slots_per_shard = placement.num_shards, placement.slots_per_shard
+        if device.type == "cpu":
+            plan_cpu().warm_up()
         self._physical = {
             layer: torch.tensor(placement.logical_to_physical[index], device=device)
             for index, layer in enumerate(placement.layers)
@@ -40,6 +51,8 @@ class Planner:
 
     def plan(self, layer: int, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> list[ShardPlan | None]:
         """One entry per shard, None where no token goes. Replicas of an expert take its tokens in turn."""
+        if expert_ids_TK.device.type == "cpu":
+            return self._plan_on_cpu(layer, expert_ids_TK, weights_TK)
         physical_ER = self._physical[layer]
         if physical_ER.shape[1] == 1:
             slots_TK = physical_ER[:, 0][expert_ids_TK]
@@ -64,3 +77,24 @@ class Planner:
                 )
             )
         return plans
+
+    def _plan_on_cpu(self, layer: int, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> list[ShardPlan | None]:
+        """The same in one compiled pass: thirty small operators cost more than the plan itself."""
+        counts, rows_XT, slots_XTK, weights_XTK = plan_cpu().plan_rows(
+            expert_ids_TK.numpy(),
+            weights_TK.numpy(),
+            self._physical[layer].numpy(),
+            self._replicas[layer].numpy(),
+            self._num_shards,
+            self._slots_per_shard,
+        )
+        return [
+            None
+            if count == 0
+            else ShardPlan(
+                rows_U=torch.from_numpy(rows_XT[shard, :count]),
+                slots_UK=torch.from_numpy(slots_XTK[shard, :count]),
+                weights_UK=torch.from_numpy(weights_XTK[shard, :count]),
+            )
+            for shard, count in enumerate(counts)
+        ]

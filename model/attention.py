@@ -1,0 +1,105 @@
+"""Grouped-query attention over the paged cache.
+
+Shapes: `T` tokens, `H` hidden, `Q` and `N` query and KV heads, `G = Q / N`, `D` head dim, `B` single-token sequences,
+`S` cached positions.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from model.batch import Batch, DecodeSpans, PrefillSpan
+from model.config import ModelConfig
+from model.kv_cache import KvCache
+from model.norm import fused_kernels, rms_norm
+from model.rotary import RotaryEmbedding
+from model.weights import LayerWeights
+
+
+class Attention:
+    """One layer's attention, for every layer: writes keys and values, then attends."""
+
+    def __init__(self, config: ModelConfig, cache: KvCache, rotary: RotaryEmbedding) -> None:
+        self._config, self._cache, self._rotary = config, cache, rotary
+        self._scale = config.head_dim**-0.5
+
+    def __call__(
+        self,
+        index: int,
+        layer: LayerWeights,
+        x_TH: torch.Tensor,
+        batch: Batch,
+        cos_sin: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        """`[T, H]`."""
+        config = self._config
+        num_heads = config.num_attention_heads + 2 * config.num_key_value_heads
+        qkv_TXD = F.linear(x_TH, layer.qkv, layer.qkv_bias).view(-1, num_heads, config.head_dim)
+        q_TQD = self._prepare(index, layer, qkv_TXD, batch, cos_sin)
+        if batch.decode is None:
+            out_TQD = torch.empty_like(q_TQD)
+        elif not batch.prefill:
+            return F.linear(self._decode(index, q_TQD, batch.decode).flatten(1), layer.o)
+        else:
+            out_TQD = torch.empty_like(q_TQD)
+            num_sequences = batch.decode.pages_BP.shape[0]
+            out_TQD[:num_sequences] = self._decode(index, q_TQD[:num_sequences], batch.decode)
+        for span in batch.prefill:
+            out_TQD[span.rows] = self._prefill(index, q_TQD[span.rows], span)
+        return F.linear(out_TQD.flatten(1), layer.o)
+
+    def _prepare(
+        self,
+        index: int,
+        layer: LayerWeights,
+        qkv_TXD: torch.Tensor,
+        batch: Batch,
+        cos_sin: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        """Normalise and rotate, write keys and values to the cache; the queries `[T, Q, D]`."""
+        config = self._config
+        num_q, num_kv, eps = config.num_attention_heads, config.num_key_value_heads, config.rms_norm_eps
+        norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
+        if (fused := fused_kernels(qkv_TXD)) is not None:
+            caches = self._cache.of_layer(index)
+            prepared: torch.Tensor = fused.prepare_qkv(qkv_TXD, norms, eps, cos_sin, batch.kv_slots_T, *caches, num_q)
+            return prepared
+        q_TQD, k_TND, v_TND = torch.split(qkv_TXD, [num_q, num_kv, num_kv], dim=1)
+        if norms is not None:
+            q_TQD, k_TND = rms_norm(q_TQD, norms[0], eps), rms_norm(k_TND, norms[1], eps)
+        q_TQD, k_TND = self._rotary.rotate(q_TQD, cos_sin), self._rotary.rotate(k_TND, cos_sin)
+        self._cache.write(index, k_TND, v_TND, batch.kv_slots_T)
+        return q_TQD
+
+    def _decode(self, index: int, q_BQD: torch.Tensor, spans: DecodeSpans) -> torch.Tensor:
+        """One query per sequence: the G query heads of a KV head are its rows, so keys are not repeated."""
+        if (fused := fused_kernels(q_BQD)) is not None:
+            caches = self._cache.of_layer(index)
+            out_BQD: torch.Tensor = fused.decode_attention(
+                q_BQD, *caches, spans.pages_BP, spans.lengths_B, self._cache.page_size, self._scale
+            )
+            return out_BQD
+        k_BSND, v_BSND = self._cache.gather_pages(index, spans.pages_BP)
+        out_BNGD = F.scaled_dot_product_attention(
+            q_BQD.view(len(q_BQD), k_BSND.shape[2], -1, q_BQD.shape[2]),
+            k_BSND.transpose(1, 2),
+            v_BSND.transpose(1, 2),
+            attn_mask=spans.mask_BL[:, None, None, :],
+            scale=self._scale,
+        )
+        return out_BNGD.flatten(1, 2)
+
+    def _prefill(self, index: int, q_TQD: torch.Tensor, span: PrefillSpan) -> torch.Tensor:
+        """Many queries of one sequence: KV heads are the batch, their keys broadcast over the G query heads."""
+        k_SND, v_SND = self._cache.gather(index, span.kv_slots)
+        group = q_TQD.shape[1] // k_SND.shape[1]
+        out_NGTD = F.scaled_dot_product_attention(
+            q_TQD.view(len(q_TQD), -1, group, q_TQD.shape[2]).permute(1, 2, 0, 3),
+            k_SND.transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1),
+            v_SND.transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1),
+            attn_mask=span.mask,
+            is_causal=span.mask is None,
+            scale=self._scale,
+        )
+        return out_NGTD.permute(2, 0, 1, 3).flatten(1, 2)

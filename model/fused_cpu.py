@@ -1,0 +1,226 @@
+"""The attention layer's small operations on an fp32 CPU, each as one compiled loop.
+
+A decode step has few rows, and in torch its norms, rotations, cache writes and gathers cost more in operator overhead
+and copies than in arithmetic. Compiled by numba at the first use and cached on disk.
+
+Shapes: `T` tokens, `H` hidden, `Q` and `N` query and KV heads, `D` head dim, `R` rotated dims, `B` single-token
+sequences, `P` pages of a sequence, `G` tokens per page.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+
+# Sums may be reordered, which is what vectorising them takes; NaN and infinity keep their meaning.
+_REORDER = {"reassoc", "contract", "nsz"}
+_compile: Any = numba.njit(fastmath=_REORDER, nogil=True, cache=True)
+
+
+def rms_norm(x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
+    """`[T, H]`, normalised over the last dim."""
+    out_TH = torch.empty_like(x_TH)
+    _rms_norm(x_TH.numpy(), weight_H.numpy(), np.float32(eps), out_TH.numpy())
+    return out_TH
+
+
+def prepare_qkv(
+    qkv_TXD: torch.Tensor,
+    norms: tuple[torch.Tensor, torch.Tensor] | None,
+    eps: float,
+    cos_sin_TR: tuple[torch.Tensor, torch.Tensor],
+    kv_slots_T: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    num_q: int,
+) -> torch.Tensor:
+    """Normalise and rotate queries and keys, write keys and values to their slots; the queries `[T, Q, D]`.
+
+    Args:
+        qkv_TXD: `[T, Q + 2N, D]`.
+        norms: weights `[D]` of the query and the key norm, if the model has them.
+        k_cache: `[slots, N, D]`; likewise `v_cache`.
+    """
+    q_TQD = torch.empty(qkv_TXD.shape[0], num_q, qkv_TXD.shape[2])
+    q_norm, k_norm = (_NO_NORM, _NO_NORM) if norms is None else (norms[0].numpy(), norms[1].numpy())
+    _prepare_qkv(
+        qkv_TXD.numpy(),
+        q_norm,
+        k_norm,
+        np.float32(eps),
+        cos_sin_TR[0].numpy(),
+        cos_sin_TR[1].numpy(),
+        kv_slots_T.numpy(),
+        k_cache.numpy(),
+        v_cache.numpy(),
+        q_TQD.numpy(),
+    )
+    return q_TQD
+
+
+def decode_attention(
+    q_BQD: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    pages_BP: torch.Tensor,
+    lengths_B: torch.Tensor,
+    page_size: int,
+    scale: float,
+) -> torch.Tensor:
+    """One query per sequence over its pages, `[B, Q, D]`. The caches are `[slots, N, D]`."""
+    out_BQD = torch.empty_like(q_BQD)
+    _decode_attention(
+        q_BQD.numpy(),
+        k_cache.numpy(),
+        v_cache.numpy(),
+        pages_BP.numpy(),
+        lengths_B.numpy(),
+        page_size,
+        np.float32(scale),
+        out_BQD.numpy(),
+    )
+    return out_BQD
+
+
+def warm_up() -> None:
+    """Compile, or load what was compiled before, so that no request waits for it."""
+    x, numbers = torch.ones(1, 4), torch.zeros(1, dtype=torch.int64)
+    cache, qkv = torch.ones(4, 1, 4), torch.ones(1, 3, 4)
+    rms_norm(x, x[0], 1e-5)
+    for norms in (None, (x[0], x[0])):
+        prepare_qkv(qkv, norms, 1e-5, (x, x), numbers, cache, cache, 1)
+    decode_attention(qkv[:, :1].contiguous(), cache, cache, numbers.unsqueeze(0), numbers + 1, 4, 1.0)
+
+
+_NO_NORM = np.empty(0, np.float32)
+
+
+@_compile  # type: ignore[untyped-decorator]
+def _rms_norm(x: Any, weight: Any, eps: Any, out: Any) -> None:
+    hidden = x.shape[1]
+    for row in range(x.shape[0]):
+        total = np.float32(0)
+        for i in range(hidden):
+            total += x[row, i] * x[row, i]
+        factor = np.float32(1) / np.sqrt(total / np.float32(hidden) + eps)
+        for i in range(hidden):
+            out[row, i] = weight[i] * (x[row, i] * factor)
+
+
+@_compile  # type: ignore[untyped-decorator]
+def _norm_rotate(x: Any, weight: Any, eps: Any, cos: Any, sin: Any, out: Any) -> None:
+    """One head: RMSNorm (if it has a weight), then half-rotation of the first R dims."""
+    dim, half = x.shape[0], cos.shape[0] // 2
+    factor = np.float32(1)
+    if weight.shape[0] > 0:
+        total = np.float32(0)
+        for i in range(dim):
+            total += x[i] * x[i]
+        factor = np.float32(1) / np.sqrt(total / np.float32(dim) + eps)
+        for i in range(dim):
+            out[i] = weight[i] * (x[i] * factor)
+    else:
+        for i in range(dim):
+            out[i] = x[i]
+    for i in range(half):
+        first, second = out[i], out[i + half]
+        out[i] = first * cos[i] - second * sin[i]
+        out[i + half] = second * cos[i + half] + first * sin[i + half]
+
+
+@_compile  # type: ignore[untyped-decorator]
+def _prepare_qkv(
+    qkv: Any, q_norm: Any, k_norm: Any, eps: Any, cos: Any, sin: Any, slots: Any, k_cache: Any, v_cache: Any, q: Any
+) -> None:
+    num_q, num_kv = q.shape[1], k_cache.shape[1]
+    for token in range(qkv.shape[0]):
+        for head in range(num_q):
+            _norm_rotate(qkv[token, head], q_norm, eps, cos[token], sin[token], q[token, head])
+        slot = slots[token]
+        for head in range(num_kv):
+            k, v = qkv[token, num_q + head], qkv[token, num_q + num_kv + head]
+            _norm_rotate(k, k_norm, eps, cos[token], sin[token], k_cache[slot, head])
+            v_cache[slot, head, :] = v
+
+
+@_compile  # type: ignore[untyped-decorator]
+def _softmax(x: Any, powers: Any, powers_bits: Any) -> None:
+    """In place. The exponential is Cephes' `expf` (2 ulp), written so that it vectorises.
+
+    Args:
+        powers: room for as many numbers; `powers_bits` is the same memory as int32.
+    """
+    largest = x[0]
+    for i in range(x.shape[0]):
+        largest = max(largest, x[i])
+    for i in range(x.shape[0]):
+        y = x[i] - largest
+        # Below this the result underflows; NaN fails the comparison and stays.
+        y = np.float32(-87) if y < np.float32(-87) else y
+        n = np.floor(y * np.float32(1.44269504) + np.float32(0.5))
+        powers_bits[i] = (np.int32(n) + np.int32(127)) << np.int32(23)
+        r = y - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
+        p = np.float32(1.9875691500e-4)
+        p = p * r + np.float32(1.3981999507e-3)
+        p = p * r + np.float32(8.3334519073e-3)
+        p = p * r + np.float32(4.1665795894e-2)
+        p = p * r + np.float32(1.6666665459e-1)
+        p = p * r + np.float32(5.0000001201e-1)
+        x[i] = p * r * r + r + np.float32(1)
+    total = np.float32(0)
+    for i in range(x.shape[0]):
+        x[i] *= powers[i]
+        total += x[i]
+    for i in range(x.shape[0]):
+        x[i] /= total
+
+
+@_compile  # type: ignore[untyped-decorator]
+def _decode_attention(
+    q: Any, k_cache: Any, v_cache: Any, pages: Any, lengths: Any, page_size: Any, scale: Any, out: Any
+) -> None:
+    """Positions are taken four at a time; those behind the end repeat the last one, with a score of minus infinity."""
+    num_kv, dim = k_cache.shape[1], k_cache.shape[2]
+    group = q.shape[1] // num_kv
+    room = -(-lengths.max() // 4) * 4
+    slots = np.empty(room, np.int64)
+    scores, powers = np.empty((group, room), np.float32), np.empty(room, np.float32)
+    powers_bits = powers.view(np.int32)
+    for b in range(q.shape[0]):
+        length = lengths[b]
+        end = -(-length // 4) * 4
+        for s in range(end):
+            position = min(s, length - 1)
+            slots[s] = pages[b, position // page_size] * page_size + position % page_size
+        for n in range(num_kv):
+            first = n * group
+            for s in range(0, end, 4):
+                t0, t1, t2, t3 = slots[s], slots[s + 1], slots[s + 2], slots[s + 3]
+                for g in range(group):
+                    a0 = a1 = a2 = a3 = np.float32(0)
+                    for i in range(dim):
+                        x = q[b, first + g, i]
+                        a0 += x * k_cache[t0, n, i]
+                        a1 += x * k_cache[t1, n, i]
+                        a2 += x * k_cache[t2, n, i]
+                        a3 += x * k_cache[t3, n, i]
+                    scores[g, s], scores[g, s + 1] = a0 * scale, a1 * scale
+                    scores[g, s + 2], scores[g, s + 3] = a2 * scale, a3 * scale
+            for g in range(group):
+                scores[g, length:end] = -np.inf
+                _softmax(scores[g, :end], powers, powers_bits)
+                out[b, first + g, :] = 0
+            for s in range(0, end, 4):
+                t0, t1, t2, t3 = slots[s], slots[s + 1], slots[s + 2], slots[s + 3]
+                for g in range(group):
+                    w0, w1, w2, w3 = scores[g, s], scores[g, s + 1], scores[g, s + 2], scores[g, s + 3]
+                    for i in range(dim):
+                        out[b, first + g, i] += (
+                            w0 * v_cache[t0, n, i]
+                            + w1 * v_cache[t1, n, i]
+                            + w2 * v_cache[t2, n, i]
+                            + w3 * v_cache[t3, n, i]
+                        )

@@ -1,0 +1,9 @@
+"""Settings of every test."""
+
+from __future__ import annotations
+
+import hypothesis
+
+# Speed is measured by benchmarks; a loaded machine must fail no test.
+hypothesis.settings.register_profile("octet", deadline=None)
+hypothesis.settings.load_profile("octet")

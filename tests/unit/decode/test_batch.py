@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from decode.batch import DecodeBatch, Incoming
+from model.pages import PagePool
+from octet.ids import LeaseId, RequestId, WorkerId
+from octet.messages import KvOffer, PrefillRequest, pack_ids
+from octet.request import Output, Sampling, Stopping
+
+PAGE = 4
+
+
+def offer(num_tokens: int, *choices: int, name: str = "r", arrival_s: float = 0.0, priority: int = 0) -> KvOffer:
+    request = PrefillRequest(
+        request_id=RequestId(name),
+        attempt=0,
+        choices=choices or (0,),
+        token_ids=pack_ids(range(num_tokens)),
+        num_prompt_tokens=num_tokens,
+        sampling=Sampling(),
+        stopping=Stopping(max_new_tokens=100),
+        output=Output(),
+        priority=priority,
+        arrival_s=arrival_s,
+        decode_worker=WorkerId("decode-0"),
+        frontend=WorkerId("frontend-0"),
+    )
+    return KvOffer(
+        lease_id=LeaseId(name),
+        prefill_worker=WorkerId("prefill-0"),
+        request=request,
+        next_tokens=tuple(50 + choice for choice in request.choices),
+    )
+
+
+def land(batch: DecodeBatch, offered: KvOffer, num_tokens: int, *dropped: int) -> list[tuple[int, int]]:
+    pages = batch.reserve(offered, num_tokens, 0)
+    assert pages is not None
+    return batch.admit(Incoming(offer=offered, token_ids=list(range(num_tokens)), pages=pages, dropped=set(dropped)))
+
+
+def names(batch: DecodeBatch) -> list[str]:
+    return [sequence.request.request_id for sequence in batch.running]
+
+
+@given(st.integers(1, 30), st.integers(1, 6))
+def test_choices_share_full_pages_and_have_the_last_partial_one_for_themselves(num_tokens: int, n: int) -> None:
+    pool = PagePool(64, PAGE)
+    batch = DecodeBatch(pool, 64)
+    copies = land(batch, offer(num_tokens, *range(n)), num_tokens)
+    full, partial = divmod(num_tokens, PAGE)
+    tables = [sequence.pages for sequence in batch.running]
+    assert all(table[:full] == tables[0][:full] for table in tables)
+    own = [table[full] for table in tables if partial]
+    assert len(set(own)) == len(own)
+    assert copies == [(own[0], page) for page in own[1:]]
+    assert pool.num_pages - pool.num_free == full + (n if partial else 0)
+
+
+@given(st.integers(1, 30), st.sets(st.integers(0, 4)))
+def test_every_page_is_free_again_when_every_sequence_has_left(num_tokens: int, dropped: set[int]) -> None:
+    pool = PagePool(64, PAGE)
+    batch = DecodeBatch(pool, 64)
+    land(batch, offer(num_tokens, *range(5)), num_tokens, *dropped)
+    assert [sequence.choice for sequence in batch.running] == [c for c in range(5) if c not in dropped]
+    for sequence in list(batch.running):
+        batch.remove(sequence)
+    assert pool.num_free == pool.num_pages
+
+
+def test_the_first_wanted_choice_keeps_the_page_that_arrived() -> None:
+    batch = DecodeBatch(PagePool(16, PAGE), 16)
+    offered = offer(6, 0, 1, 2)
+    pages = batch.reserve(offered, 6, 0)
+    assert pages is not None
+    copies = batch.admit(Incoming(offer=offered, token_ids=list(range(6)), pages=pages, dropped={0}))
+    assert [sequence.pages for sequence in batch.running] == [[pages[0], pages[1]], [pages[0], pages[2]]]
+    assert copies == [(pages[1], pages[2])]
+
+
+def test_each_choice_goes_on_from_its_own_first_token() -> None:
+    batch = DecodeBatch(PagePool(16, PAGE), 16)
+    land(batch, offer(3, 0, 2), 3)
+    assert [sequence.token_ids for sequence in batch.running] == [[0, 1, 2, 50], [0, 1, 2, 52]]
+
+
+def test_the_first_token_counts_as_new() -> None:
+    batch = DecodeBatch(PagePool(16, PAGE), 16)
+    land(batch, offer(3), 3)
+    assert batch.running[0].num_new_tokens == 1
+
+
+def test_running_sequences_are_in_order_of_priority_then_arrival() -> None:
+    batch = DecodeBatch(PagePool(32, PAGE), 16)
+    land(batch, offer(1, name="late", arrival_s=2), 1)
+    land(batch, offer(1, name="urgent", arrival_s=3, priority=-1), 1)
+    land(batch, offer(1, name="early", arrival_s=1), 1)
+    assert names(batch) == ["urgent", "early", "late"]
+
+
+def test_an_offer_waits_while_the_batch_is_full() -> None:
+    batch = DecodeBatch(PagePool(32, PAGE), 3)
+    land(batch, offer(1, 0, 1, name="a"), 1)
+    assert batch.reserve(offer(1, 0, 1, name="b"), 1, 0) is None
+    assert batch.reserve(offer(1, name="b"), 1, 1) is None
+    assert batch.reserve(offer(1, name="b"), 1, 0) is not None
+
+
+def test_an_offer_leaves_every_running_sequence_its_next_page() -> None:
+    batch = DecodeBatch(PagePool(6, PAGE), 16)
+    land(batch, offer(4, name="a"), 4)
+    land(batch, offer(4, name="b"), 4)
+    assert batch.reserve(offer(9, name="c"), 9, 0) is None
+    assert batch.reserve(offer(8, name="c"), 8, 0) is not None
+
+
+def test_an_offer_to_an_idle_worker_may_take_every_page() -> None:
+    batch = DecodeBatch(PagePool(3, PAGE), 16)
+    assert batch.reserve(offer(12), 12, 0) is not None
+
+
+def test_a_sequence_gets_a_page_only_when_its_last_one_is_full() -> None:
+    pool = PagePool(8, PAGE)
+    batch = DecodeBatch(pool, 16)
+    land(batch, offer(3), 3)
+    for length in range(4, 10):
+        assert batch.grow() == []
+        assert len(batch.running[0].pages) == pool.pages_for(length)
+        batch.running[0].token_ids.append(0)
+
+
+def test_the_youngest_gives_way_when_pages_run_out() -> None:
+    batch = DecodeBatch(PagePool(5, PAGE), 16)
+    for number, name in enumerate(["oldest", "middle", "youngest"]):
+        land(batch, offer(3, name=name, arrival_s=number), 3)
+    for sequence in batch.running:
+        sequence.token_ids.append(0)
+    assert [sequence.request.request_id for sequence in batch.grow()] == ["youngest"]
+    assert names(batch) == ["oldest", "middle"]
+
+
+def test_an_evicted_sequences_pages_serve_those_who_stay() -> None:
+    pool = PagePool(4, PAGE)
+    batch = DecodeBatch(pool, 16)
+    land(batch, offer(3, name="oldest"), 3)
+    land(batch, offer(3, name="youngest", arrival_s=1), 3)
+    batch.running[0].token_ids += [0] * 12
+    for _ in range(2):
+        batch.grow()
+    assert names(batch) == ["oldest"]
+    assert (len(batch.running[0].pages), pool.num_free) == (4, 0)
+
+
+def test_a_sequence_that_needs_more_than_every_page_is_evicted_itself() -> None:
+    pool = PagePool(2, PAGE)
+    batch = DecodeBatch(pool, 16)
+    land(batch, offer(8), 8)
+    assert [sequence.choice for sequence in batch.grow()] == [0]
+    assert pool.num_free == 2
+
+
+@pytest.mark.parametrize(("choice", "found"), [(None, [0, 1]), (1, [1]), (7, [])])
+def test_sequences_are_found_by_request_and_choice(choice: int | None, found: list[int]) -> None:
+    batch = DecodeBatch(PagePool(16, PAGE), 16)
+    land(batch, offer(3, 0, 1, name="a"), 3)
+    land(batch, offer(3, 0, name="b"), 3)
+    assert [sequence.choice for sequence in batch.of(RequestId("a"), choice)] == found

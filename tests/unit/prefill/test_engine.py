@@ -1,0 +1,419 @@
+"""The prefill engine on the embedded model, its decode worker and frontend played by the tests."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import pytest
+import torch
+
+from cluster.planning import EMBEDDED_MODEL
+from experts.shard import ExpertShard
+from model.checkpoint import Checkpoint
+from model.kv_cache import KvCache
+from model.pages import PagePool
+from model.runner import ModelRunner
+from model.transformer import RoutedLayer, Transformer
+from model.weights import AttentionWeights, load_attention_weights
+from octet.config import PrefillConfig
+from octet.errors import ExpertMissingError, LaneError, LaneTimeoutError
+from octet.ids import Epoch, LeaseId, RequestId, WorkerId
+from octet.messages import (
+    Abort,
+    Failed,
+    KvAck,
+    KvOffer,
+    KvPull,
+    Message,
+    PrefillRequest,
+    StepReport,
+    TokenEvent,
+    pack_ids,
+)
+from octet.request import Output, Sampling, Stopping
+from ops.local import load_slots
+from prefill.engine import PrefillEngine
+from prefill.handoff import KvSender
+from prefill.leases import LeaseTable
+from router.channel import LocalChannel
+from router.exchange import LocalExchange
+from router.placement import place_evenly
+from router.routed_experts import RoutedExperts
+
+PREFILL, DECODE, FRONTEND = WorkerId("prefill-0"), WorkerId("decode-0"), WorkerId("frontend-0")
+PAGE, NUM_PAGES, LEASE_S, PATIENT_S = 4, 16, 60.0, 20.0
+CPU = torch.device("cpu")
+T = TypeVar("T")
+
+_random = torch.Generator()
+_random.seed()
+_numbers = itertools.count()
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    checkpoint: Checkpoint
+    weights: AttentionWeights
+    routed: RoutedExperts
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    checkpoint = Checkpoint.open(EMBEDDED_MODEL)
+    config = checkpoint.config
+    weights = load_attention_weights(checkpoint, torch.float32, CPU)
+    placement = place_evenly(config.moe_layers, config.n_routed_experts, 1)
+    shard = ExpertShard(load_slots(checkpoint, placement, 0, torch.float32, CPU))
+    gates = {index: layer.gate for index, layer in enumerate(weights.layers) if layer.gate is not None}
+    return Model(checkpoint, weights, RoutedExperts(config, gates, placement, LocalExchange([shard.serve]), CPU))
+
+
+class Watched:
+    """Routed experts that note how many tokens each step has, and fail once when they are told to."""
+
+    def __init__(self, inner: RoutedExperts) -> None:
+        self._inner = inner
+        self.num_tokens: list[int] = []
+        self._fault: tuple[int, LaneError] | None = None
+
+    def fail_once(self, layer: int, error: LaneError) -> None:
+        self._fault = layer, error
+
+    def dispatch(self, layer: int, x_TH: torch.Tensor) -> Any:
+        if layer == 1:
+            self.num_tokens.append(len(x_TH))
+        if self._fault is not None and self._fault[0] == layer:
+            error, self._fault = self._fault[1], None
+            raise error
+        return self._inner.dispatch(layer, x_TH)
+
+    def combine(self, pending: Any) -> torch.Tensor:
+        return self._inner.combine(pending)
+
+
+class Prefill:
+    """An engine, with what it said so far by kind."""
+
+    def __init__(self, model: Model, *, num_pages: int = NUM_PAGES, chunk_tokens: int = 512, max_requests: int = 8):
+        self.routed = Watched(model.routed)
+        routed: RoutedLayer[Any] = self.routed
+        cache = KvCache(model.checkpoint.config, num_pages, PAGE, torch.float32, CPU)
+        runner = ModelRunner(
+            Transformer(model.checkpoint.config, model.weights, cache, num_pages * PAGE),
+            routed,
+            PagePool(num_pages, PAGE),
+            cache,
+            CPU,
+        )
+        self.leases, self.channel = LeaseTable(LEASE_S), LocalChannel(PATIENT_S)
+        self.sender = KvSender(cache, self.leases, {DECODE: self.channel})
+        config = PrefillConfig(chunk_tokens=chunk_tokens, max_requests=max_requests)
+        self.engine = PrefillEngine(PREFILL, Epoch(3), runner, self.leases, self.sender, config)
+        self.page_bytes = cache.page_bytes()
+        self.now_s = 0.0
+        self.said: list[tuple[WorkerId, Message]] = []
+
+    @property
+    def num_free(self) -> int:
+        return self.engine.load().kv_pages_free
+
+    def step(self) -> None:
+        self.said += self.engine.step(self.now_s)
+
+    def run(self, *requests: PrefillRequest) -> None:
+        for request in requests:
+            self.engine.handle(request)
+        while self.engine.busy:
+            self.step()
+
+    def events(self, kind: type[T]) -> list[T]:
+        reports = [message for _, message in self.said if isinstance(message, StepReport)]
+        return [event for report in reports for event in report.events if isinstance(event, kind)]
+
+    def tokens(self) -> dict[tuple[str, int], int]:
+        return {(event.request_id, event.choice): event.token_id for event in self.events(TokenEvent)}
+
+    def offers(self) -> list[KvOffer]:
+        return [message for _, message in self.said if isinstance(message, KvOffer)]
+
+
+@pytest.fixture
+def prefill(model: Model) -> Iterator[Prefill]:
+    prefill = Prefill(model)
+    yield prefill
+    prefill.sender.close()
+
+
+def request(
+    num_tokens: int = 6,
+    *,
+    name: str | None = None,
+    choices: tuple[int, ...] = (0,),
+    max_new_tokens: int = 10,
+    priority: int = 0,
+    arrival_s: float | None = None,
+    sampling: Sampling | None = None,
+    output: Output | None = None,
+    stop_token_ids: tuple[int, ...] = (),
+) -> PrefillRequest:
+    number = next(_numbers)
+    token_ids = torch.randint(0, 1000, (num_tokens,), generator=_random).tolist()
+    return PrefillRequest(
+        request_id=RequestId(name or f"r{number}"),
+        attempt=0,
+        choices=choices,
+        token_ids=pack_ids(token_ids),
+        num_prompt_tokens=num_tokens,
+        sampling=sampling or Sampling(),
+        stopping=Stopping(max_new_tokens=max_new_tokens, stop_token_ids=stop_token_ids),
+        output=output or Output(),
+        priority=priority,
+        arrival_s=float(number) if arrival_s is None else arrival_s,
+        decode_worker=DECODE,
+        frontend=FRONTEND,
+    )
+
+
+# What is computed, and in which order.
+
+
+def test_no_step_computes_more_than_its_budget(model: Model) -> None:
+    prefill = Prefill(model, chunk_tokens=5)
+    prefill.run(request(7), request(3), request(6))
+    assert prefill.routed.num_tokens == [5, 5, 5, 1]
+
+
+def test_the_first_token_does_not_depend_on_how_prompts_are_cut(model: Model) -> None:
+    requests = [request(length) for length in (9, 1, 14)]
+    first_tokens = []
+    for chunk_tokens in (512, 4, 1):
+        prefill = Prefill(model, chunk_tokens=chunk_tokens)
+        prefill.run(*requests)
+        first_tokens.append(prefill.tokens())
+    assert len(first_tokens[0]) == 3
+    assert first_tokens[1:] == first_tokens[:1] * 2
+
+
+def test_requests_are_served_by_priority_then_arrival(model: Model) -> None:
+    prefill = Prefill(model, max_requests=1, chunk_tokens=4)
+    prefill.run(
+        request(name="c", priority=2, arrival_s=1),
+        request(name="b", priority=0, arrival_s=8),
+        request(name="a", priority=0, arrival_s=7),
+    )
+    assert [event.request_id for event in prefill.events(TokenEvent)] == ["a", "b", "c"]
+
+
+def test_a_request_that_waits_for_pages_starts_when_they_come_back(model: Model) -> None:
+    prefill = Prefill(model, num_pages=3)
+    prefill.run(request(9, name="first"))
+    prefill.engine.handle(request(9, name="second"))
+    prefill.step()
+    assert len(prefill.events(TokenEvent)) == 1
+    prefill.engine.handle(KvAck(lease_id=prefill.offers()[0].lease_id))
+    prefill.step()
+    assert [event.request_id for event in prefill.events(TokenEvent)] == ["first", "second"]
+
+
+def test_a_request_that_waits_for_pages_is_no_work(model: Model) -> None:
+    prefill = Prefill(model, num_pages=3)
+    prefill.run(request(9))
+    prefill.engine.handle(request(9))
+    assert not prefill.engine.busy
+    prefill.now_s = LEASE_S
+    prefill.step()
+    assert len(prefill.events(TokenEvent)) == 2
+
+
+# What is told.
+
+
+def test_each_choice_draws_its_own_first_token(prefill: Prefill) -> None:
+    prefill.run(request(choices=tuple(range(6)), sampling=Sampling(temperature=5.0, seed=1)))
+    assert len(set(prefill.tokens().values())) > 1
+
+
+def test_an_offer_carries_the_first_tokens_of_the_choices_that_go_on(prefill: Prefill) -> None:
+    asked = request(choices=(0, 1, 2, 3), sampling=Sampling(temperature=5.0, seed=1))
+    prefill.run(asked)
+    tokens = [prefill.tokens()[asked.request_id, choice] for choice in range(4)]
+    ends = dataclasses.replace(asked, stopping=Stopping(max_new_tokens=10, stop_token_ids=(tokens[1],)))
+    prefill.run(dataclasses.replace(ends, request_id=RequestId("ends")))
+    offer = prefill.offers()[-1]
+    going_on = [(choice, token_id) for choice, token_id in enumerate(tokens) if token_id != tokens[1]]
+    assert list(zip(offer.request.choices, offer.next_tokens, strict=True)) == going_on
+
+
+def test_a_request_that_ends_with_its_first_token_leaves_nothing(prefill: Prefill) -> None:
+    prefill.run(request(choices=(0, 1), max_new_tokens=1))
+    assert [event.finish_reason for event in prefill.events(TokenEvent)] == ["length", "length"]
+    assert (prefill.num_free, prefill.offers()) == (NUM_PAGES, [])
+
+
+def test_an_offer_goes_to_the_decode_worker_and_tokens_to_the_frontend(prefill: Prefill) -> None:
+    prefill.run(request())
+    assert [(to, type(message)) for to, message in prefill.said] == [(FRONTEND, StepReport), (DECODE, KvOffer)]
+
+
+def test_a_recomputed_choice_goes_on_at_its_next_index(prefill: Prefill) -> None:
+    again = dataclasses.replace(request(9), num_prompt_tokens=6, attempt=4, choices=(2,))
+    prefill.run(again)
+    (event,) = prefill.events(TokenEvent)
+    assert (event.index, event.attempt, event.choice) == (3, 4, 2)
+
+
+def test_prompt_logprobs_do_not_depend_on_how_the_prompt_is_cut(model: Model) -> None:
+    asked = request(13, output=Output(logprobs=2, prompt_logprobs=True))
+    reported = []
+    for chunk_tokens in (512, 3):
+        prefill = Prefill(model, chunk_tokens=chunk_tokens)
+        prefill.run(asked)
+        reported.append(prefill.events(TokenEvent)[0].prompt_logprobs)
+    whole, cut = reported
+    assert [entry.token_id for entry in cut] == [entry.token_id for entry in whole]
+    assert cut[0].logprob is None
+    assert [entry.logprob for entry in cut[1:]] == pytest.approx([entry.logprob for entry in whole[1:]], abs=1e-4)
+
+
+def test_computed_tokens_are_counted(prefill: Prefill) -> None:
+    prefill.run(request(7), request(5))
+    assert prefill.engine.load().tokens == 12
+
+
+# Pages come back.
+
+
+def test_aborting_a_waiting_request_forgets_it(model: Model) -> None:
+    prefill = Prefill(model, max_requests=1, chunk_tokens=2)
+    prefill.engine.handle(request(6))
+    prefill.step()
+    prefill.engine.handle(request(6, name="waiting"))
+    prefill.engine.handle(Abort(request_id=RequestId("waiting")))
+    prefill.run()
+    assert len(prefill.events(TokenEvent)) == 1
+
+
+def test_aborting_a_running_request_frees_its_pages(model: Model) -> None:
+    prefill = Prefill(model, chunk_tokens=2)
+    asked = request(9)
+    prefill.engine.handle(asked)
+    prefill.step()
+    assert prefill.num_free == NUM_PAGES - 3
+    prefill.engine.handle(Abort(request_id=asked.request_id))
+    prefill.run()
+    assert (prefill.num_free, prefill.events(TokenEvent)) == (NUM_PAGES, [])
+
+
+def test_aborting_a_leased_request_frees_its_pages(prefill: Prefill) -> None:
+    asked = request(9)
+    prefill.run(asked)
+    assert prefill.num_free == NUM_PAGES - 3
+    prefill.engine.handle(Abort(request_id=asked.request_id))
+    prefill.step()
+    assert (prefill.num_free, prefill.engine.load().leases) == (NUM_PAGES, 0)
+
+
+def test_aborting_one_choice_of_several_leaves_the_others(prefill: Prefill) -> None:
+    asked = request(9, choices=(0, 1))
+    prefill.engine.handle(asked)
+    prefill.engine.handle(Abort(request_id=asked.request_id, choice=0))
+    prefill.run()
+    assert prefill.offers()[0].request.choices == (0, 1)
+
+
+def test_an_acknowledged_lease_frees_its_pages(prefill: Prefill) -> None:
+    prefill.run(request(9))
+    prefill.engine.handle(KvAck(lease_id=prefill.offers()[0].lease_id))
+    prefill.step()
+    assert prefill.num_free == NUM_PAGES
+
+
+def test_a_lease_frees_its_pages_at_its_deadline(prefill: Prefill) -> None:
+    prefill.run(request(9))
+    prefill.now_s = LEASE_S - 0.1
+    prefill.step()
+    assert prefill.num_free == NUM_PAGES - 3
+    prefill.now_s = LEASE_S
+    prefill.step()
+    assert prefill.num_free == NUM_PAGES
+
+
+# The hand-off.
+
+
+def test_a_pull_is_answered_with_the_leases_pages(prefill: Prefill) -> None:
+    prefill.run(request(9))
+    prefill.engine.handle(KvPull(lease_id=prefill.offers()[0].lease_id, decode_worker=DECODE))
+    pages = prefill.channel.receive(3 * prefill.page_bytes)
+    assert pages is not None
+    assert bool(pages.view(torch.float32).any())
+
+
+@pytest.mark.parametrize("lease", ["over", "unknown"])
+def test_a_pull_of_a_lease_that_is_gone_is_answered_so(prefill: Prefill, lease: str) -> None:
+    prefill.run(request(9))
+    prefill.now_s = LEASE_S
+    prefill.step()
+    lease_id = prefill.offers()[0].lease_id if lease == "over" else LeaseId("unknown")
+    prefill.engine.handle(KvPull(lease_id=lease_id, decode_worker=DECODE))
+    assert prefill.channel.receive(3 * prefill.page_bytes) is None
+
+
+def test_leases_have_different_ids(prefill: Prefill) -> None:
+    prefill.run(request(), request(), request())
+    assert len({offer.lease_id for offer in prefill.offers()}) == 3
+
+
+# Faults.
+
+
+@pytest.mark.parametrize("layer", [1, 2, 3])
+def test_a_step_that_loses_its_lane_may_be_run_again(model: Model, layer: int) -> None:
+    requests = [request(7), request(5)]
+    undisturbed, disturbed = Prefill(model, chunk_tokens=5), Prefill(model, chunk_tokens=5)
+    undisturbed.run(*requests)
+    for each in requests:
+        disturbed.engine.handle(each)
+    while disturbed.engine.busy:
+        disturbed.routed.fail_once(layer, LaneTimeoutError("shard 0 is silent"))
+        with pytest.raises(LaneTimeoutError):
+            disturbed.step()
+        disturbed.step()
+    assert disturbed.said == undisturbed.said
+
+
+def test_a_missing_expert_fails_the_requests_with_its_reason(prefill: Prefill) -> None:
+    prefill.routed.fail_once(2, ExpertMissingError("layer 2: no expert in slots [7]"))
+    prefill.run(request(choices=(0, 1)), request())
+    failures = prefill.events(Failed)
+    assert len(failures) == 3
+    assert {failure.reason for failure in failures} == {"layer 2: no expert in slots [7]"}
+
+
+def test_a_missing_expert_yields_no_token(prefill: Prefill) -> None:
+    prefill.routed.fail_once(3, ExpertMissingError("gone"))
+    prefill.run(request())
+    assert (prefill.events(TokenEvent), prefill.offers(), prefill.num_free) == ([], [], NUM_PAGES)
+
+
+def test_failing_all_ends_waiting_and_running_requests(model: Model) -> None:
+    prefill = Prefill(model, max_requests=1, chunk_tokens=2)
+    for name in ("running", "waiting"):
+        prefill.engine.handle(request(6, name=name))
+    prefill.step()
+    prefill.engine.fail_all("the lane is gone")
+    prefill.said += prefill.engine.flush()
+    assert sorted((f.request_id, f.reason) for f in prefill.events(Failed)) == [
+        ("running", "the lane is gone"),
+        ("waiting", "the lane is gone"),
+    ]
+    assert (prefill.num_free, prefill.engine.busy) == (NUM_PAGES, False)
+
+
+def test_a_message_for_someone_else_is_an_error(prefill: Prefill) -> None:
+    prefill.run(request())
+    with pytest.raises(TypeError, match="KvOffer"):
+        prefill.engine.handle(prefill.offers()[0])
