@@ -1,14 +1,17 @@
-"""The shard's worker loop: every lane is received on its own, all are computed one after another.
+"""The shard's worker loop: every lane is received by a thread of its own, and they take turns at computing.
 
-Decode frames go first: a waiting prefill frame can delay them by one frame at most.
+Decode frames go first: a prefill frame can delay them by one frame at most. The thread that received a frame computes
+it and replies: handing it to another thread would cost as much as a small frame takes.
 """
 
 from __future__ import annotations
 
+import contextlib
+import heapq
 import itertools
 import logging
-import queue
 import threading
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +22,6 @@ from octet.errors import LaneError
 _log = logging.getLogger(__name__)
 
 DECODE_FIRST, PREFILL_AFTER = 0, 1
-_STOP = 2
 
 
 class LaneCall(Protocol):
@@ -41,67 +43,50 @@ class LaneEnd(Protocol):
 
 
 class ShardLoop:
-    """One thread computes; one thread per lane waits for its frames."""
+    """Serves lanes until they close. One frame is computed at a time."""
 
     def __init__(self, shard: ExpertShard) -> None:
         self._shard = shard
-        # (priority, order of arrival, lane, call): order breaks ties, so lanes and calls are never compared.
-        self._frames: queue.PriorityQueue[tuple[int, int, LaneEnd | None, LaneCall | None]]
-        self._frames = queue.PriorityQueue()
-        self._order = itertools.count()
+        self._turns = _Turns()
         self._lanes: dict[str, LaneEnd] = {}
         self._threads: dict[str, threading.Thread] = {}
-        self._worker = threading.Thread(target=self._work, name="shard-worker", daemon=True)
-        self._worker.start()
 
     @property
     def lanes(self) -> list[str]:
         """Names of the lanes that are open."""
         return sorted(self._lanes)
 
+    @property
+    def num_waiting(self) -> int:
+        """Frames that are received and wait for their turn."""
+        return self._turns.num_waiting
+
     def add(self, name: str, lane: LaneEnd, priority: int) -> None:
         """Serve a lane from now on, until it closes or fails."""
         self._lanes[name] = lane
-        thread = threading.Thread(target=self._receive, args=(name, lane, priority), name=f"lane-{name}", daemon=True)
+        thread = threading.Thread(target=self._serve, args=(name, lane, priority), name=f"lane-{name}", daemon=True)
         self._threads[name] = thread
         thread.start()
 
     def close(self, timeout_s: float = 5.0) -> None:
         for lane in list(self._lanes.values()):
             lane.close()
-        self._frames.put((_STOP, next(self._order), None, None))
-        self._worker.join(timeout_s)
         for thread in list(self._threads.values()):
             thread.join(timeout_s)
 
-    def _receive(self, name: str, lane: LaneEnd, priority: int) -> None:
+    def _serve(self, name: str, lane: LaneEnd, priority: int) -> None:
         try:
             while (call := lane.receive()) is not None:
-                self._frames.put((priority, next(self._order), lane, call))
+                with self._turns.take(priority):
+                    self._answer(lane, call)
         except Exception as error:
             expected = isinstance(error, LaneError)
-            _log.log(
-                logging.WARNING if expected else logging.ERROR,
-                "lane %s is given up: %s",
-                name,
-                error,
-                exc_info=not expected,
-            )
+            level = logging.WARNING if expected else logging.ERROR
+            _log.log(level, "lane %s is given up: %s", name, error, exc_info=not expected)
         finally:
             # The other end must notice at once, whatever the reason.
             lane.close()
             self._lanes.pop(name, None)
-
-    def _work(self) -> None:
-        while True:
-            _, _, lane, call = self._frames.get()
-            if lane is None or call is None:
-                return
-            try:
-                self._answer(lane, call)
-            except LaneError as error:
-                # The lane's own thread sees the same break and retires it; other lanes go on.
-                _log.warning("a reply found its lane broken: %s", error)
 
     def _answer(self, lane: LaneEnd, call: LaneCall) -> None:
         try:
@@ -112,3 +97,34 @@ class ShardLoop:
             lane.refuse(call, error)
         else:
             lane.reply(call, y_UH)
+
+
+class _Turns:
+    """A lock that goes to the waiter of the lowest priority number, and among equals to the first."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._waiting: list[tuple[int, int]] = []
+        self._order = itertools.count()
+        self._taken = False
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @contextlib.contextmanager
+    def take(self, priority: int) -> Iterator[None]:
+        with self._changed:
+            ticket = (priority, next(self._order))
+            heapq.heappush(self._waiting, ticket)
+            # Whoever holds the turn computes one frame, which is bounded by the lane's largest.
+            self._changed.wait_for(lambda: not self._taken and self._waiting[0] == ticket)
+            heapq.heappop(self._waiting)
+            self._taken = True
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken = False
+                if self._waiting:
+                    self._changed.notify_all()

@@ -16,14 +16,13 @@ from cluster.validation import parse_request
 from model.tokenizer import Tokenizer
 from octet.config import load_config
 from octet.errors import QueueFullError, RequestExistsError, UnavailableError
-from octet.ids import Epoch, RequestId, WorkerId
+from octet.ids import Epoch, LeaseId, RequestId, WorkerId
 from octet.mailbox import AsyncMailbox
 from octet.messages import (
     Abort,
     Evicted,
     Failed,
     KvAck,
-    LeaseId,
     Message,
     PrefillRequest,
     StepReport,

@@ -100,26 +100,25 @@ def until(happened: Callable[[], bool]) -> None:
 
 def test_decode_frames_are_served_before_waiting_prefill_frames(loop: ShardLoop, shard: FakeShard) -> None:
     shard.may_go_on.clear()
-    prefill, decode = FakeLane(1, 2, 3), FakeLane(11, 12)
-    loop.add("prefill-0", prefill, PREFILL_AFTER)
-    assert shard.at_work.wait(PATIENT_S)
-    assert prefill.all_received.wait(PATIENT_S)
-    loop.add("decode-0", decode, DECODE_FIRST)
-    assert decode.all_received.wait(PATIENT_S)
+    lanes = {"prefill-0": FakeLane(1, 3), "prefill-1": FakeLane(2), "decode-0": FakeLane(11), "decode-1": FakeLane(12)}
+    for number, (name, lane) in enumerate(lanes.items()):
+        loop.add(name, lane, DECODE_FIRST if name.startswith("decode") else PREFILL_AFTER)
+        until(lambda number=number: loop.num_waiting == number)  # type: ignore[misc]
+        assert shard.at_work.wait(PATIENT_S)
     shard.may_go_on.set()
     until(lambda: len(shard.served) == 5)
     assert shard.served == [1, 11, 12, 2, 3]
 
 
-def test_frames_of_equal_priority_are_served_in_order_of_arrival(loop: ShardLoop, shard: FakeShard) -> None:
+def test_lanes_of_equal_priority_take_turns_in_order_of_arrival(loop: ShardLoop, shard: FakeShard) -> None:
     shard.may_go_on.clear()
-    lanes = [FakeLane(number, number + 10) for number in range(1, 5)]
-    for number, lane in enumerate(lanes):
-        loop.add(f"decode-{number}", lane, DECODE_FIRST)
-        assert lane.all_received.wait(PATIENT_S)
+    for number in range(1, 5):
+        loop.add(f"decode-{number}", FakeLane(number), DECODE_FIRST)
+        until(lambda number=number: loop.num_waiting == number - 1)  # type: ignore[misc]
+        assert shard.at_work.wait(PATIENT_S)
     shard.may_go_on.set()
-    until(lambda: len(shard.served) == 8)
-    assert shard.served == [1, 11, 2, 12, 3, 13, 4, 14]
+    until(lambda: len(shard.served) == 4)
+    assert shard.served == [1, 2, 3, 4]
 
 
 def test_an_answer_goes_back_on_the_lane_that_asked(loop: ShardLoop) -> None:

@@ -88,9 +88,9 @@ def test_a_message_to_a_peer_that_is_not_there_yet_waits_for_it() -> None:
     with contextlib.closing(Mailbox(HOST)) as sender:
         sender.connect({PEER: address})
         sender.send(PEER, message(1))
-        late = zmq.Context.instance().socket(zmq.PULL)
+        late: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PULL)
         late.bind(address)
-        assert late.poll(PATIENT_S * 1000)
+        assert late.poll(int(PATIENT_S * 1000))
         late.close(linger=0)
 
 
@@ -104,7 +104,7 @@ def test_a_peer_may_come_back_under_another_address(mailboxes: tuple[Mailbox, Ma
 
 def test_garbage_is_a_wire_error(mailboxes: tuple[Mailbox, Mailbox]) -> None:
     _, receiver = mailboxes
-    stranger = zmq.Context.instance().socket(zmq.PUSH)
+    stranger: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
     stranger.connect(receiver.address)
     stranger.send(b"hello")
     with pytest.raises(WireError):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from octet import messages
 from octet.errors import WireError
+from octet.ids import Epoch, LeaseId, RequestId, WorkerId
 from octet.messages import Abort, KvAck, Message, StepReport, TokenEvent, WorkerLoad, decode, encode
 from octet.request import Sampling
 
@@ -112,7 +113,7 @@ def test_an_unknown_name_inside_a_message_is_a_wire_error() -> None:
 
 def test_bytes_after_a_message_are_a_wire_error() -> None:
     with pytest.raises(WireError):
-        decode(encode(Abort(request_id=messages.RequestId("a"))) + b"\0")
+        decode(encode(Abort(request_id=RequestId("a"))) + b"\0")
 
 
 class _Bomb:
@@ -141,14 +142,10 @@ def test_messages_are_frozen_slotted_and_keyword_only(cls: Any) -> None:
 
 
 def test_a_report_keeps_the_kinds_and_the_order_of_its_events() -> None:
-    event = TokenEvent(
-        request_id=messages.RequestId("a"), choice=0, attempt=1, index=2, token_id=3, finish_reason="stop"
-    )
-    report = StepReport(
-        worker_id=messages.WorkerId("decode-0"), epoch=messages.Epoch(1), events=(event, event), load=LOAD
-    )
+    event = TokenEvent(request_id=RequestId("a"), choice=0, attempt=1, index=2, token_id=3, finish_reason="stop")
+    report = StepReport(worker_id=WorkerId("decode-0"), epoch=Epoch(1), events=(event, event), load=LOAD)
     assert decode(encode(report)) == report
 
 
 def test_an_acknowledgement_is_small() -> None:
-    assert len(encode(KvAck(lease_id=messages.LeaseId("prefill-0/1/0")))) < 64
+    assert len(encode(KvAck(lease_id=LeaseId("prefill-0/1/0")))) < 64
