@@ -153,7 +153,8 @@ def _n(sampling: pb.Sampling, limits: Limits, num_prompt_tokens: int) -> int:
     most = min(limits.config.frontend.max_n, limits.config.decode.max_batch)
     if not 1 <= n <= most:
         raise RequestError("sampling.n", n, f"1 to {most}")
-    pages = -(-num_prompt_tokens // limits.config.kv.page_size) + n
+    # Choices share the prompt's pages but for the last one.
+    pages = -(-num_prompt_tokens // limits.config.kv.page_size) + n - 1
     if pages > limits.decode_pages:
         raise RequestError("sampling.n", n, f"choices that fit {limits.decode_pages} KV pages", f"they take {pages}")
     return n

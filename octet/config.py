@@ -44,10 +44,14 @@ class PoolConfig(_Node):
     """How Ray's placement group lays the members out over nodes."""
 
 
+class ExpertPoolConfig(PoolConfig):
+    size: int = pydantic.Field(2, ge=1)
+
+
 class PoolsConfig(_Node):
     prefill: PoolConfig = PoolConfig()
     decode: PoolConfig = PoolConfig()
-    experts: PoolConfig = PoolConfig(size=2)
+    experts: ExpertPoolConfig = ExpertPoolConfig()
 
 
 class KvConfig(_Node):
@@ -175,7 +179,8 @@ def _set(tree: dict[str, Any], override: str) -> None:
     *parents, leaf = path.split(".")
     node = tree
     for parent in parents:
-        child = node.setdefault(parent, {})
+        # An empty section of a file is null.
+        child = node[parent] = node[parent] if node.get(parent) is not None else {}
         if not isinstance(child, dict):
             raise ConfigError(path, f"a value at '{parent}'", "a section there")
         node = child

@@ -7,14 +7,17 @@ which is why every exchange built on this carries a deadline of its own.
 
 from __future__ import annotations
 
+import logging
 import threading
 
 import zmq
 import zmq.asyncio
 
-from octet.errors import UnavailableError
+from octet.errors import UnavailableError, WireError
 from octet.ids import WorkerId
 from octet.messages import Message, decode, encode
+
+_log = logging.getLogger(__name__)
 
 _MAX_QUEUED = 100_000
 _WAKE = b""
@@ -42,7 +45,7 @@ class Mailbox:
         self._outbound.send(to, message)
 
     def receive(self, timeout_s: float) -> list[Message]:
-        """Every message that waits; blocks up to `timeout_s` for the first one."""
+        """Every message that waits; blocks up to `timeout_s` for the first one. What is no message is dropped."""
         messages: list[Message] = []
         if self._inbound.poll(round(timeout_s * 1000)):
             while True:
@@ -51,8 +54,15 @@ class Mailbox:
                 except zmq.Again:
                     break
                 if data != _WAKE:
-                    messages.append(decode(data))
+                    self._take(data, messages)
         return messages
+
+    @staticmethod
+    def _take(data: bytes, messages: list[Message]) -> None:
+        try:
+            messages.append(decode(data))
+        except WireError as error:
+            _log.error("a message is dropped: %s", error)
 
     def wake(self) -> None:
         """Let a blocked `receive` return now. Any thread may call it."""

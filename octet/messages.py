@@ -1,8 +1,8 @@
 """The messages between a frontend and the attention workers, and their msgpack form.
 
 A message is a frozen dataclass; on the wire it is `{"$": class name, field: value, ...}`. Token ids travel as packed
-little-endian uint32. Nothing received is ever evaluated: an unknown name, a missing field or an extra one is a
-`WireError`.
+little-endian uint32. Nothing received is ever evaluated: an unknown name, an extra field, or one that is
+missing and has no default, is a `WireError`.
 """
 
 from __future__ import annotations
@@ -188,7 +188,10 @@ def pack_ids(token_ids: Sequence[int]) -> bytes:
 
 
 def unpack_ids(data: bytes) -> list[int]:
+    """Raises: WireError."""
     ids = array("I")
+    if len(data) % ids.itemsize:
+        raise WireError(f"{len(data)} bytes are not packed token ids")
     ids.frombytes(data)
     return ids.tolist()
 

@@ -7,7 +7,7 @@ a lane lives and dies with the process that it belongs to.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+import re
 from typing import Any
 
 import torch
@@ -110,18 +110,14 @@ class Transfer:
             raise _typed(error) from error
 
 
-def wait_all(transfers: Sequence[Transfer]) -> None:
-    for transfer in transfers:
-        transfer.wait()
-
-
 def _delta(seconds: float) -> datetime.timedelta:
     return datetime.timedelta(seconds=seconds)
 
 
 def _typed(error: RuntimeError) -> LaneError:
     """Gloo raises plain RuntimeErrors; their texts tell which."""
-    text = str(error)
+    # Gloo puts its source file before the message, and advice and a picture behind it.
+    text = re.sub(r"^\[[^\]]*\]\s*", "", str(error)).partition(" This is typically")[0]
     if "Timed out" in text:
         return LaneTimeoutError(text)
     if "caused pair closure" in text:

@@ -20,6 +20,9 @@ from router.group import Group, Transfer
 OPEN_ROUNDS = 2
 """Rounds that may be under way at once: two micro-batches take turns."""
 
+_CLOSE_S = 2.0
+"""How long a goodbye may take; a shard that does not read will see the connection break."""
+
 
 class _Round:
     """One dispatch under way."""
@@ -80,7 +83,10 @@ class LaneExchange:
             if transfer is None:
                 replies.append(None)
                 continue
-            transfer.wait()
+            try:
+                transfer.wait()
+            except LaneError as error:
+                raise type(error)(f"shard {shard}: {error}") from error
             buffer = self._replies[turn][shard]
             header = Header.read(buffer, self._epoch)
             if header.sequence != current.sequence:
@@ -94,24 +100,24 @@ class LaneExchange:
         return replies
 
     def heartbeat(self) -> None:
-        self._announce(Kind.HEARTBEAT)
+        self._announce(Kind.HEARTBEAT, None)
 
     def close(self) -> None:
         """Tell every shard, and break the connections."""
         try:
-            self._announce(Kind.CLOSE)
+            self._announce(Kind.CLOSE, _CLOSE_S)
         except LaneError:
             # A shard that is gone already needs no telling.
             return
         finally:
             self._group.abort()
 
-    def _announce(self, kind: Kind) -> None:
+    def _announce(self, kind: Kind, timeout_s: float | None) -> None:
         frame = torch.empty(HEADER_BYTES, dtype=torch.uint8)
         Header(kind=kind, epoch=self._epoch).write(frame)
         transfers = [self._group.send(frame, shard + 1) for shard in range(self._num_shards)]
         for transfer in transfers:
-            transfer.wait()
+            transfer.wait(timeout_s)
 
 
 class LanePort:
@@ -126,18 +132,21 @@ class LanePort:
         # One more than the rounds under way: a frame is received while the others are computed.
         self._buffers = [layout.new_buffer() for _ in range(OPEN_ROUNDS + 1)]
         self._turn = 0
+        self._posted = group.receive(self._buffers[0], 0)
         self._reply = layout.new_buffer()
         self._sent: Transfer | None = None
 
     def receive(self) -> Call | None:
         while True:
             buffer = self._buffers[self._turn]
-            self._group.receive(buffer, 0).wait(self._timeout_s)
+            self._posted.wait(self._timeout_s)
             header = Header.read(buffer, self._epoch)
             if header.kind is Kind.CLOSE:
                 return None
+            # Gloo sends when it knows of the receive, so the next one is posted before this frame is computed.
+            self._turn = (self._turn + 1) % len(self._buffers)
+            self._posted = self._group.receive(self._buffers[self._turn], 0)
             if header.kind is Kind.CALL:
-                self._turn = (self._turn + 1) % len(self._buffers)
                 rows = self._layout.rows(buffer, header.num_rows)
                 return Call(layer=header.layer, rows=rows, sequence=header.sequence)
 

@@ -33,10 +33,7 @@ def test_what_a_file_leaves_out_keeps_its_default(file: pathlib.Path) -> None:
     [
         "prefill",
         "decode",
-        pytest.param(
-            "experts",
-            marks=pytest.mark.xfail(strict=True, reason="PoolsConfig.experts is a PoolConfig, whose size is 1"),
-        ),
+        "experts",
     ],
 )
 def test_what_a_pool_leaves_out_keeps_its_default(pool: str) -> None:
@@ -46,7 +43,6 @@ def test_what_a_pool_leaves_out_keeps_its_default(pool: str) -> None:
     )
 
 
-@pytest.mark.xfail(strict=True, reason="_set takes the null of an empty section for a value")
 def test_a_flag_may_fill_an_empty_section_of_the_file(file: pathlib.Path) -> None:
     file.write_text("kv:\n")
     assert load_config(file, ["kv.page_size=8"]).kv.page_size == 8
