@@ -50,9 +50,13 @@ class StartDisplay:
         for loading in progress.loading:
             tensors = f"{loading.tensors_done}/{loading.tensors_total} tensors"
             if not self._live:
+                step = f"{loading.worker_id}: {tensors}"
+                if step in self._said or not loading.tensors_done:
+                    continue
+                self._said.add(step)
                 eta = "" if loading.eta_s is None else f", {loading.eta_s:.0f} s to go"
                 mib, rate = loading.bytes_done / 2**20, loading.rate_bytes_s / 2**20
-                self._say(f"{loading.worker_id}: {tensors}, {mib:.0f} MiB, {rate:.0f} MiB/s{eta}")
+                self._say(f"{step}, {mib:.1f} MiB, {rate:.1f} MiB/s{eta}")
                 continue
             name = loading.worker_id
             if name not in self._tasks:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, Literal
 
 from google.protobuf import json_format
 from rich.console import Console
@@ -27,8 +27,9 @@ def print_status(status: pb.GetStatusResponse, console: Console | None = None) -
     reason = f" ({status.reason})" if status.reason else ""
     console.print(
         f"[bold]{status.state}[/]{reason}  epoch {status.epoch}  placement {status.placement_version}  "
-        f"live {status.live_requests}  tokens {status.tokens_served}  finished {status.requests_finished}  "
-        f"failed {status.requests_failed}  cancelled {status.requests_cancelled}  up {status.uptime_s:.0f} s"
+        f"up {status.uptime_s:.0f} s  tokens {status.tokens_served}\n"
+        f"requests: {status.live_requests} live, {status.requests_finished} finished, "
+        f"{status.requests_failed} failed, {status.requests_cancelled} cancelled"
     )
     console.print(_members(status))
     if status.expert_counts:
@@ -37,8 +38,9 @@ def print_status(status: pb.GetStatusResponse, console: Console | None = None) -
 
 def _members(status: pb.GetStatusResponse) -> Table:
     table = Table(box=None, pad_edge=False)
-    for column in ("member", "state", "node", "pid", "memory", "KV pages free", "running", "waiting", "tokens"):
-        table.add_column(column, justify="left" if column in ("member", "state", "node") else "right")
+    for column in ("member", "state", "node", "pid", "memory", "KV pages free", "run", "wait", "tokens"):
+        justify: Literal["left", "right"] = "left" if column in ("member", "state", "node") else "right"
+        table.add_column(column, justify=justify, no_wrap=True)
     for pool in status.pools:
         for member in pool.members:
             pages = f"{member.kv_pages_free}/{member.kv_pages_total}" if member.kv_pages_total else ""

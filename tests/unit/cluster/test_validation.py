@@ -84,7 +84,7 @@ def chat(*messages: tuple[str, str]) -> pb.Chat:
         (stopping(stop=["a", ""]), "stopping.stop"),
         (sampling(n=0), "sampling.n"),
         (sampling(n=7), "sampling.n"),
-        (message(4 * PAGE, sampling=pb.Sampling(n=6)), "sampling.n"),
+        (message(DECODE_PAGES * PAGE - 5 * PAGE + 1, sampling=pb.Sampling(n=6)), "sampling.n"),
         (sampling(temperature=-0.1), "sampling.temperature"),
         (sampling(temperature=math.nan), "sampling.temperature"),
         (sampling(temperature=math.inf), "sampling.temperature"),
