@@ -1,7 +1,7 @@
 """`octet bench memory`: what a shard's process holds beside its experts' weights.
 
 Each shard is loaded in a process of its own, by the classes that serve it, and answers calls on every layer before it
-is measured. The floor is the same process before it loads.
+is measured. The floor is the same process before it loads, with everything imported and the CPU kernel compiled.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ def _measure(model_dir: str, shard: int, num_shards: int) -> tuple[int, int, int
     import torch
 
     from cluster.process import resident_bytes
+    from experts.grouped import cpu_kernel
     from experts.shard import ExpertShard
     from model.checkpoint import Checkpoint
     from ops.local import load_slots
@@ -56,6 +57,7 @@ def _measure(model_dir: str, shard: int, num_shards: int) -> tuple[int, int, int
     checkpoint = Checkpoint.open(pathlib.Path(model_dir))
     config = checkpoint.config
     placement = place_evenly(config.moe_layers, config.n_routed_experts, num_shards)
+    cpu_kernel()
     before = resident_bytes()
     slots = load_slots(checkpoint, placement, shard, torch.float32, torch.device("cpu"))
     served = ExpertShard(slots)
