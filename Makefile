@@ -24,6 +24,7 @@ format: $(VENV)/installed-test
 
 bench: $(VENV)/installed-test
 	$(BIN)/octet bench memory
+	$(BIN)/octet bench lane
 
 serve: $(VENV)/installed
 	$(BIN)/octet serve

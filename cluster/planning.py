@@ -89,8 +89,11 @@ def _context(config: OctetConfig, model: ModelConfig, kv_tokens: int) -> int:
 
 
 def _threads(config: OctetConfig) -> dict[str, int]:
-    """An even share of the machine's cores, unless a pool says otherwise: pools must not fight for cores."""
+    """What a pool says, else as many as the Ray CPUs that a member holds, else an even share of this machine's cores.
+
+    Pools that share a machine must not fight for its cores.
+    """
     pools = {name: getattr(config.pools, name) for name in ("prefill", "decode", "experts")}
     members = sum(pool.size for pool in pools.values())
     share = max(1, len(os.sched_getaffinity(0)) // members)
-    return {name: pool.threads or share for name, pool in pools.items()}
+    return {name: pool.threads or (int(pool.num_cpus) if pool.num_cpus >= 1 else share) for name, pool in pools.items()}

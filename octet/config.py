@@ -34,7 +34,8 @@ class PoolConfig(_Node):
 
     size: int = pydantic.Field(1, ge=1)
     threads: int | None = pydantic.Field(None, ge=1)
-    """CPU threads of each member's arithmetic; null shares the machine's cores among all members."""
+    """CPU threads of each member's arithmetic; null takes `num_cpus` where that is at least 1, and otherwise shares the
+    machine's cores among all members."""
     num_cpus: float = pydantic.Field(0.1, ge=0)
     """Ray CPUs per member. Fractions let the pools share a laptop."""
     num_gpus: float = pydantic.Field(0, ge=0)

@@ -146,6 +146,14 @@ def bench_memory(
     run(model_dir, experts)
 
 
+@bench.command("lane")
+def bench_lane() -> None:
+    """A dispatch and combine without experts, against gloo's own all-to-all."""
+    from ops.bench.lane import bench_lane as run
+
+    run()
+
+
 def _config(file: pathlib.Path | None, overrides: list[str] | None, flags: Mapping[str, object]) -> OctetConfig:
     """Defaults, then the file, then --set, then the flags of their own."""
     given = [f"{field}={value}" for field, value in flags.items() if value is not None]

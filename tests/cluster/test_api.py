@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import grpc
@@ -20,6 +21,13 @@ from octet.v1 import octet_pb2_grpc as rpc
 from tests.cluster.conftest import at_baseline, wait_until
 
 _LONG: dict[str, Any] = {"max_new_tokens": 4000, "ignore_eos": True}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_behind(client: Client) -> Iterator[None]:
+    """Whatever a test does, pages, leases and queues are back to baseline after it."""
+    yield
+    wait_until(lambda: at_baseline(client.status()), 10, "pages back to baseline")
 
 
 def test_concatenated_chunks_equal_the_response(client: Client) -> None:
