@@ -13,6 +13,7 @@ from cluster.answer import Answer, Piece, merge
 from cluster.journal import Journal
 from cluster.live_requests import Aborted, Event, LiveRequest, LiveRequests
 from cluster.plan import ServingPlan
+from cluster.prefix_index import PrefixIndex
 from cluster.scheduler import Shed, schedule
 from cluster.validation import GenerateSpec, Limits
 from model.tokenizer import Tokenizer
@@ -61,6 +62,7 @@ class Frontend:
         self._worker_id, self._plan, self.tokenizer = worker_id, plan, tokenizer
         self._mailbox = AsyncMailbox(host)
         self._live = LiveRequests([], [], plan.config.kv.page_size)
+        self._prefixes = PrefixIndex([], plan.config.kv.page_size, 0)
         self._unavailable = "the pools are starting"
         self._idle = asyncio.Event()
         self._idle.set()
@@ -87,6 +89,8 @@ class Frontend:
         """Accept requests from now on. The mappings give the workers' mailbox addresses."""
         self._mailbox.connect({**prefill, **decode})
         self._live = LiveRequests(sorted(prefill), sorted(decode), self._plan.config.kv.page_size)
+        remembered = self._plan.prefill_pages if self._plan.config.prefill.prefix_cache else 0
+        self._prefixes = PrefixIndex(sorted(prefill), self._plan.config.kv.page_size, remembered)
         self._reader = asyncio.get_running_loop().create_task(self._read())
         self._unavailable = ""
 
@@ -181,13 +185,15 @@ class Frontend:
         Args:
             others: live requests beside a new one. One that was admitted is never shed when it is computed again.
         """
-        decision = schedule(
-            others, self._plan.config.frontend.max_requests, self._live.prefill_views(), self._live.decode_views()
-        )
+        token_ids = unpack_ids(request.token_ids)
+        cached_tokens = self._prefixes.cached_tokens(token_ids)
+        prefill_views = self._live.prefill_views(cached_tokens)
+        max_requests = self._plan.config.frontend.max_requests
+        decision = schedule(others, max_requests, prefill_views, self._live.decode_views())
         if isinstance(decision, Shed):
             raise QueueFullError(decision.reason)
-        num_tokens = len(unpack_ids(request.token_ids))
-        self._live.assign(live, request.choices, num_tokens, decision)
+        self._prefixes.sent(decision.prefill, token_ids)
+        self._live.assign(live, request.choices, len(token_ids), cached_tokens[decision.prefill], decision)
         self._mailbox.send(decision.prefill, dataclasses.replace(request, decode_worker=decision.decode))
 
     def _apply(self, events: list[Event | Aborted], live: LiveRequest, answers: Mapping[int, Answer]) -> list[Piece]:

@@ -115,4 +115,5 @@ def _member(status: MemberStatus) -> pb.Member:
         resident_bytes=status.resident_bytes,
         preemptions=load.preemptions,
         leases=load.leases,
+        cached_tokens=load.cached_tokens,
     )

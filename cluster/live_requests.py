@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from collections.abc import Mapping
 
 from cluster.journal import Journal
 from cluster.scheduler import Assignment, DecodeView, PrefillView
@@ -64,14 +65,16 @@ class LiveRequests:
     def remove(self, live: LiveRequest) -> None:
         del self._requests[live.request_id]
 
-    def assign(self, live: LiveRequest, choices: tuple[int, ...], num_tokens: int, assignment: Assignment) -> None:
+    def assign(
+        self, live: LiveRequest, choices: tuple[int, ...], num_tokens: int, num_cached: int, assignment: Assignment
+    ) -> None:
         """Note where choices are computed. The first of them carries the prompt's share of work and pages."""
         pages = -(-num_tokens // self._page_size)
         for number, choice in enumerate(choices):
             live.stages[choice] = _Stage(
                 prefill=assignment.prefill,
                 decode=assignment.decode,
-                queued_tokens=num_tokens if number == 0 else 0,
+                queued_tokens=num_tokens - num_cached if number == 0 else 0,
                 pages=pages if number == 0 else 1,
             )
 
@@ -83,12 +86,19 @@ class LiveRequests:
             if event.index > 0:
                 stage.pages = 0
 
-    def prefill_views(self) -> list[PrefillView]:
+    def prefill_views(self, cached_tokens: Mapping[WorkerId, int]) -> list[PrefillView]:
+        """
+        Args:
+            cached_tokens: for every worker, what it probably has of the request at hand.
+        """
         queued = dict.fromkeys(self._prefill, 0)
         for live in self._requests.values():
             for stage in live.stages.values():
                 queued[stage.prefill] += stage.queued_tokens
-        return [PrefillView(worker_id=worker_id, queued_tokens=tokens) for worker_id, tokens in queued.items()]
+        return [
+            PrefillView(worker_id=worker_id, queued_tokens=tokens, cached_tokens=cached_tokens.get(worker_id, 0))
+            for worker_id, tokens in queued.items()
+        ]
 
     def decode_views(self) -> list[DecodeView]:
         promised = dict.fromkeys(self._decode, 0)

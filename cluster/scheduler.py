@@ -14,6 +14,13 @@ class PrefillView:
 
     worker_id: WorkerId
     queued_tokens: int
+    cached_tokens: int = 0
+    """Of the request at hand: the prefix that this worker probably has in its cache."""
+
+    @property
+    def advantage(self) -> int:
+        """What the cached prefix saves, less what is queued in front: the larger, the sooner the first token."""
+        return self.cached_tokens - self.queued_tokens
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,13 +48,16 @@ class Shed:
 def schedule(
     num_live: int, max_requests: int, prefill: Sequence[PrefillView], decode: Sequence[DecodeView]
 ) -> Assignment | Shed:
-    """The prefill worker with the least queued work, and the decode worker with the most pages to spare.
+    """The prefill worker with the least work before the first token, the decode worker with the most pages to spare.
+
+    The work is what is queued and the part of the prompt that is not cached, so the longest prefix wins unless the
+    queue in front of it is worse.
 
     Ties go to the smaller batch, then to the lower worker id, so that the same state gives the same decision.
     """
     if num_live >= max_requests:
         return Shed(reason=f"{num_live} requests are live, the limit (frontend.max_requests) is {max_requests}")
-    source = min(prefill, key=lambda view: (view.queued_tokens, view.worker_id))
+    source = min(prefill, key=lambda view: (-view.advantage, view.worker_id))
     target = min(
         decode,
         key=lambda view: (view.promised_pages - view.free_pages, view.live_sequences, view.worker_id),
@@ -56,7 +66,8 @@ def schedule(
         prefill=source.worker_id,
         decode=target.worker_id,
         reason=(
-            f"{source.worker_id} has {source.queued_tokens} tokens queued; "
+            f"{source.worker_id} has {source.queued_tokens} tokens queued, "
+            f"{source.cached_tokens} of the prompt cached; "
             f"{target.worker_id} has {target.free_pages - target.promised_pages} pages to spare"
         ),
     )

@@ -72,6 +72,8 @@ class PrefillConfig(_Node):
     """Tokens computed in one step, over all packed requests: it bounds how long a shard is held by one frame."""
     max_requests: int = pydantic.Field(64, ge=1)
     """Requests that may hold pages at once in one worker."""
+    prefix_cache: bool = True
+    """Keep the pages of prompts that were computed, as long as they are not needed, for prompts that begin alike."""
 
 
 class DecodeConfig(_Node):

@@ -129,6 +129,8 @@ class WorkerLoad:
     tokens: int
     preemptions: int = 0
     leases: int = 0
+    cached_tokens: int = 0
+    """Prompt tokens found in the prefix cache instead of computed."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

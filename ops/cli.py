@@ -146,6 +146,42 @@ def bench_memory(
     run(model_dir, experts)
 
 
+@bench.command("serve")
+def bench_serve(
+    grpc: _Address = _DEFAULT_ADDRESS,
+    streams: Annotated[int | None, typer.Option(min=1, help="Closed loop: so many users at once.")] = None,
+    rate: Annotated[float | None, typer.Option(min=0.001, help="Open loop: Poisson arrivals per second.")] = None,
+    trace: Annotated[pathlib.Path | None, typer.Option(help="Open loop: a Mooncake trace, as JSON lines.")] = None,
+    requests: Annotated[int, typer.Option(min=1)] = 64,
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    new_tokens: Annotated[int, typer.Option(min=1)] = 32,
+    time_scale: Annotated[float, typer.Option(min=0.001, help="Of a trace; 2 is twice as fast.")] = 1.0,
+    length_scale: Annotated[float, typer.Option(min=0.0001, help="Of a trace's prompts and answers.")] = 1.0,
+    slo_ttft: Annotated[float, typer.Option(help="Goodput: seconds to the first token.")] = 2.0,
+    slo_tpot: Annotated[float, typer.Option(help="Goodput: seconds per token after it.")] = 0.2,
+    seed: int = 0,
+    json_file: Annotated[pathlib.Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
+) -> None:
+    """TTFT, TPOT, ITL, throughput and goodput of a running cluster under load."""
+    from ops.bench.serve import LoadOptions
+    from ops.bench.serve import bench_serve as run
+
+    options = LoadOptions(
+        streams=streams,
+        rate=rate,
+        trace=trace,
+        requests=requests,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        time_scale=time_scale,
+        length_scale=length_scale,
+        slo_ttft_s=slo_ttft,
+        slo_tpot_s=slo_tpot,
+        seed=seed,
+    )
+    run(grpc, options, json_file)
+
+
 @bench.command("lane")
 def bench_lane() -> None:
     """A dispatch and combine without experts, against gloo's own all-to-all."""

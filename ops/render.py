@@ -38,7 +38,7 @@ def print_status(status: pb.GetStatusResponse, console: Console | None = None) -
 
 def _members(status: pb.GetStatusResponse) -> Table:
     table = Table(box=None, pad_edge=False)
-    for column in ("member", "state", "node", "pid", "memory", "KV pages free", "run", "wait", "tokens"):
+    for column in ("member", "state", "node", "pid", "memory", "KV pages free", "run", "wait", "tokens", "cached"):
         justify: Literal["left", "right"] = "left" if column in ("member", "state", "node") else "right"
         table.add_column(column, justify=justify, no_wrap=True)
     for pool in status.pools:
@@ -55,8 +55,14 @@ def _members(status: pb.GetStatusResponse) -> Table:
                 str(member.running) if attention else "",
                 str(member.waiting) if attention else "",
                 str(member.tokens),
+                _share(member.cached_tokens, member.tokens) if pool.name == "prefill" else "",
             )
     return table
+
+
+def _share(cached: int, computed: int) -> str:
+    """The prefix cache's hit rate, by tokens."""
+    return f"{cached / (cached + computed):.0%}" if cached + computed else "-"
 
 
 def _experts(status: pb.GetStatusResponse) -> Table:

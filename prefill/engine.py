@@ -33,6 +33,7 @@ from octet.messages import (
 )
 from prefill.handoff import KvSender
 from prefill.leases import LeaseTable
+from prefill.prefix_cache import PrefixCache
 from prefill.queue import Chunk, PrefillQueue, Task
 
 _LOGPROB_ROWS = 64
@@ -62,7 +63,8 @@ class PrefillEngine:
         self._outbox: list[tuple[WorkerId, Message]] = []
         self._events: dict[WorkerId, list[TokenEvent | Failed]] = defaultdict(list)
         self._lease_numbers = itertools.count()
-        self._num_tokens = 0
+        self._num_tokens = self._num_cached = 0
+        self._cache = PrefixCache(runner.pool) if config.prefix_cache else None
 
     @property
     def busy(self) -> bool:
@@ -124,15 +126,28 @@ class PrefillEngine:
             running=len(self._queue.running),
             waiting=len(self._queue.waiting),
             tokens=self._num_tokens,
+            cached_tokens=self._num_cached,
             leases=len(self._leases),
         )
 
     def _admit(self) -> None:
         while (task := self._queue.next_to_admit()) is not None:
-            pages = self._pool.allocate(self._pages_of(task))
-            if pages is None:
+            cached = self._cached_pages(task)
+            # Held before the rest is allocated, which could otherwise give them out.
+            self._pool.share(cached)
+            rest = self._pool.allocate(self._pages_of(task) - len(cached))
+            if rest is None:
+                self._pool.release(cached)
                 return
-            self._queue.admit(task, pages)
+            num_cached = len(cached) * self._pool.page_size
+            self._num_cached += num_cached
+            self._queue.admit(task, [*cached, *rest], num_cached)
+
+    def _cached_pages(self, task: Task) -> list[int]:
+        # The log-probabilities of a prompt take every position's hidden state.
+        if self._cache is None or _wants_prompt_logprobs(task):
+            return []
+        return self._cache.find(task.token_ids)
 
     def _pages_of(self, task: Task) -> int:
         return self._pool.pages_for(len(task.token_ids))
@@ -154,6 +169,8 @@ class PrefillEngine:
         """Sample the next token of every choice, and offer the pages to the decode worker if any goes on."""
         request = task.request
         self._queue.finish(task)
+        if self._cache is not None:
+            self._cache.add(task.token_ids, task.pages)
         rows = [_sample_row(task, choice) for choice in request.choices]
         logits = logits_V.expand(len(rows), -1)
         tokens = sample(logits, rows)
@@ -174,6 +191,7 @@ class PrefillEngine:
                     finish_reason=reason,
                     logprob=reported[position] if reported else None,
                     prompt_logprobs=tuple(task.prompt_logprobs) if position == 0 else (),
+                    cached_tokens=task.num_cached,
                 )
             )
         if going_on:

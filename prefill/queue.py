@@ -17,6 +17,8 @@ class Task:
     token_ids: list[int]
     pages: list[int] = dataclasses.field(default_factory=list)
     done: int = 0
+    num_cached: int = 0
+    """Tokens whose KV was found in the prefix cache."""
     prompt_logprobs: list[TokenLogprob] = dataclasses.field(default_factory=list)
 
     @property
@@ -52,9 +54,14 @@ class PrefillQueue:
         """The first waiting task, if one more may run."""
         return self.waiting[0] if self.waiting and len(self.running) < self._max_running else None
 
-    def admit(self, task: Task, pages: list[int]) -> None:
+    def admit(self, task: Task, pages: list[int], num_cached: int = 0) -> None:
+        """
+        Args:
+            pages: for all of the task's tokens.
+            num_cached: tokens whose KV is in them already.
+        """
         self.waiting.remove(task)
-        task.pages = pages
+        task.pages, task.done, task.num_cached = pages, num_cached, num_cached
         self.running.append(task)
         self.running.sort(key=_order)
 

@@ -8,8 +8,10 @@ from cluster.scheduler import Assignment, DecodeView, PrefillView, Shed, schedul
 from octet.ids import WorkerId
 
 
-def prefill(number: int, queued_tokens: int = 0) -> PrefillView:
-    return PrefillView(worker_id=WorkerId(f"prefill-{number}"), queued_tokens=queued_tokens)
+def prefill(number: int, queued_tokens: int = 0, cached_tokens: int = 0) -> PrefillView:
+    return PrefillView(
+        worker_id=WorkerId(f"prefill-{number}"), queued_tokens=queued_tokens, cached_tokens=cached_tokens
+    )
 
 
 def decode(number: int, free: int = 10, promised: int = 0, live: int = 0) -> DecodeView:
@@ -64,6 +66,15 @@ def test_a_request_is_admitted_though_no_page_is_free() -> None:
     assert assign([prefill(0)], [decode(0, free=0, promised=50)]).decode == "decode-0"
 
 
+def test_of_equal_queues_the_one_with_the_longest_prefix_is_taken() -> None:
+    assert assign([prefill(0, 10, 16), prefill(1, 10, 64), prefill(2, 10, 32)], [decode(0)]).prefill == "prefill-1"
+
+
+def test_a_prefix_does_not_outweigh_a_queue_that_is_longer_than_it() -> None:
+    assert assign([prefill(0, 100, 64), prefill(1, 30)], [decode(0)]).prefill == "prefill-1"
+    assert assign([prefill(0, 90, 64), prefill(1, 30)], [decode(0)]).prefill == "prefill-0"
+
+
 def test_the_reason_tells_what_was_weighed() -> None:
     reason = assign([prefill(0, 12)], [decode(0, free=9, promised=2)]).reason
-    assert reason == "prefill-0 has 12 tokens queued; decode-0 has 7 pages to spare"
+    assert reason == "prefill-0 has 12 tokens queued, 0 of the prompt cached; decode-0 has 7 pages to spare"

@@ -78,3 +78,47 @@ def test_free_pages_are_those_that_nobody_holds_after_any_history() -> None:
             assert not {page for table in held for page in table} & set(pages)
             held.append(pages)
         assert pool.num_free == 20 - len({page for table in held for page in table})
+
+
+def test_a_kept_page_is_free_and_can_be_taken_back() -> None:
+    pool = PagePool(2, 16)
+    page = allocated(pool, 1)
+    pool.keep(page[0], lambda page: None)
+    pool.release(page)
+    assert pool.num_free == 2
+    pool.share(page)
+    assert pool.num_free == 1
+
+
+def test_kept_pages_are_given_out_last_and_their_keeper_is_told() -> None:
+    pool, forgotten = PagePool(3, 16), list[int]()
+    pages = allocated(pool, 3)
+    for page in pages[:2]:
+        pool.keep(page, forgotten.append)
+    pool.release(pages)
+    assert allocated(pool, 1) == pages[2:]
+    assert forgotten == []
+    assert sorted(allocated(pool, 2)) == sorted(pages[:2])
+    assert sorted(forgotten) == sorted(pages[:2])
+
+
+def test_of_kept_pages_the_first_released_goes_first_and_a_table_from_its_end() -> None:
+    pool, forgotten = PagePool(4, 16), list[int]()
+    early, late = allocated(pool, 2), allocated(pool, 2)
+    for page in (*early, *late):
+        pool.keep(page, forgotten.append)
+    pool.release(early)
+    pool.release(late)
+    allocated(pool, 4)
+    assert forgotten == [early[1], early[0], late[1], late[0]]
+
+
+def test_a_page_that_is_taken_back_is_not_given_out() -> None:
+    pool = PagePool(2, 16)
+    pages = allocated(pool, 2)
+    for page in pages:
+        pool.keep(page, lambda page: None)
+    pool.release(pages)
+    pool.share(pages[:1])
+    assert pool.allocate(2) is None
+    assert allocated(pool, 1) == pages[1:]

@@ -1,0 +1,170 @@
+"""Load over gRPC: who asks when and for how much, and what each request experienced."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import pathlib
+import random
+import statistics
+import time
+from collections.abc import Sequence
+
+from octet.client import AsyncClient, CallError
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Arrival:
+    """One request to come. In a closed loop the time is ignored."""
+
+    at_s: float
+    prompt_tokens: int
+    new_tokens: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a request experienced, in seconds from its sending."""
+
+    prompt_tokens: int
+    token_times_s: tuple[float, ...]
+    """When each token came; those of one chunk came together."""
+    end_s: float
+    error: str = ""
+
+    @property
+    def ttft_s(self) -> float:
+        return self.token_times_s[0]
+
+    @property
+    def tpot_s(self) -> float:
+        """Mean time per output token after the first."""
+        return (self.token_times_s[-1] - self.ttft_s) / max(len(self.token_times_s) - 1, 1)
+
+    @property
+    def itl_s(self) -> list[float]:
+        """Times between successive tokens."""
+        return [after - before for before, after in zip(self.token_times_s, self.token_times_s[1:], strict=False)]
+
+
+def poisson(rate: float, num_requests: int, prompt_tokens: int, new_tokens: int, seed: int) -> list[Arrival]:
+    """Arrivals with exponential gaps of mean 1 / `rate` seconds."""
+    rng, at_s, arrivals = random.Random(seed), 0.0, []
+    for _ in range(num_requests):
+        at_s += rng.expovariate(rate)
+        arrivals.append(Arrival(at_s=at_s, prompt_tokens=prompt_tokens, new_tokens=new_tokens))
+    return arrivals
+
+
+def read_trace(
+    file: pathlib.Path, num_requests: int, time_scale: float, length_scale: float, max_len: int
+) -> list[Arrival]:
+    """The first requests of a Mooncake trace: lines of `timestamp` (ms), `input_length`, `output_length`.
+
+    Args:
+        time_scale: 2 plays it twice as fast.
+        length_scale: 0.1 makes prompts and answers a tenth as long.
+        max_len: prompts are cut so that prompt and answer fit this context.
+    """
+    arrivals = []
+    with file.open() as lines:
+        for _, line in zip(range(num_requests), lines, strict=False):
+            entry = json.loads(line)
+            new_tokens = min(max(1, round(entry["output_length"] * length_scale)), max_len // 2)
+            prompt_tokens = min(max(1, round(entry["input_length"] * length_scale)), max_len - new_tokens)
+            at_s = entry["timestamp"] / 1000 / time_scale
+            arrivals.append(Arrival(at_s=at_s, prompt_tokens=prompt_tokens, new_tokens=new_tokens))
+    return arrivals
+
+
+async def closed_loop(
+    client: AsyncClient, arrivals: Sequence[Arrival], streams: int, vocab_size: int
+) -> tuple[list[Outcome], float]:
+    """`streams` users, each asking again when its answer is complete. Returns: outcomes, and seconds in all."""
+    waiting, outcomes = list(reversed(arrivals)), list[Outcome]()
+
+    async def user() -> None:
+        while waiting:
+            outcomes.append(await ask(client, waiting.pop(), vocab_size))
+
+    start_s = time.perf_counter()
+    await asyncio.gather(*(user() for _ in range(streams)))
+    return outcomes, time.perf_counter() - start_s
+
+
+async def open_loop(client: AsyncClient, arrivals: Sequence[Arrival], vocab_size: int) -> tuple[list[Outcome], float]:
+    """Each request at its time, however many are under way."""
+    start_s = time.perf_counter()
+
+    async def one(arrival: Arrival) -> Outcome:
+        await asyncio.sleep(max(0.0, start_s + arrival.at_s - time.perf_counter()))
+        return await ask(client, arrival, vocab_size)
+
+    outcomes = await asyncio.gather(*map(one, arrivals))
+    return list(outcomes), time.perf_counter() - start_s
+
+
+async def ask(client: AsyncClient, arrival: Arrival, vocab_size: int) -> Outcome:
+    """A prompt of random ids, greedy, as many tokens as asked for."""
+    prompt = random.choices(range(vocab_size), k=arrival.prompt_tokens)
+    times: list[float] = []
+    start_s, error = time.perf_counter(), ""
+    try:
+        chunks = client.stream(prompt, max_new_tokens=arrival.new_tokens, ignore_eos=True, temperature=0.0)
+        async for chunk in chunks:
+            times += [time.perf_counter() - start_s] * len(chunk.token_ids)
+    except CallError as failure:
+        error = failure.code.name
+    return Outcome(
+        prompt_tokens=arrival.prompt_tokens,
+        token_times_s=tuple(times),
+        end_s=time.perf_counter() - start_s,
+        error=error,
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """Percentiles in seconds: (p50, p95, p99)."""
+
+    requests: int
+    errors: dict[str, int]
+    duration_s: float
+    tokens_per_s: float
+    prompt_tokens_per_s: float
+    goodput_per_s: float
+    """Requests per second that kept both service levels."""
+    ttft_s: tuple[float, float, float]
+    tpot_s: tuple[float, float, float]
+    itl_s: tuple[float, float, float]
+    e2e_s: tuple[float, float, float]
+
+
+def summarize(outcomes: Sequence[Outcome], duration_s: float, slo_ttft_s: float, slo_tpot_s: float) -> Summary:
+    good = [outcome for outcome in outcomes if not outcome.error]
+    errors: dict[str, int] = {}
+    for outcome in outcomes:
+        if outcome.error:
+            errors[outcome.error] = errors.get(outcome.error, 0) + 1
+    kept = sum(outcome.ttft_s <= slo_ttft_s and outcome.tpot_s <= slo_tpot_s for outcome in good)
+    return Summary(
+        requests=len(outcomes),
+        errors=errors,
+        duration_s=duration_s,
+        tokens_per_s=sum(len(outcome.token_times_s) for outcome in outcomes) / duration_s,
+        prompt_tokens_per_s=sum(outcome.prompt_tokens for outcome in good) / duration_s,
+        goodput_per_s=kept / duration_s,
+        ttft_s=_percentiles([outcome.ttft_s for outcome in good]),
+        tpot_s=_percentiles([outcome.tpot_s for outcome in good]),
+        itl_s=_percentiles([itl for outcome in good for itl in outcome.itl_s]),
+        e2e_s=_percentiles([outcome.end_s for outcome in good]),
+    )
+
+
+def _percentiles(values: list[float]) -> tuple[float, float, float]:
+    if len(values) < 2:
+        only = values[0] if values else 0.0
+        return only, only, only
+    cuts = statistics.quantiles(values, n=100, method="inclusive")
+    return cuts[49], cuts[94], cuts[98]

@@ -1,0 +1,83 @@
+"""`octet bench serve`: load on a running cluster, closed-loop or open-loop."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import pathlib
+
+from rich.console import Console
+from rich.table import Table
+
+from octet.client import AsyncClient
+from octet.errors import ConfigError
+from ops.bench.load import Arrival, Summary, closed_loop, open_loop, poisson, read_trace, summarize
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions:
+    """Exactly one of `streams`, `rate` and `trace` is given."""
+
+    streams: int | None
+    rate: float | None
+    trace: pathlib.Path | None
+    requests: int
+    prompt_tokens: int
+    new_tokens: int
+    time_scale: float
+    length_scale: float
+    slo_ttft_s: float
+    slo_tpot_s: float
+    seed: int
+
+
+def bench_serve(address: str, options: LoadOptions, json_file: pathlib.Path | None) -> None:
+    """Print a table; with `json_file`, write the same numbers there.
+
+    Raises: ConfigError for contradicting options, CallError if the cluster does not answer.
+    """
+    given = [name for name in ("streams", "rate", "trace") if getattr(options, name) is not None]
+    if len(given) != 1:
+        raise ConfigError("bench serve", ", ".join(given) or "no load", "exactly one of --streams, --rate, --trace")
+    summary = asyncio.run(_run(address, options))
+    _print(summary)
+    if json_file is not None:
+        json_file.write_text(json.dumps(dataclasses.asdict(summary), indent=2) + "\n")
+
+
+async def _run(address: str, options: LoadOptions) -> Summary:
+    async with AsyncClient(address, timeout_s=600.0) as client:
+        info = await client.model_info(timeout_s=30.0)
+        if options.streams is not None:
+            each = Arrival(at_s=0.0, prompt_tokens=options.prompt_tokens, new_tokens=options.new_tokens)
+            outcomes, duration_s = await closed_loop(
+                client, [each] * options.requests, options.streams, info.vocab_size
+            )
+        else:
+            outcomes, duration_s = await open_loop(client, _arrivals(options, info.max_model_len), info.vocab_size)
+    return summarize(outcomes, duration_s, options.slo_ttft_s, options.slo_tpot_s)
+
+
+def _arrivals(options: LoadOptions, max_len: int) -> list[Arrival]:
+    if options.trace is not None:
+        return read_trace(options.trace, options.requests, options.time_scale, options.length_scale, max_len)
+    assert options.rate is not None
+    return poisson(options.rate, options.requests, options.prompt_tokens, options.new_tokens, options.seed)
+
+
+def _print(summary: Summary) -> None:
+    console = Console(highlight=False)
+    errors = ", ".join(f"{count} × {code}" for code, count in summary.errors.items()) or "none"
+    console.print(f"{summary.requests} requests in {summary.duration_s:.1f} s, errors: {errors}")
+    console.print(
+        f"{summary.tokens_per_s:.1f} tokens/s generated, {summary.prompt_tokens_per_s:.1f} prompt tokens/s, "
+        f"goodput {summary.goodput_per_s:.2f} requests/s"
+    )
+    table = Table(box=None, pad_edge=False)
+    for column in ("ms", "p50", "p95", "p99"):
+        table.add_column(column, justify="left" if column == "ms" else "right")
+    rows = (("TTFT", summary.ttft_s), ("TPOT", summary.tpot_s), ("ITL", summary.itl_s), ("end to end", summary.e2e_s))
+    for name, values in rows:
+        table.add_row(name, *(f"{value * 1000:.1f}" for value in values))
+    console.print(table)
