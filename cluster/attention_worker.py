@@ -158,6 +158,7 @@ class AttentionWorker:
             PagePool(num_pages, plan.config.kv.page_size),
             cache,
             self._device,
+            plan.config.lane.ping_pong_rows,
         )
         self._closing.append(contextlib.closing(exchange))
         if self._role == "prefill":

@@ -58,6 +58,24 @@ class DecodeSpans:
     """`[B, P · page_size]`, true on positions that exist."""
 
 
+def halve(spans: Sequence[Span]) -> tuple[list[Span], list[Span]]:
+    """Two parts of equally many tokens, one at most more; a span in the middle is cut, its end depends on its begin."""
+    room = (sum(len(span.token_ids) for span in spans) + 1) // 2
+    first: list[Span] = []
+    second: list[Span] = []
+    for span in spans:
+        take = min(room, len(span.token_ids))
+        room -= take
+        if take == len(span.token_ids):
+            first.append(span)
+        elif take == 0:
+            second.append(span)
+        else:
+            first.append(dataclasses.replace(span, token_ids=span.token_ids[:take]))
+            second.append(dataclasses.replace(span, token_ids=span.token_ids[take:], start=span.start + take))
+    return first, second
+
+
 def build_batch(spans: Sequence[Span], pool: PagePool, device: torch.device) -> tuple[Batch, list[int]]:
     """Pack spans; single-token ones are moved to the front.
 

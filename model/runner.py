@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from model.batch import Span, build_batch
+from model.batch import Span, build_batch, halve
 from model.kv_cache import KvCache
 from model.pages import PagePool
 from model.transformer import RoutedLayer, Transformer
+from octet.errors import LaneError
 
 
 class ModelRunner:
@@ -23,18 +24,40 @@ class ModelRunner:
         pool: PagePool,
         cache: KvCache,
         device: torch.device,
+        ping_pong_rows: int | None = None,
     ) -> None:
+        """
+        Args:
+            ping_pong_rows: steps of at least so many tokens are computed as two micro-batches that take turns.
+        """
         self.pool, self.cache = pool, cache
         self._transformer, self._routed, self._device = transformer, routed, device
+        self._ping_pong_rows = ping_pong_rows
 
     def run(self, spans: Sequence[Span]) -> list[torch.Tensor]:
         """The final hidden states `[tokens, hidden]` of each span. Raises: LaneError; running again is safe."""
-        batch, last_rows = build_batch(spans, self.pool, self._device)
-        hidden_TH = self._transformer.forward(batch, self._routed)
-        return [
-            hidden_TH[last + 1 - len(span.token_ids) : last + 1] for span, last in zip(spans, last_rows, strict=True)
-        ]
+        num_tokens = sum(len(span.token_ids) for span in spans)
+        if self._ping_pong_rows is None or num_tokens < max(self._ping_pong_rows, 2):
+            return self._forward([spans])[0]
+        first, second = halve(spans)
+        hidden = self._forward([first, second])
+        if len(first) + len(second) == len(spans):
+            return hidden[0] + hidden[1]
+        # The span in the middle was cut in two.
+        return [*hidden[0][:-1], torch.cat((hidden[0][-1], hidden[1][0])), *hidden[1][1:]]
 
     def logits(self, hidden_TH: torch.Tensor) -> torch.Tensor:
         """`[T, V]` in fp32."""
         return self._transformer.logits(hidden_TH)
+
+    def _forward(self, parts: Sequence[Sequence[Span]]) -> list[list[torch.Tensor]]:
+        built = [build_batch(spans, self.pool, self._device) for spans in parts]
+        try:
+            hidden = self._transformer.forward([batch for batch, _ in built], self._routed)
+        except LaneError:
+            self._routed.drain()
+            raise
+        return [
+            [h_TH[last + 1 - len(span.token_ids) : last + 1] for span, last in zip(spans, last_rows, strict=True)]
+            for h_TH, spans, (_, last_rows) in zip(hidden, parts, built, strict=True)
+        ]

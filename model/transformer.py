@@ -5,7 +5,8 @@ Shapes: `T` tokens, `H` hidden, `V` vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import collections
+from collections.abc import Generator, Sequence
 from typing import Protocol, TypeVar
 
 import torch
@@ -29,7 +30,10 @@ class RoutedLayer(Protocol[_Pending]):
         """Send the rows on their way and return at once."""
 
     def combine(self, pending: _Pending) -> torch.Tensor:
-        """Wait for the experts' weighted sum `[T, H]`. Raises: LaneError."""
+        """Wait for the experts' weighted sum `[T, H]`; in the order of the dispatches. Raises: LaneError."""
+
+    def drain(self) -> None:
+        """Drop what is still under way after a step has failed."""
 
 
 class Transformer:
@@ -41,18 +45,26 @@ class Transformer:
         self._attend = Attention(config, cache, self._rotary)
 
     @torch.inference_mode()
-    def forward(self, batch: Batch, routed: RoutedLayer[_Pending]) -> torch.Tensor:
-        """The normalised hidden states `[T, H]`. Raises: LaneError; the step may then be run again."""
-        steps = self.steps(batch, routed)
-        while True:
+    def forward(self, batches: Sequence[Batch], routed: RoutedLayer[_Pending]) -> list[torch.Tensor]:
+        """The normalised hidden states `[T, H]` of each batch.
+
+        Batches take turns, layer by layer: while the rows of one are with the experts, the next computes its attention.
+        One may continue a sequence that another, before it, begins. Raises: LaneError; running again is safe.
+        """
+        hidden: dict[int, torch.Tensor] = {}
+        turns = collections.deque((index, self._steps(batch, routed)) for index, batch in enumerate(batches))
+        while turns:
+            index, steps = turns.popleft()
             try:
                 next(steps)
             except StopIteration as done:
-                hidden_TH: torch.Tensor = done.value
-                return hidden_TH
+                hidden[index] = done.value
+            else:
+                turns.append((index, steps))
+        return [hidden[index] for index in range(len(batches))]
 
-    def steps(self, batch: Batch, routed: RoutedLayer[_Pending]) -> Generator[None, None, torch.Tensor]:
-        """`forward`, yielding while each layer's rows are away, so that two batches can take turns."""
+    def _steps(self, batch: Batch, routed: RoutedLayer[_Pending]) -> Generator[None, None, torch.Tensor]:
+        """One batch, yielding while each layer's rows are away."""
         x_TH = F.embedding(batch.token_ids_T, self._weights.embedding)
         cos_sin = self._rotary.at(batch.positions_T, x_TH.dtype)
         for index, layer in enumerate(self._weights.layers):

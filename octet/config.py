@@ -86,6 +86,9 @@ class LaneConfig(_Node):
     """Silence of a shard, or of an attention worker that owes a heartbeat, after which the lane is given up."""
     heartbeat_s: float = pydantic.Field(5.0, gt=0)
     """An idle attention worker tells its shards so this often; well below `timeout_s`."""
+    ping_pong_rows: int | None = pydantic.Field(64, ge=2)
+    """Steps of at least this many tokens are computed as two micro-batches that take turns, so that attention goes on
+    while experts do; null never. Small steps lose by it: each half reads all weights."""
 
 
 class HandoffConfig(_Node):

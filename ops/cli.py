@@ -182,6 +182,26 @@ def bench_serve(
     run(grpc, options, json_file)
 
 
+@bench.command("prefix")
+def bench_prefix(
+    grpc: _Address = _DEFAULT_ADDRESS,
+    prefix_tokens: Annotated[int, typer.Option(min=1)] = 2000,
+    repeats: Annotated[int, typer.Option(min=1)] = 7,
+) -> None:
+    """Time to the first token with a cached prefix, against without, on a running cluster."""
+    from ops.bench.prefix import bench_prefix as run
+
+    run(grpc, prefix_tokens, repeats)
+
+
+@bench.command("checkpoint")
+def bench_checkpoint(model_dir: pathlib.Path) -> None:
+    """Write the random checkpoint of 111 M parameters that benchmarks serve."""
+    from ops.bench.checkpoints import BENCH, write_checkpoint
+
+    write_checkpoint(model_dir, BENCH)
+
+
 @bench.command("lane")
 def bench_lane() -> None:
     """A dispatch and combine without experts, against gloo's own all-to-all."""

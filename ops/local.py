@@ -54,6 +54,7 @@ class LocalEngine:
         max_model_len: int | None = None,
         prefill: PrefillConfig | None = None,
         decode: DecodeConfig | None = None,
+        ping_pong_rows: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
     ) -> None:
@@ -61,7 +62,7 @@ class LocalEngine:
         checkpoint = Checkpoint.open(model_dir)
         self.config = checkpoint.config
         self._max_model_len = max_model_len or min(self.config.max_position_embeddings, num_pages * page_size)
-        self._build = (dtype, device, page_size)
+        self._build = (dtype, device, page_size, ping_pong_rows)
         weights = load_attention_weights(checkpoint, dtype, device)
         placement = place_evenly(self.config.moe_layers, self.config.n_routed_experts, num_shards)
         self.shards = [ExpertShard(load_slots(checkpoint, placement, s, dtype, device)) for s in range(num_shards)]
@@ -124,10 +125,10 @@ class LocalEngine:
         self._sender.close()
 
     def _runner(self, weights: AttentionWeights, num_pages: int) -> ModelRunner:
-        dtype, device, page_size = self._build
+        dtype, device, page_size, ping_pong_rows = self._build
         cache = KvCache(self.config, num_pages, page_size, dtype, device)
         transformer = Transformer(self.config, weights, cache, self._max_model_len)
-        return ModelRunner(transformer, self._routed, PagePool(num_pages, page_size), cache, device)
+        return ModelRunner(transformer, self._routed, PagePool(num_pages, page_size), cache, device, ping_pong_rows)
 
     def _ask(self, to: WorkerId, pull: KvPull) -> None:
         assert to == PREFILL

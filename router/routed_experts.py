@@ -5,6 +5,8 @@ Shapes: `T` tokens, `H` hidden, `U` rows sent to one shard.
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 
@@ -12,6 +14,7 @@ import torch
 
 from model.config import ModelConfig
 from model.weights import GateWeights
+from octet.errors import LaneError
 from router.exchange import Exchange, ExpertRows, Ticket
 from router.gate import select_experts
 from router.placement import Placement
@@ -40,6 +43,7 @@ class RoutedExperts:
     ) -> None:
         self._config, self._gates, self._exchange = config, gates, exchange
         self._planner = Planner(placement, device)
+        self._under_way: collections.deque[Ticket] = collections.deque()
 
     def dispatch(self, layer: int, x_TH: torch.Tensor) -> Dispatched:
         """Raises: LaneError."""
@@ -51,13 +55,24 @@ class RoutedExperts:
             else ExpertRows(x_UH=x_TH[plan.rows_U], slots_UK=plan.slots_UK, weights_UK=plan.weights_UK)
             for plan in plans
         ]
-        return Dispatched(x_TH, plans, self._exchange.send(layer, rows))
+        ticket = self._exchange.send(layer, rows)
+        self._under_way.append(ticket)
+        return Dispatched(x_TH, plans, ticket)
 
     def combine(self, dispatched: Dispatched) -> torch.Tensor:
         """The sum over shards, `[T, H]` in fp32. Raises: LaneError."""
-        replies = self._exchange.receive(dispatched.ticket)
+        ticket = self._under_way.popleft()
+        assert ticket is dispatched.ticket, "combined in the order of the dispatches"
+        replies = self._exchange.receive(ticket)
         y_TH = torch.zeros(dispatched.x_TH.shape, dtype=torch.float32, device=dispatched.x_TH.device)
         for plan, y_UH in zip(dispatched.plans, replies, strict=True):
             if plan is not None and y_UH is not None:
                 y_TH.index_add_(0, plan.rows_U, y_UH.float())
         return y_TH
+
+    def drain(self) -> None:
+        """Drop what is still under way after a step has failed, so that the exchange can be used again if it works."""
+        while self._under_way:
+            # What becomes of it does not matter; an exchange that is broken will say so at its next use.
+            with contextlib.suppress(LaneError):
+                self._exchange.receive(self._under_way.popleft())

@@ -83,6 +83,8 @@ ENGINES: dict[str, dict[str, Any]] = {
     "three_uneven_shards": {"num_shards": 3},
     "chunks_of_7": {"prefill": PrefillConfig(chunk_tokens=7)},
     "chunks_of_64": {"prefill": PrefillConfig(chunk_tokens=64)},
+    "ping_pong_always": {"ping_pong_rows": 2},
+    "ping_pong_of_large_steps": {"ping_pong_rows": 40},
     "chunks_of_512": {"prefill": PrefillConfig(chunk_tokens=512)},
     "one_prefill_at_a_time": {"prefill": PrefillConfig(max_requests=1)},
     "pages_of_4": {"page_size": 4},

@@ -103,6 +103,9 @@ class Faulty:
             raise error
         return self._inner.combine(dispatched)
 
+    def drain(self) -> None:
+        self._inner.drain()
+
 
 class Pair:
     """A prefill and a decode engine. Messages arrive at once, except pulls while they are held."""

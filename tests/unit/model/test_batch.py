@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from model.batch import Batch, Span, build_batch
+from model.batch import Batch, Span, build_batch, halve
 from model.pages import PagePool
 
 POOL = PagePool(16, 4)
@@ -76,3 +76,25 @@ def test_decode_page_tables_are_as_wide_as_the_longest_sequence_needs() -> None:
 def test_long_spans_alone_have_no_decode_part() -> None:
     batch, _ = built(LONG, LATER)
     assert batch.decode is None
+
+
+def test_halves_have_equally_many_tokens_and_keep_every_token_in_place() -> None:
+    for spans in ([LONG], [LONG, SINGLE], [SINGLE, OTHER_SINGLE, LATER], [SINGLE, LONG, LATER]):
+        first, second = halve(spans)
+        sizes = [sum(len(span.token_ids) for span in half) for half in (first, second)]
+        assert sizes[0] - sizes[1] in (0, 1)
+        placed = {
+            (tuple(span.pages), span.start + offset, token)
+            for span in (*first, *second)
+            for offset, token in enumerate(span.token_ids)
+        }
+        assert placed == {
+            (tuple(span.pages), span.start + offset, token)
+            for span in spans
+            for offset, token in enumerate(span.token_ids)
+        }
+
+
+def test_the_end_of_a_cut_span_comes_in_the_second_half() -> None:
+    first, second = halve([LONG])
+    assert (first[0].start, first[0].stop, second[0].start, second[0].stop) == (0, 3, 3, 5)

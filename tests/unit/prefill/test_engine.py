@@ -93,6 +93,9 @@ class Watched:
     def combine(self, pending: Any) -> torch.Tensor:
         return self._inner.combine(pending)
 
+    def drain(self) -> None:
+        self._inner.drain()
+
 
 class Prefill:
     """An engine, with what it said so far by kind."""

@@ -158,3 +158,16 @@ def test_a_missing_expert_that_nobody_asks_for_does_no_harm(
     x_TH = torch.randn(NUM_TOKENS, HIDDEN_SIZE)
     found = routed.combine(routed.dispatch(1, x_TH))
     torch.testing.assert_close(found, dense(checkpoint, 1, x_TH, gates[1]), rtol=1e-4, atol=1e-4)
+
+
+def test_after_a_refusal_what_was_under_way_is_dropped_and_the_next_step_works(
+    checkpoint: Checkpoint, gates: dict[int, GateWeights]
+) -> None:
+    placement = place_evenly(LAYERS, NUM_EXPERTS, 2)
+    routed = routed_over(checkpoint, gates, placement)
+    x_TH = torch.randn(NUM_TOKENS, HIDDEN_SIZE)
+    for layer in LAYERS:
+        routed.dispatch(layer, x_TH)
+    routed.drain()
+    y_TH = routed.combine(routed.dispatch(LAYERS[0], x_TH))
+    torch.testing.assert_close(y_TH, dense(checkpoint, LAYERS[0], x_TH, gates[LAYERS[0]]), rtol=1e-4, atol=1e-4)
