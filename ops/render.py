@@ -38,7 +38,7 @@ def print_status(status: pb.GetStatusResponse, console: Console | None = None) -
 
 def _members(status: pb.GetStatusResponse) -> Table:
     table = Table(box=None, pad_edge=False)
-    for column in ("member", "state", "node", "pid", "memory", "KV pages free", "run", "wait", "tokens", "cached"):
+    for column in ("member", "state", "node", "pid", "MiB", "KV free", "run", "wait", "tokens", "cached"):
         justify: Literal["left", "right"] = "left" if column in ("member", "state", "node") else "right"
         table.add_column(column, justify=justify, no_wrap=True)
     for pool in status.pools:
@@ -48,9 +48,9 @@ def _members(status: pb.GetStatusResponse) -> Table:
             table.add_row(
                 member.worker_id,
                 member.state,
-                member.node_id[:8],
+                member.node_id[:6],
                 str(member.pid),
-                f"{member.resident_bytes / 2**20:.0f} MiB",
+                f"{member.resident_bytes / 2**20:.0f}",
                 pages,
                 str(member.running) if attention else "",
                 str(member.waiting) if attention else "",

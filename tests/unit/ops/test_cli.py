@@ -68,10 +68,22 @@ def test_token_ids_that_are_no_numbers_are_refused() -> None:
 
 
 def _status() -> pb.GetStatusResponse:
-    member = pb.Member(worker_id="decode-0", state="READY", pid=12, kv_pages_total=16384, kv_pages_free=16383)
+    member = pb.Member(
+        worker_id="prefill-0",
+        node_id="0123456789abcdef",
+        state="READY",
+        pid=1234567,
+        kv_pages_total=16384,
+        kv_pages_free=16383,
+        resident_bytes=1600 * 2**20,
+        running=10,
+        waiting=10,
+        tokens=30_000,
+        cached_tokens=10_000,
+    )
     return pb.GetStatusResponse(
         state="READY",
-        pools=[pb.Pool(name="decode", members=[member])],
+        pools=[pb.Pool(name="prefill", members=[member])],
         expert_counts=[pb.ExpertCounts(layer=1, tokens=[0, 5, 10], balancedness=0.5)],
     )
 
@@ -79,7 +91,10 @@ def _status() -> pb.GetStatusResponse:
 def test_the_status_page_fits_eighty_columns() -> None:
     console, out = _plain(width=80)
     print_status(_status(), console)
-    assert "16383/16384" in out.getvalue()
+    assert "…" not in out.getvalue()
+    assert out.getvalue().splitlines()[3].split() == [
+        *("prefill-0", "READY", "012345", "1234567", "1600", "16383/16384", "10", "10", "30000", "25%"),
+    ]
     assert max(map(len, out.getvalue().splitlines())) <= 80
 
 
