@@ -112,7 +112,7 @@ def test_the_census_lists_what_transformers_writes(
 
 
 def test_a_sharded_checkpoint_of_transformers_opens_without_mtp(tmp_path: pathlib.Path, rng: random.Random) -> None:
-    save_with_transformers(random_fields(rng, num_nextn_predict_layers=1), tmp_path, max_shard_size="20KB")
+    save_with_transformers(random_fields(rng, num_nextn_predict_layers=1), tmp_path, max_shard_size="1KB")
     assert not (tmp_path / "model.safetensors").exists()
     checkpoint = Checkpoint.open(tmp_path)
     assert not checkpoint.has_mtp
