@@ -6,6 +6,7 @@ import contextlib
 import os
 import pathlib
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -33,6 +34,7 @@ def _serving(*args: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     )
     try:
         assert process.stdout is not None
+        assert select.select([process.stdout], [], [], _START_S)[0], f"nothing said within {_START_S} s"
         line = process.stdout.readline()
         assert line, process.communicate(timeout=10)[1]
         ready = re.match(r"octet: ready grpc=(\S+) ", line)

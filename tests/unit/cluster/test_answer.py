@@ -91,8 +91,10 @@ def test_only_what_may_become_a_stop_string_is_held_back(parts: list[str], stops
 
 @given(st.text(st.characters(codec="utf-8"), max_size=30), st.lists(st.text(min_size=1, max_size=3), max_size=2))
 def test_pieces_of_any_text_are_the_text_before_the_first_stop_string(text: str, stops: list[str]) -> None:
-    pieces = push_all(answer(*stops), [*TOKENIZER.encode(text), EOS], last="stop")
-    assert text_of(pieces) == cut(text, stops)[0]
+    ids = TOKENIZER.encode(text)
+    pieces = push_all(answer(*stops), [*ids, EOS], last="stop")
+    # Decoded again, since the name of a special token is a text, too, and is left out.
+    assert text_of(pieces) == cut(TOKENIZER.decode(ids), stops)[0]
 
 
 @given(st.lists(st.integers(0, 1015), min_size=1, max_size=30), _stops)
