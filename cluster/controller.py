@@ -233,9 +233,15 @@ class Controller:
         return await asyncio.gather(*named)
 
     async def _watch(self) -> None:
-        """Observe every member; one that is lost or has failed ends the service, and every live request hears it."""
+        """Observe every process; one that is lost or has failed ends the service, and every live request hears it."""
         while True:
             await asyncio.sleep(_WATCH_EVERY_S)
+            for name, actor in ((FRONTEND, self._frontend), ("router", self._router)):
+                if self._state == "READY" and await _is_gone(actor):
+                    self._state, self._reason = "FAILED", f"{name}: its process is gone"
+                    _log.error("the cluster has failed: %s", self._reason)
+                    if actor is not self._frontend:
+                        await self._frontend.fail.remote(self._reason)
             for status in await asyncio.gather(*(self._member_status(member) for member in self._members)):
                 if status.state == "FAILED" and self._state == "READY":
                     self._state, self._reason = "FAILED", f"{status.worker_id}: {status.reason}"
@@ -253,6 +259,17 @@ class Controller:
 
 
 _CLASSES: dict[Pool, type] = {"prefill": PrefillWorker, "decode": DecodeWorker, "experts": ExpertShard}
+
+
+async def _is_gone(actor: Any) -> bool:
+    """Whether the process is lost; one that is only slow is not."""
+    try:
+        await asyncio.wait_for(actor.ping.remote(), _ANSWER_S)
+    except ray.exceptions.RayActorError:
+        return True
+    except TimeoutError:
+        return False
+    return False
 
 
 def _unknown(member: Member, state: str, reason: str) -> MemberStatus:

@@ -60,6 +60,9 @@ class FrontendActor:
         self._frontend.serve(prefill, decode)
         await self._server.set_serving(True)
 
+    async def ping(self) -> None:
+        """Answered as long as the frontend's event loop runs."""
+
     async def fail(self, reason: str) -> None:
         await self._server.set_serving(False)
         self._frontend.fail(reason)

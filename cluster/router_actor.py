@@ -22,6 +22,9 @@ class Router:
         """Take telemetry from these `ExpertShard` handles, in order of shard."""
         self._shards = shards
 
+    async def ping(self) -> None:
+        """Answered as long as the service's event loop runs."""
+
     async def placement(self) -> Placement:
         return self._service.placement
 

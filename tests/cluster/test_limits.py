@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 import pytest
+import ray
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from octet.client import CallError, Client
@@ -65,6 +66,15 @@ def test_a_killed_shard_fails_live_requests_and_health(start: Start) -> None:
         stub: Any = health_pb2_grpc.HealthStub(channel)
         answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=10)
     assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
+    cluster.stop(drain=False)
+
+
+@pytest.mark.parametrize("name", ["frontend-0", "router"])
+def test_a_killed_control_process_fails_the_cluster(start: Start, name: str) -> None:
+    cluster = start("pools.experts.size=1")
+    ray.kill(ray.get_actor(name, namespace=cluster.plan.config.ray.namespace))
+    wait_until(lambda: cluster.state()[0] == "FAILED", 15, "the controller sees the loss")
+    assert name in cluster.state()[1]
     cluster.stop(drain=False)
 
 
