@@ -5,7 +5,9 @@ Shapes: `U` rows, `K` experts per row, `S` slots, `H` hidden, `I` intermediate, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import importlib
+from types import ModuleType
 
 import numpy as np
 import numpy.typing as npt
@@ -53,29 +55,7 @@ def count_slots(slots_UK: torch.Tensor, num_slots: int) -> npt.NDArray[np.int64]
     return np.bincount(slots_UK.cpu().numpy().ravel() + 1, minlength=num_slots + 1)[1:]
 
 
-Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""`grouped_swiglu` without the counts."""
-
-MAX_ROWS = 192
-"""Rows of a call up to which the CPU kernel is the faster one; above them GEMMs over experts are."""
-
-
-def cpu_kernel() -> Kernel:
-    """The kernel for few rows, compiled and ready. Numba is imported here, so that GPU shards do without it."""
-    from experts import few_rows
-
-    few_rows.warm_up()
-
-    def compute(
-        x_UH: torch.Tensor,
-        slots_UK: torch.Tensor,
-        weights_UK: torch.Tensor,
-        gate_up: torch.Tensor,
-        down: torch.Tensor,
-    ) -> torch.Tensor:
-        y_UH = few_rows.swiglu_few_rows(
-            x_UH.numpy(), slots_UK.numpy(), weights_UK.numpy(), gate_up.numpy(), down.numpy()
-        )
-        return torch.from_numpy(y_UH)
-
-    return compute
+@functools.cache
+def grouped_cpu() -> ModuleType:
+    """The same over panels of an fp32 CPU. Numba is imported here, so that GPU shards do without it."""
+    return importlib.import_module("experts.grouped_cpu")

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from experts.grouped import MAX_ROWS, count_slots, cpu_kernel, grouped_swiglu
+from experts.grouped import count_slots, grouped_cpu, grouped_swiglu
 from experts.slots import EMPTY, ExpertSlots
 from octet.errors import ExpertMissingError
 
@@ -29,12 +29,13 @@ class ExpertShard:
 
     def __init__(self, slots: ExpertSlots) -> None:
         self._slots = slots
-        self._missing = {
-            layer: np.array([expert == EMPTY for expert in experts], dtype=bool)
+        self._holds = {
+            layer: np.array([expert != EMPTY for expert in experts], dtype=bool)
             for layer, experts in slots.held.items()
         }
         self._counts = {layer: np.zeros(len(experts), dtype=np.int64) for layer, experts in slots.held.items()}
-        self._few_rows = cpu_kernel() if slots.on_fp32_cpu else None
+        # Compiled now, or loaded from where it was compiled before, so that no request waits for it.
+        self._compute = self._compute_packed if slots.packed and grouped_cpu() else self._compute_stacked
         self.num_rows = 0
 
     @torch.inference_mode()
@@ -45,27 +46,40 @@ class ExpertShard:
         """
         if layer not in self._counts:
             raise ExpertMissingError(f"layer {layer}: this shard holds layers {sorted(self._counts)}")
-        counts_S = self._count(layer, rows.slots_UK)
-        y_UH = self._compute(layer, rows, counts_S)
-        self._counts[layer] += counts_S
+        y_UH = self._compute(layer, rows)
         self.num_rows += len(rows.x_UH)
-        return y_UH.to(rows.x_UH.dtype)
+        return y_UH
 
     def counts(self) -> dict[int, npt.NDArray[np.int64]]:
         """Tokens served since the start, by layer and slot. A copy."""
         return {layer: counts.copy() for layer, counts in self._counts.items()}
 
-    def _compute(self, layer: int, rows: Rows, counts_S: npt.NDArray[np.int64]) -> torch.Tensor:
-        gate_up, down = self._slots.gate_up[layer], self._slots.down[layer]
-        if self._few_rows is not None and len(rows.x_UH) <= MAX_ROWS:
-            return self._few_rows(rows.x_UH, rows.slots_UK, rows.weights_UK, gate_up, down)
-        return grouped_swiglu(rows.x_UH, rows.slots_UK, rows.weights_UK, gate_up, down, counts_S)
+    def _compute_packed(self, layer: int, rows: Rows) -> torch.Tensor:
+        y_UH = torch.empty_like(rows.x_UH)
+        missing = grouped_cpu().grouped_swiglu(
+            rows.x_UH.numpy(),
+            rows.slots_UK.numpy(),
+            rows.weights_UK.numpy(),
+            self._slots.gate_up[layer].numpy(),
+            self._slots.down[layer].numpy(),
+            self._holds[layer],
+            self._counts[layer],
+            y_UH.numpy(),
+        )
+        if missing >= 0:
+            raise self._missing(layer, missing)
+        return y_UH
 
-    def _count(self, layer: int, slots_UK: torch.Tensor) -> npt.NDArray[np.int64]:
-        missing_S = self._missing[layer]
-        counts_S = count_slots(slots_UK, len(missing_S))
-        if len(counts_S) > len(missing_S) or counts_S[missing_S].any():
-            asked = counts_S.nonzero()[0].tolist()
-            absent = [slot for slot in asked if slot >= len(missing_S) or missing_S[slot]]
-            raise ExpertMissingError(f"layer {layer}: no expert in slots {absent} of {len(missing_S)}")
-        return counts_S
+    def _compute_stacked(self, layer: int, rows: Rows) -> torch.Tensor:
+        holds_S = self._holds[layer]
+        counts_S = count_slots(rows.slots_UK, len(holds_S))
+        for slot in counts_S.nonzero()[0].tolist():
+            if slot >= len(holds_S) or not holds_S[slot]:
+                raise self._missing(layer, slot)
+        gate_up, down = self._slots.gate_up[layer], self._slots.down[layer]
+        y_UH = grouped_swiglu(rows.x_UH, rows.slots_UK, rows.weights_UK, gate_up, down, counts_S)
+        self._counts[layer] += counts_S
+        return y_UH.to(rows.x_UH.dtype)
+
+    def _missing(self, layer: int, slot: int) -> ExpertMissingError:
+        return ExpertMissingError(f"layer {layer}: no expert in slot {slot} of {len(self._holds[layer])}")

@@ -1,22 +1,27 @@
 """The expert weights that a shard holds, by layer and slot.
 
-Shapes: `S` slots, `H` hidden, `I` expert intermediate.
+Shapes: `S` slots, `H` hidden, `I` expert intermediate; `I'` and `H'` rounded up to whole panels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 
 from model.census import expert_tensors
 from model.checkpoint import Checkpoint, LoadProgress
+from model.linear import PANEL, linear_cpu, packs, padded
 
 EMPTY = -1
 
 
 class ExpertSlots:
-    """Stacked weights of every mixture-of-experts layer: `gate_up[layer][S, 2I, H]` and `down[layer][S, H, I]`."""
+    """Stacked weights of every mixture-of-experts layer: `gate_up[layer][S, 2I, H]` and `down[layer][S, H, I]`.
+
+    On an fp32 CPU they are packed in panels: `[S, 2I' / 16, H, 16]` and `[S, H' / 16, I, 16]`, see `model.linear_cpu`.
+    """
 
     def __init__(
         self,
@@ -33,39 +38,48 @@ class ExpertSlots:
 
         Raises: CheckpointError.
         """
-        config = checkpoint.config
         self.held = {layer: tuple(experts) for layer, experts in held.items()}
+        self.packed = packs(dtype, device)
         self.gate_up: dict[int, torch.Tensor] = {}
         self.down: dict[int, torch.Tensor] = {}
+        config = checkpoint.config
         intermediate, hidden = config.moe_intermediate_size, config.hidden_size
+        up_at, down_rows = (padded(intermediate), padded(hidden)) if self.packed else (intermediate, hidden)
         into: dict[str, torch.Tensor] = {}
         for layer, experts in self.held.items():
-            # Only slots that hold an expert touch memory: the rest of an empty tensor stays unmapped.
-            self.gate_up[layer] = torch.empty(len(experts), 2 * intermediate, hidden, dtype=dtype, device=device)
-            self.down[layer] = torch.empty(len(experts), hidden, intermediate, dtype=dtype, device=device)
+            self.gate_up[layer] = self._allocate((len(experts), 2 * up_at, hidden), dtype, device)
+            self.down[layer] = self._allocate((len(experts), down_rows, intermediate), dtype, device)
             for expert, slot in _first_slots(experts).items():
                 gate, up, down = expert_tensors(config, layer, expert)
-                into[gate], into[up] = self.gate_up[layer][slot].chunk(2)
-                into[down] = self.down[layer][slot]
+                into[gate] = self.gate_up[layer][slot, :intermediate]
+                into[up] = self.gate_up[layer][slot, up_at : up_at + intermediate]
+                into[down] = self.down[layer][slot, :hidden]
         checkpoint.read(into, dtype, into=into, progress=progress)
-        for layer, experts in self.held.items():
-            first = _first_slots(experts)
-            for slot, expert in enumerate(experts):
-                if expert != EMPTY and slot != first[expert]:
-                    self.gate_up[layer][slot] = self.gate_up[layer][first[expert]]
-                    self.down[layer][slot] = self.down[layer][first[expert]]
+        for weights in (self.gate_up, self.down):
+            for layer, experts in self.held.items():
+                weights[layer] = self._finish(weights[layer], experts)
+
+    def _allocate(self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Only slots that hold an expert touch memory: the rest stays unmapped."""
+        if self.packed:
+            # Numpy asks for huge pages, which torch does not: two processes stream from them a third faster.
+            return torch.from_numpy(np.zeros(shape, np.float32))
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    def _finish(self, weights: torch.Tensor, experts: Sequence[int]) -> torch.Tensor:
+        """Pack what was read, and copy it to an expert's further slots."""
+        first = _first_slots(experts)
+        for slot in first.values():
+            if self.packed:
+                linear_cpu().pack(weights[slot].numpy())
+        for slot, expert in enumerate(experts):
+            if expert != EMPTY and slot != first[expert]:
+                weights[slot] = weights[first[expert]]
+        return weights.view(len(weights), -1, weights.shape[2], PANEL) if self.packed else weights
 
     @property
     def num_slots(self) -> int:
         return max((len(experts) for experts in self.held.values()), default=0)
-
-    @property
-    def on_fp32_cpu(self) -> bool:
-        """Whether the kernel for few rows on a CPU applies; it takes columns in pairs."""
-        return all(
-            down.device.type == "cpu" and down.dtype == torch.float32 and down.shape[1] % 2 == 0
-            for down in self.down.values()
-        )
 
     def weight_bytes(self) -> int:
         """Bytes of the slots that hold an expert."""

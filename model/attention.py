@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from model.batch import Batch, DecodeSpans, PrefillSpan
 from model.config import ModelConfig
 from model.kv_cache import KvCache
+from model.linear import linear
 from model.norm import fused_kernels, rms_norm
 from model.rotary import RotaryEmbedding
 from model.weights import LayerWeights
@@ -35,19 +36,19 @@ class Attention:
         """`[T, H]`."""
         config = self._config
         num_heads = config.num_attention_heads + 2 * config.num_key_value_heads
-        qkv_TXD = F.linear(x_TH, layer.qkv, layer.qkv_bias).view(-1, num_heads, config.head_dim)
+        qkv_TXD = linear(x_TH, layer.qkv, layer.qkv_bias).view(-1, num_heads, config.head_dim)
         q_TQD = self._prepare(index, layer, qkv_TXD, batch, cos_sin)
         if batch.decode is None:
             out_TQD = torch.empty_like(q_TQD)
         elif not batch.prefill:
-            return F.linear(self._decode(index, q_TQD, batch.decode).flatten(1), layer.o)
+            return linear(self._decode(index, q_TQD, batch.decode).flatten(1), layer.o)
         else:
             out_TQD = torch.empty_like(q_TQD)
             num_sequences = batch.decode.pages_BP.shape[0]
             out_TQD[:num_sequences] = self._decode(index, q_TQD[:num_sequences], batch.decode)
         for span in batch.prefill:
             out_TQD[span.rows] = self._prefill(index, q_TQD[span.rows], span)
-        return F.linear(out_TQD.flatten(1), layer.o)
+        return linear(out_TQD.flatten(1), layer.o)
 
     def _prepare(
         self,

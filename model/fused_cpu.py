@@ -15,6 +15,9 @@ import numba
 import numpy as np
 import torch
 
+from model.linear_cpu import exp
+from model.tiles_cpu import MAX_ROWS, PANEL, address, declare, dot, fetch, multiply
+
 # Sums may be reordered, which is what vectorising them takes; NaN and infinity keep their meaning.
 _REORDER = {"reassoc", "contract", "nsz"}
 _compile: Any = numba.njit(fastmath=_REORDER, nogil=True, cache=True)
@@ -147,80 +150,69 @@ def _prepare_qkv(
 
 
 @_compile  # type: ignore[untyped-decorator]
-def _softmax(x: Any, powers: Any, powers_bits: Any) -> None:
-    """In place. The exponential is Cephes' `expf` (2 ulp), written so that it vectorises.
-
-    Args:
-        powers: room for as many numbers; `powers_bits` is the same memory as int32.
-    """
+def _softmax(x: Any) -> None:
+    """In place."""
     largest = x[0]
     for i in range(x.shape[0]):
         largest = max(largest, x[i])
     for i in range(x.shape[0]):
-        y = x[i] - largest
-        # Below this the result underflows; NaN fails the comparison and stays.
-        y = np.float32(-87) if y < np.float32(-87) else y
-        n = np.floor(y * np.float32(1.44269504) + np.float32(0.5))
-        powers_bits[i] = (np.int32(n) + np.int32(127)) << np.int32(23)
-        r = y - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
-        p = np.float32(1.9875691500e-4)
-        p = p * r + np.float32(1.3981999507e-3)
-        p = p * r + np.float32(8.3334519073e-3)
-        p = p * r + np.float32(4.1665795894e-2)
-        p = p * r + np.float32(1.6666665459e-1)
-        p = p * r + np.float32(5.0000001201e-1)
-        x[i] = p * r * r + r + np.float32(1)
+        x[i] = exp(x[i] - largest)
     total = np.float32(0)
     for i in range(x.shape[0]):
-        x[i] *= powers[i]
         total += x[i]
+    factor = np.float32(1) / total
     for i in range(x.shape[0]):
-        x[i] /= total
+        x[i] *= factor
 
 
-@_compile  # type: ignore[untyped-decorator]
+@declare(  # type: ignore[untyped-decorator]
+    "void(f4[:,:,::1], f4[:,:,::1], f4[:,:,::1], i8[:,::1], i8[::1], i8, f4, f4[:,:,::1])"
+)
 def _decode_attention(
     q: Any, k_cache: Any, v_cache: Any, pages: Any, lengths: Any, page_size: Any, scale: Any, out: Any
 ) -> None:
-    """Positions are taken four at a time; those behind the end repeat the last one, with a score of minus infinity."""
-    num_kv, dim = k_cache.shape[1], k_cache.shape[2]
-    group = q.shape[1] // num_kv
+    """Heads are the inner loops: the cache is read once from front to back, which the memory answers best."""
+    num_q, num_kv, dim = q.shape[1], k_cache.shape[1], k_cache.shape[2]
+    group, stride = num_q // num_kv, num_kv * dim
     room = -(-lengths.max() // 4) * 4
-    slots = np.empty(room, np.int64)
-    scores, powers = np.empty((group, room), np.float32), np.empty(room, np.float32)
-    powers_bits = powers.view(np.int32)
+    slots, scores = np.empty(room, np.int64), np.empty((num_q, room), np.float32)
     for b in range(q.shape[0]):
         length = lengths[b]
-        end = -(-length // 4) * 4
-        for s in range(end):
+        # Scores are computed four at a time; those behind the end repeat the last one, and nobody reads them.
+        for s in range(-(-length // 4) * 4):
             position = min(s, length - 1)
-            slots[s] = pages[b, position // page_size] * page_size + position % page_size
-        for n in range(num_kv):
-            first = n * group
-            for s in range(0, end, 4):
-                t0, t1, t2, t3 = slots[s], slots[s + 1], slots[s + 2], slots[s + 3]
-                for g in range(group):
-                    a0 = a1 = a2 = a3 = np.float32(0)
-                    for i in range(dim):
-                        x = q[b, first + g, i]
-                        a0 += x * k_cache[t0, n, i]
-                        a1 += x * k_cache[t1, n, i]
-                        a2 += x * k_cache[t2, n, i]
-                        a3 += x * k_cache[t3, n, i]
-                    scores[g, s], scores[g, s + 1] = a0 * scale, a1 * scale
-                    scores[g, s + 2], scores[g, s + 3] = a2 * scale, a3 * scale
-            for g in range(group):
-                scores[g, length:end] = -np.inf
-                _softmax(scores[g, :end], powers, powers_bits)
-                out[b, first + g, :] = 0
-            for s in range(0, end, 4):
-                t0, t1, t2, t3 = slots[s], slots[s + 1], slots[s + 2], slots[s + 3]
-                for g in range(group):
-                    w0, w1, w2, w3 = scores[g, s], scores[g, s + 1], scores[g, s + 2], scores[g, s + 3]
-                    for i in range(dim):
-                        out[b, first + g, i] += (
-                            w0 * v_cache[t0, n, i]
-                            + w1 * v_cache[t1, n, i]
-                            + w2 * v_cache[t2, n, i]
-                            + w3 * v_cache[t3, n, i]
+            slots[s] = (pages[b, position // page_size] * page_size + position % page_size) * stride
+        for s in range(0, length, 4):
+            following = min(s + page_size, length - 1)
+            for n in range(num_kv):
+                k0, k1 = address(k_cache, slots[s] + n * dim), address(k_cache, slots[s + 1] + n * dim)
+                k2, k3 = address(k_cache, slots[s + 2] + n * dim), address(k_cache, slots[s + 3] + n * dim)
+                for t in range(following, min(following + 4, length)):
+                    for i in range(0, dim, PANEL):
+                        fetch(address(k_cache, slots[t] + n * dim + i))
+                for head in range(n * group, (n + 1) * group):
+                    x = address(q, (b * num_q + head) * dim)
+                    dot(x, k0, k1, k2, k3, dim, scale, address(scores, head * room + s))
+        for head in range(num_q):
+            _softmax(scores[head, :length])
+        # A page's positions are apart by the same distance, so that a tile runs over all of them.
+        for start in range(0, length, page_size):
+            size, following = min(page_size, length - start), slots[min(start + page_size, length - 1)]
+            for n in range(num_kv):
+                for column in range(0, dim, PANEL):
+                    v = address(v_cache, slots[start] + n * dim + column)
+                    for head in range(n * group, (n + 1) * group, MAX_ROWS):
+                        multiply(
+                            min(MAX_ROWS, (n + 1) * group - head),
+                            address(scores, head * room + start),
+                            room,
+                            v,
+                            stride,
+                            size,
+                            address(out, (b * num_q + head) * dim + column),
+                            dim,
+                            min(PANEL, dim - column),
+                            min(start, 1),
+                            address(v_cache, following + n * dim + column),
+                            stride,
                         )

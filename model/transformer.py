@@ -16,9 +16,10 @@ from model.attention import Attention
 from model.batch import Batch
 from model.config import ModelConfig
 from model.kv_cache import KvCache
+from model.linear import Matrix, PackedMatrix, linear, swiglu
 from model.norm import rms_norm
 from model.rotary import RotaryEmbedding
-from model.weights import AttentionWeights, MlpWeights
+from model.weights import AttentionWeights
 
 _Pending = TypeVar("_Pending")
 
@@ -41,7 +42,7 @@ class Transformer:
 
     def __init__(self, config: ModelConfig, weights: AttentionWeights, cache: KvCache, max_model_len: int) -> None:
         self._config, self._weights, self._cache = config, weights, cache
-        self._rotary = RotaryEmbedding(config, max_model_len, weights.embedding.device)
+        self._rotary = RotaryEmbedding(config, max_model_len, weights.norm.device)
         self._attend = Attention(config, cache, self._rotary)
 
     @torch.inference_mode()
@@ -65,17 +66,17 @@ class Transformer:
 
     def _steps(self, batch: Batch, routed: RoutedLayer[_Pending]) -> Generator[None, None, torch.Tensor]:
         """One batch, yielding while each layer's rows are away."""
-        x_TH = F.embedding(batch.token_ids_T, self._weights.embedding)
+        x_TH = _embed(batch.token_ids_T, self._weights.embedding)
         cos_sin = self._rotary.at(batch.positions_T, x_TH.dtype)
         for index, layer in enumerate(self._weights.layers):
             h_TH = self._norm(x_TH, layer.input_norm)
             x_TH = x_TH + self._attend(index, layer, h_TH, batch, cos_sin)
             h_TH = self._norm(x_TH, layer.post_attention_norm)
             if layer.gate is None:
-                x_TH = x_TH + _mlp(layer.mlp, h_TH)
+                x_TH = x_TH + swiglu(h_TH, layer.mlp)
             else:
                 pending = routed.dispatch(index, h_TH)
-                shared_TH = _mlp(layer.mlp, h_TH)
+                shared_TH = swiglu(h_TH, layer.mlp)
                 yield
                 x_TH = x_TH + (routed.combine(pending).to(x_TH.dtype) + shared_TH)
         return self._norm(x_TH, self._weights.norm)
@@ -83,12 +84,14 @@ class Transformer:
     @torch.inference_mode()
     def logits(self, hidden_TH: torch.Tensor) -> torch.Tensor:
         """`[T, V]` in fp32."""
-        return F.linear(hidden_TH, self._weights.lm_head).float()
+        return linear(hidden_TH, self._weights.lm_head).float()
 
     def _norm(self, x_TH: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return rms_norm(x_TH, weight, self._config.rms_norm_eps)
 
 
-def _mlp(weights: MlpWeights, x_TH: torch.Tensor) -> torch.Tensor:
-    gate, up = F.linear(x_TH, weights.gate_up).chunk(2, dim=-1)
-    return F.linear(F.silu(gate) * up, weights.down)
+def _embed(token_ids_T: torch.Tensor, embedding: Matrix) -> torch.Tensor:
+    """`[T, H]`."""
+    if isinstance(embedding, PackedMatrix):
+        return embedding.rows(token_ids_T)
+    return F.embedding(token_ids_T, embedding)

@@ -12,21 +12,14 @@ import torch
 from model.census import attention_tensors
 from model.checkpoint import Checkpoint, LoadProgress
 from model.config import ModelConfig
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class MlpWeights:
-    gate_up: torch.Tensor
-    """`[2I, H]`"""
-    down: torch.Tensor
-    """`[H, I]`"""
+from model.linear import Matrix, MlpWeights, Packer, packs
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class GateWeights:
     """The router's gate, always fp32."""
 
-    weight: torch.Tensor
+    weight: Matrix
     """`[E, H]`"""
     correction_bias: torch.Tensor
     """`[E]`, added to the scores only to choose experts."""
@@ -36,12 +29,12 @@ class GateWeights:
 class LayerWeights:
     input_norm: torch.Tensor
     post_attention_norm: torch.Tensor
-    qkv: torch.Tensor
+    qkv: Matrix
     """`[(Q + 2N) · D, H]`"""
     qkv_bias: torch.Tensor | None
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
-    o: torch.Tensor
+    o: Matrix
     """`[H, Q · D]`"""
     mlp: MlpWeights
     """The dense feed-forward, or the shared expert of a mixture-of-experts layer."""
@@ -52,11 +45,11 @@ class LayerWeights:
 class AttentionWeights:
     """Everything but the routed experts."""
 
-    embedding: torch.Tensor
+    embedding: Matrix
     """`[V, H]`"""
     layers: tuple[LayerWeights, ...]
     norm: torch.Tensor
-    lm_head: torch.Tensor
+    lm_head: Matrix
     """`[V, H]`; the embedding itself where they are tied."""
 
 
@@ -76,18 +69,22 @@ class _Loader:
         self._checkpoint, self._dtype, self._device, self._progress = checkpoint, dtype, device, progress
         self._shapes = attention_tensors(checkpoint.config)
         self._into: dict[str, torch.Tensor] = {}
+        self._packer = Packer() if packs(dtype, device) else None
 
     def load(self) -> AttentionWeights:
         config = self._checkpoint.config
-        embedding = self._one("model.embed_tokens.weight")
+        head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+        lm_head = self._matrix([head])
         weights = AttentionWeights(
-            embedding=embedding,
+            embedding=lm_head if config.tie_word_embeddings else self._one("model.embed_tokens.weight"),
             layers=tuple(self._layer(config, layer) for layer in range(config.num_hidden_layers)),
             norm=self._one("model.norm.weight"),
-            lm_head=embedding if config.tie_word_embeddings else self._one("lm_head.weight"),
+            lm_head=lm_head,
         )
         assert self._into.keys() == self._shapes.keys(), "every tensor of the census has a place"
         self._checkpoint.read(self._into, self._dtype, into=self._into, progress=self._progress)
+        if self._packer is not None:
+            self._packer.pack()
         return weights
 
     def _layer(self, config: ModelConfig, layer: int) -> LayerWeights:
@@ -99,32 +96,48 @@ class _Loader:
         return LayerWeights(
             input_norm=self._one(prefix + "input_layernorm.weight"),
             post_attention_norm=self._one(prefix + "post_attention_layernorm.weight"),
-            qkv=self._fused([name + ".weight" for name in qkv]),
+            qkv=self._matrix([name + ".weight" for name in qkv]),
             qkv_bias=self._fused([name + ".bias" for name in qkv]) if config.attention_bias else None,
             q_norm=self._one(attention + "q_norm.weight") if config.use_qk_norm else None,
             k_norm=self._one(attention + "k_norm.weight") if config.use_qk_norm else None,
-            o=self._one(attention + "o_proj.weight"),
-            mlp=MlpWeights(
-                gate_up=self._fused([shared + "gate_proj.weight", shared + "up_proj.weight"]),
-                down=self._one(shared + "down_proj.weight"),
-            ),
+            o=self._matrix([attention + "o_proj.weight"]),
+            mlp=self._mlp(shared),
             gate=self._gate(mlp + "gate.") if sparse else None,
         )
 
     def _gate(self, prefix: str) -> GateWeights:
         return GateWeights(
-            weight=self._one(prefix + "weight", torch.float32),
+            weight=self._matrix([prefix + "weight"], torch.float32),
             correction_bias=self._one(prefix + "e_score_correction_bias", torch.float32),
         )
+
+    def _mlp(self, prefix: str) -> MlpWeights:
+        gate, up, down = (f"{prefix}{part}_proj.weight" for part in ("gate", "up", "down"))
+        if self._packer is None:
+            gate_up: Matrix = self._fused([gate, up])
+        else:
+            gate_up, views = self._packer.pair(*self._shapes[gate])
+            self._into.update(zip((gate, up), views, strict=True))
+        return MlpWeights(gate_up=gate_up, down=self._matrix([down]))
+
+    def _matrix(self, names: list[str], dtype: torch.dtype | None = None) -> Matrix:
+        """The named matrices stacked along their first dim, to be multiplied with."""
+        if self._packer is None:
+            return self._fused(names, dtype)
+        rows = [self._shapes[name][0] for name in names]
+        matrix, filled = self._packer.matrix(sum(rows), self._shapes[names[0]][1])
+        self._into.update(zip(names, torch.split(filled, rows), strict=True))
+        return matrix
 
     def _one(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         tensor = torch.empty(self._shapes[name], dtype=dtype or self._dtype, device=self._device)
         self._into[name] = tensor
         return tensor
 
-    def _fused(self, names: list[str]) -> torch.Tensor:
+    def _fused(self, names: list[str], dtype: torch.dtype | None = None) -> torch.Tensor:
         """The named tensors stacked along their first dim."""
         sizes = [self._shapes[name][0] for name in names]
-        fused = torch.empty((sum(sizes), *self._shapes[names[0]][1:]), dtype=self._dtype, device=self._device)
+        shape = (sum(sizes), *self._shapes[names[0]][1:])
+        fused = torch.empty(shape, dtype=dtype or self._dtype, device=self._device)
         self._into.update(zip(names, torch.split(fused, sizes), strict=True))
         return fused

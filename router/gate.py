@@ -6,9 +6,9 @@ Shapes: `T` tokens, `H` hidden, `E` experts, `K` experts per token, `G` groups.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from model.config import ModelConfig
+from model.linear import linear
 from model.weights import GateWeights
 
 
@@ -20,7 +20,7 @@ def select_experts(x_TH: torch.Tensor, gate: GateWeights, config: ModelConfig) -
 
     Returns: expert ids `[T, K]` (int64) and weights `[T, K]` (fp32).
     """
-    scores_TE = F.linear(x_TH.float(), gate.weight).sigmoid()
+    scores_TE = linear(x_TH.float(), gate.weight).sigmoid()
     choice_TE = scores_TE + gate.correction_bias
     if config.topk_group < config.n_group:
         choice_TE = choice_TE.masked_fill(~_eligible(choice_TE, config), -torch.inf)

@@ -46,7 +46,7 @@ def _measure(model_dir: str, shard: int, num_shards: int) -> tuple[int, int, int
     import torch
 
     from cluster.process import resident_bytes
-    from experts.grouped import cpu_kernel
+    from experts.grouped import grouped_cpu
     from experts.shard import ExpertShard
     from model.checkpoint import Checkpoint
     from ops.local import load_slots
@@ -57,7 +57,7 @@ def _measure(model_dir: str, shard: int, num_shards: int) -> tuple[int, int, int
     checkpoint = Checkpoint.open(pathlib.Path(model_dir))
     config = checkpoint.config
     placement = place_evenly(config.moe_layers, config.n_routed_experts, num_shards)
-    cpu_kernel()
+    grouped_cpu()
     before = resident_bytes()
     slots = load_slots(checkpoint, placement, shard, torch.float32, torch.device("cpu"))
     served = ExpertShard(slots)

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from experts.grouped import count_slots, grouped_swiglu
 from experts.shard import ExpertShard
 from experts.slots import EMPTY, ExpertSlots
-from model.census import required_tensors
+from model.census import expert_tensors, required_tensors
 from model.checkpoint import Checkpoint
 from model.config import read_config
 from octet.errors import ExpertMissingError
@@ -23,7 +23,7 @@ HELD = {1: [4, EMPTY, 0], 2: [5, 2, 3]}
 
 
 @pytest.fixture
-def slots(tmp_path: pathlib.Path) -> ExpertSlots:
+def checkpoint(tmp_path: pathlib.Path) -> Checkpoint:
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     torch.manual_seed(seed)
@@ -44,12 +44,19 @@ def slots(tmp_path: pathlib.Path) -> ExpertSlots:
     (tmp_path / "config.json").write_text(json.dumps(fields))
     shapes = required_tensors(read_config(tmp_path))
     save_file({name: torch.randn(shape) for name, shape in shapes.items()}, tmp_path / "model.safetensors")
-    return ExpertSlots(Checkpoint.open(tmp_path), HELD, torch.float32, torch.device("cpu"))
+    return Checkpoint.open(tmp_path)
+
+
+@pytest.fixture(params=[torch.float32, torch.float64], ids=["packed", "stacked"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """fp32 is packed for the kernel on this CPU, anything else goes through torch's operators."""
+    dtype: torch.dtype = request.param
+    return dtype
 
 
 @pytest.fixture
-def shard(slots: ExpertSlots) -> ExpertShard:
-    return ExpertShard(slots)
+def shard(checkpoint: Checkpoint, dtype: torch.dtype) -> ExpertShard:
+    return ExpertShard(ExpertSlots(checkpoint, HELD, dtype, torch.device("cpu")))
 
 
 def asking_for(*slots: Sequence[int], dtype: torch.dtype = torch.float32) -> ExpertRows:
@@ -60,56 +67,61 @@ def asking_for(*slots: Sequence[int], dtype: torch.dtype = torch.float32) -> Exp
     )
 
 
-def test_rows_are_served_from_the_slots_of_their_layer(shard: ExpertShard, slots: ExpertSlots) -> None:
-    rows = asking_for([0, 2], [-1, 1], [1, 0])
+def test_rows_are_served_from_the_slots_of_their_layer(
+    checkpoint: Checkpoint, shard: ExpertShard, dtype: torch.dtype
+) -> None:
+    rows = asking_for([0, 2], [-1, 1], [1, 0], dtype=dtype)
+    experts = [
+        checkpoint.read(expert_tensors(checkpoint.config, 2, expert), torch.float32).values() for expert in HELD[2]
+    ]
+    gate_up = torch.stack([torch.cat((gate, up)) for gate, up, _ in experts])
+    down = torch.stack([down for _, _, down in experts])
     expected = grouped_swiglu(
-        rows.x_UH, rows.slots_UK, rows.weights_UK, slots.gate_up[2], slots.down[2], count_slots(rows.slots_UK, 3)
+        rows.x_UH.float(), rows.slots_UK, rows.weights_UK, gate_up, down, count_slots(rows.slots_UK, 3)
     )
-    torch.testing.assert_close(shard.serve(2, rows), expected)
+    torch.testing.assert_close(shard.serve(2, rows).float(), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_answer_has_the_dtype_of_the_rows(slots: ExpertSlots, dtype: torch.dtype) -> None:
-    for weights in (slots.gate_up, slots.down):
-        weights.update({layer: tensor.to(dtype) for layer, tensor in weights.items()})
-    assert ExpertShard(slots).serve(2, asking_for([0, 2], dtype=dtype)).dtype == dtype
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str, indirect=True)
+def test_the_answer_has_the_dtype_of_the_rows(shard: ExpertShard, dtype: torch.dtype) -> None:
+    assert shard.serve(2, asking_for([0, 2], dtype=dtype)).dtype == dtype
 
 
-def test_an_empty_slot_is_an_error_and_never_zeros(shard: ExpertShard) -> None:
-    with pytest.raises(ExpertMissingError, match=r"layer 1: no expert in slots \[1\] of 3"):
-        shard.serve(1, asking_for([0, 2], [-1, 1]))
+def test_an_empty_slot_is_an_error_and_never_zeros(shard: ExpertShard, dtype: torch.dtype) -> None:
+    with pytest.raises(ExpertMissingError, match=r"layer 1: no expert in slot 1 of 3"):
+        shard.serve(1, asking_for([0, 2], [-1, 1], dtype=dtype))
 
 
-def test_a_slot_beyond_the_last_is_an_error(shard: ExpertShard) -> None:
-    with pytest.raises(ExpertMissingError, match=r"layer 2: no expert in slots \[3\] of 3"):
-        shard.serve(2, asking_for([0, 3]))
+def test_a_slot_beyond_the_last_is_an_error(shard: ExpertShard, dtype: torch.dtype) -> None:
+    with pytest.raises(ExpertMissingError, match=r"layer 2: no expert in slot 3 of 3"):
+        shard.serve(2, asking_for([0, 3], dtype=dtype))
 
 
-def test_a_layer_that_the_shard_lacks_is_an_error(shard: ExpertShard) -> None:
+def test_a_layer_that_the_shard_lacks_is_an_error(shard: ExpertShard, dtype: torch.dtype) -> None:
     with pytest.raises(ExpertMissingError, match=r"layer 3: this shard holds layers \[1, 2\]"):
-        shard.serve(3, asking_for([0, 1]))
+        shard.serve(3, asking_for([0, 1], dtype=dtype))
 
 
-def test_an_empty_slot_beside_the_ones_asked_for_does_no_harm(shard: ExpertShard) -> None:
-    assert shard.serve(1, asking_for([0, 2], [2, -1])).isfinite().all()
+def test_an_empty_slot_beside_the_ones_asked_for_does_no_harm(shard: ExpertShard, dtype: torch.dtype) -> None:
+    assert shard.serve(1, asking_for([0, 2], [2, -1], dtype=dtype)).isfinite().all()
 
 
-def test_tokens_are_counted_by_layer_and_slot(shard: ExpertShard) -> None:
-    shard.serve(1, asking_for([0, 2], [2, -1]))
-    shard.serve(2, asking_for([0, 2]))
-    shard.serve(2, asking_for([1, 2], [2, 0]))
+def test_tokens_are_counted_by_layer_and_slot(shard: ExpertShard, dtype: torch.dtype) -> None:
+    shard.serve(1, asking_for([0, 2], [2, -1], dtype=dtype))
+    shard.serve(2, asking_for([0, 2], dtype=dtype))
+    shard.serve(2, asking_for([1, 2], [2, 0], dtype=dtype))
     counts = shard.counts()
     assert {layer: counted.tolist() for layer, counted in counts.items()} == {1: [1, 0, 2], 2: [2, 1, 3]}
 
 
-def test_rows_are_counted_once_however_many_experts_they_use(shard: ExpertShard) -> None:
-    shard.serve(1, asking_for([0, 2], [2, -1]))
+def test_rows_are_counted_once_however_many_experts_they_use(shard: ExpertShard, dtype: torch.dtype) -> None:
+    shard.serve(1, asking_for([0, 2], [2, -1], dtype=dtype))
     assert shard.num_rows == 2
 
 
-def test_a_refused_call_counts_nothing(shard: ExpertShard) -> None:
+def test_a_refused_call_counts_nothing(shard: ExpertShard, dtype: torch.dtype) -> None:
     with pytest.raises(ExpertMissingError):
-        shard.serve(1, asking_for([0, 1]))
+        shard.serve(1, asking_for([0, 1], dtype=dtype))
     assert shard.num_rows == 0
     assert not shard.counts()[1].any()
 

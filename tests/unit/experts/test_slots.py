@@ -13,8 +13,9 @@ from experts.slots import EMPTY, ExpertSlots
 from model.census import expert_tensors, required_tensors
 from model.checkpoint import Checkpoint, LoadProgress
 from model.config import read_config
+from model.linear import PackedMatrix
 
-NUM_EXPERTS, HIDDEN_SIZE, INTERMEDIATE_SIZE = 6, 16, 8
+NUM_EXPERTS, HIDDEN_SIZE, INTERMEDIATE_SIZE = 6, 16, 32
 EXPERT_BYTES = 3 * HIDDEN_SIZE * INTERMEDIATE_SIZE * 4
 
 
@@ -49,7 +50,12 @@ def load(checkpoint: Checkpoint, held: Mapping[int, list[int]], progress: LoadPr
 
 def holds(checkpoint: Checkpoint, slots: ExpertSlots, layer: int, slot: int, expert: int) -> bool:
     gate, up, down = checkpoint.read(expert_tensors(checkpoint.config, layer, expert), torch.float32).values()
-    return slots.gate_up[layer][slot].equal(torch.cat((gate, up))) and slots.down[layer][slot].equal(down)
+    gate_up = unpacked(slots.gate_up[layer][slot], 2 * INTERMEDIATE_SIZE)
+    return gate_up.equal(torch.cat((gate, up))) and unpacked(slots.down[layer][slot], HIDDEN_SIZE).equal(down)
+
+
+def unpacked(panels: torch.Tensor, columns: int) -> torch.Tensor:
+    return PackedMatrix(panels, columns).rows(torch.arange(columns))
 
 
 def test_each_slot_holds_its_expert(checkpoint: Checkpoint) -> None:
@@ -111,3 +117,4 @@ def test_a_shard_without_layers_has_no_slots(checkpoint: Checkpoint) -> None:
 def test_weights_take_the_dtype_asked_for(checkpoint: Checkpoint) -> None:
     slots = ExpertSlots(checkpoint, {1: [0]}, torch.bfloat16, torch.device("cpu"))
     assert (slots.gate_up[1].dtype, slots.down[1].dtype) == (torch.bfloat16, torch.bfloat16)
+    assert not slots.packed

@@ -11,6 +11,7 @@ from transformers import Glm4MoeConfig
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeTopkRouter
 
 from model.config import ModelConfig, read_config
+from model.linear import linear
 from model.weights import GateWeights
 from router.gate import select_experts
 
@@ -85,7 +86,7 @@ def test_the_correction_bias_chooses_but_does_not_weigh(tmp_path: pathlib.Path) 
     x_TH = torch.randn(NUM_TOKENS, HIDDEN_SIZE)
     expert_ids_TK, weights_TK = select_experts(x_TH, gate, config)
     assert {tuple(sorted(row)) for row in expert_ids_TK.tolist()} == {(3, 11)}
-    torch.testing.assert_close(weights_TK, (x_TH @ gate.weight.T).sigmoid().gather(1, expert_ids_TK))
+    torch.testing.assert_close(weights_TK, linear(x_TH, gate.weight).sigmoid().gather(1, expert_ids_TK))
 
 
 def test_the_gate_of_a_bf16_model_computes_in_fp32(tmp_path: pathlib.Path) -> None:

@@ -1,0 +1,281 @@
+"""Register tiles: the innermost loops of fp32 kernels on a CPU, emitted as LLVM vectors.
+
+Left to itself a compiler neither keeps a block of sums in registers nor reduces them well. A tile is what BLIS calls a
+micro-kernel (Van Zee and van de Geijn, ACM TOMS 41, 2015), for up to six rows: its sums stay in registers while one
+pass over the weights streams by. LLVM splits the 16-wide vectors into what the machine has. Every sum is taken in the
+same order however many rows a tile has, so a row's result does not depend on its batch.
+
+Numba does not notice when an intrinsic changes: after editing this file, delete the `__pycache__` folders.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+PANEL = 16
+"""Columns of a tile: a cache line of fp32."""
+
+MAX_ROWS = 6
+"""Rows of a tile: twelve sums, two weights and a factor fill the sixteen registers of AVX2."""
+
+_DOT_WIDTH = 8
+
+_F32, _I1, _I32 = ir.FloatType(), ir.IntType(1), ir.IntType(32)
+_POINTER = types.CPointer(types.float32)
+_compile: Any = numba.njit(nogil=True, cache=True)
+_intrinsic: Any = intrinsic
+
+
+def declare(signature: str) -> Any:
+    """Compile for one signature, when the module is imported, so that no request waits and no other layout slips in."""
+    return numba.njit(signature, nogil=True, cache=True)
+
+
+@_intrinsic  # type: ignore[untyped-decorator]
+def address(typing_context: Any, array: Any, offset: Any) -> Any:
+    """The address of an fp32 array's element, `offset` elements behind its first one."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        return builder.gep(data, [arguments[1]])
+
+    return _POINTER(array, types.intp), generate
+
+
+@_intrinsic  # type: ignore[untyped-decorator]
+def advance(typing_context: Any, pointer: Any, offset: Any) -> Any:
+    """The address `offset` elements on."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        return builder.gep(arguments[0], [arguments[1]])
+
+    return _POINTER(_POINTER, types.intp), generate
+
+
+@_intrinsic  # type: ignore[untyped-decorator]
+def fetch(typing_context: Any, pointer: Any) -> Any:
+    """Prefetch the cache line of an address."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        _prefetch(builder, arguments[0])
+        return context.get_dummy_value()
+
+    return types.void(_POINTER), generate
+
+
+@_intrinsic  # type: ignore[untyped-decorator]
+def power_of_two(typing_context: Any, exponent: Any) -> Any:
+    """2 to a whole number from -126 to 127, as the bits of a float."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        biased = builder.add(builder.fptosi(arguments[0], _I32), _I32(127))
+        return builder.bitcast(builder.shl(biased, _I32(23)), _F32)
+
+    return types.float32(types.float32), generate
+
+
+class _Emitter:
+    """Vectors of `width` floats at a builder's position. Under a mask they are loaded and stored in part."""
+
+    def __init__(self, builder: ir.IRBuilder, width: int) -> None:
+        self.builder, self.width = builder, width
+        self.vector = ir.VectorType(_F32, width)
+        self.zero = ir.Constant(self.vector, [0.0] * width)
+        self.mask: Any = None
+
+    def mask_after(self, count: Any) -> None:
+        """Touch only the first `count` lanes from here on."""
+        lanes = ir.Constant(ir.VectorType(count.type, self.width), list(range(self.width)))
+        self.mask = self.builder.icmp_signed("<", lanes, self._splat(count, count.type))
+
+    def load(self, address: Any) -> Any:
+        pointer = self.builder.bitcast(address, self.vector.as_pointer())
+        if self.mask is None:
+            return self.builder.load(pointer, align=4)
+        kinds = [pointer.type, _I32, self.mask.type, self.vector]
+        load = self._function("llvm.masked.load", self.vector, kinds, "p0")
+        return self.builder.call(load, [pointer, _I32(4), self.mask, self.zero])
+
+    def store(self, value: Any, address: Any) -> None:
+        pointer = self.builder.bitcast(address, self.vector.as_pointer())
+        if self.mask is None:
+            self.builder.store(value, pointer, align=4)
+            return
+        kinds = [self.vector, pointer.type, _I32, self.mask.type]
+        store = self._function("llvm.masked.store", ir.VoidType(), kinds, "p0")
+        self.builder.call(store, [value, pointer, _I32(4), self.mask])
+
+    def broadcast(self, address: Any) -> Any:
+        return self._splat(self.builder.load(address, align=4), _F32)
+
+    def add_product(self, total: Any, a: Any, b: Any) -> None:
+        """`total += a · b`, where `total` is a variable."""
+        fma = self._function("llvm.fma", self.vector, [self.vector] * 3)
+        self.builder.store(self.builder.call(fma, [a, b, self.builder.load(total)]), total)
+
+    def sum_lanes(self, vector: Any) -> Any:
+        add = self._function("llvm.vector.reduce.fadd", _F32, [_F32, self.vector])
+        return self.builder.call(add, [ir.Constant(_F32, -0.0), vector], fastmath=("reassoc",))
+
+    def variables(self, count: int) -> list[Any]:
+        """Zeros at first. LLVM keeps them in registers."""
+        return [cgutils.alloca_once_value(self.builder, self.zero) for _ in range(count)]
+
+    def _splat(self, value: Any, kind: Any) -> Any:
+        undefined = ir.Constant(ir.VectorType(kind, self.width), ir.Undefined)
+        first = self.builder.insert_element(undefined, value, _I32(0))
+        lanes = ir.Constant(ir.VectorType(_I32, self.width), [0] * self.width)
+        return self.builder.shuffle_vector(first, undefined, lanes)
+
+    def _function(self, name: str, result: Any, arguments: list[Any], suffix: str = "") -> Any:
+        full = ".".join(filter(None, (name, f"v{self.width}f32", suffix)))
+        return cgutils.get_or_insert_function(self.builder.module, ir.FunctionType(result, arguments), full)
+
+
+def _prefetch(builder: ir.IRBuilder, address: Any) -> None:
+    byte = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [builder.bitcast(address, byte), _I32(0), _I32(3), _I32(1)])
+
+
+def _multiply_rows(rows: int, partial: bool) -> Any:
+    @_intrinsic  # type: ignore[untyped-decorator]
+    def multiply(
+        typing_context: Any,
+        x: Any,
+        x_stride: Any,
+        w: Any,
+        w_stride: Any,
+        depth: Any,
+        out: Any,
+        out_stride: Any,
+        columns: Any,
+        add: Any,
+        ahead: Any,
+        ahead_step: Any,
+    ) -> Any:
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+            x, x_stride, w, w_stride, depth, out, out_stride, columns, add, ahead, ahead_step = arguments
+            emit = _Emitter(builder, PANEL)
+            sums = emit.variables(rows)
+            if partial:
+                emit.mask_after(columns)
+            xs = [builder.gep(x, [builder.mul(x_stride, depth.type(row))]) for row in range(rows)]
+            outs = [builder.gep(out, [builder.mul(out_stride, depth.type(row))]) for row in range(rows)]
+            with builder.if_then(cgutils.is_not_null(builder, add)):
+                for total, place in zip(sums, outs, strict=True):
+                    builder.store(emit.load(place), total)
+            with cgutils.for_range(builder, depth) as loop:
+                _prefetch(builder, builder.gep(ahead, [builder.mul(loop.index, ahead_step)]))
+                weights = emit.load(builder.gep(w, [builder.mul(loop.index, w_stride)]))
+                for total, row in zip(sums, xs, strict=True):
+                    emit.add_product(total, emit.broadcast(builder.gep(row, [loop.index])), weights)
+            for total, place in zip(sums, outs, strict=True):
+                emit.store(builder.load(total), place)
+            return context.get_dummy_value()
+
+        size = types.intp
+        kinds = (_POINTER, size, _POINTER, size, size, _POINTER, size, size, size, _POINTER, size)
+        return types.void(*kinds), generate
+
+    return multiply
+
+
+@_intrinsic  # type: ignore[untyped-decorator]
+def dot(
+    typing_context: Any,
+    x: Any,
+    first: Any,
+    second: Any,
+    third: Any,
+    fourth: Any,
+    depth: Any,
+    scale: Any,
+    out: Any,
+) -> Any:
+    """`out[n] = scale · Σ_i x[i] · y_n[i]` for four vectors `y_n` of any length."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        x, *ys, depth, scale, out = arguments
+        emit = _Emitter(builder, _DOT_WIDTH)
+        sums = emit.variables(len(ys))
+
+        def step(at: Any) -> None:
+            factor = emit.load(builder.gep(x, [at]))
+            for total, y in zip(sums, ys, strict=True):
+                emit.add_product(total, factor, emit.load(builder.gep(y, [at])))
+
+        rest = builder.and_(depth, depth.type(_DOT_WIDTH - 1))
+        whole = builder.sub(depth, rest)
+        with cgutils.for_range_slice(builder, depth.type(0), whole, depth.type(_DOT_WIDTH)) as (at, _):
+            step(at)
+        with builder.if_then(cgutils.is_not_null(builder, rest)):
+            emit.mask_after(rest)
+            step(whole)
+        for n, total in enumerate(sums):
+            product = builder.fmul(emit.sum_lanes(builder.load(total)), scale)
+            builder.store(product, builder.gep(out, [depth.type(n)]), align=4)
+        return context.get_dummy_value()
+
+    size, number = types.intp, types.float32
+    return types.void(*[_POINTER] * 5, size, number, _POINTER), generate
+
+
+_1, _2, _3, _4, _5, _6 = (_multiply_rows(rows, partial=False) for rows in range(1, MAX_ROWS + 1))
+_1p, _2p, _3p, _4p, _5p, _6p = (_multiply_rows(rows, partial=True) for rows in range(1, MAX_ROWS + 1))
+
+
+@_compile  # type: ignore[untyped-decorator]
+def multiply(
+    rows: Any,
+    x: Any,
+    x_stride: Any,
+    w: Any,
+    w_stride: Any,
+    depth: Any,
+    out: Any,
+    out_stride: Any,
+    columns: Any,
+    add: Any,
+    ahead: Any,
+    ahead_step: Any,
+) -> None:
+    """`out[r, c] = Σ_i x[r, i] · w[i, c]` for up to six rows and sixteen columns.
+
+    Args:
+        x_stride: elements from one row to the next; likewise of `w` and `out`.
+        add: 1 to add to `out`, 0 to overwrite it.
+        ahead: what will be needed next; prefetched `ahead_step` elements at a time while this is computed.
+    """
+    if columns == PANEL:
+        if rows == 6:
+            _6(x, x_stride, w, w_stride, depth, out, out_stride, columns, add, ahead, ahead_step)
+        elif rows == 5:
+            _5(x, x_stride, w, w_stride, depth, out, out_stride, columns, add, ahead, ahead_step)
+        elif rows == 4:
+            _4(x, x_stride, w, w_stride, depth, out, out_stride, columns, add, ahead, ahead_step)
+        elif rows == 3:
+            _3(x, x_stride, w, w_stride, depth, out, out_stride, columns, add, ahead, ahead_step)
+        elif rows == 2:
+            _2(x, x_stride, w, w_stride, depth, out, out_stride, columns, add, ahead, ahead_step)
+        else:
+            _1(x, x_stride, w, w_stride, depth, out, out_stride, columns, add, ahead, ahead_step)
+    elif rows == 6:
+        _6p(x, x_stride, w, w_stride, depth, out, out_stride, columns, add, ahead, ahead_step)
+    elif rows == 5:
+        _5p(x, x_stride, w, w_stride, depth, out, out_stride, columns, add, ahead, ahead_step)
+    elif rows == 4:
+        _4p(x, x_stride, w, w_stride, depth, out, out_stride, columns, add, ahead, ahead_step)
+    elif rows == 3:
+        _3p(x, x_stride, w, w_stride, depth, out, out_stride, columns, add, ahead, ahead_step)
+    elif rows == 2:
+        _2p(x, x_stride, w, w_stride, depth, out, out_stride, columns, add, ahead, ahead_step)
+    else:
+        _1p(x, x_stride, w, w_stride, depth, out, out_stride, columns, add, ahead, ahead_step)

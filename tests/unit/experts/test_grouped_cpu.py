@@ -1,0 +1,98 @@
+"""The kernel over panels gives what the loop over experts gives."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from experts.grouped import count_slots, grouped_cpu, grouped_swiglu
+from model.linear import PANEL, Packer
+
+
+def packed(gate_up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`[S, 2I, H]` and `[S, H, I]` in panels."""
+    packer, gate_ups, downs = Packer(), [], []
+    for gate_up_IH, down_HI in zip(gate_up, down, strict=True):
+        pair, halves = packer.pair(len(gate_up_IH) // 2, gate_up_IH.shape[1])
+        for half, source in zip(halves, gate_up_IH.chunk(2), strict=True):
+            half.copy_(source)
+        matrix, rows = packer.matrix(*down_HI.shape)
+        rows.copy_(down_HI)
+        gate_ups.append(pair.panels)
+        downs.append(matrix.panels)
+    packer.pack()
+    return torch.stack(gate_ups), torch.stack(downs)
+
+
+def grouped(
+    x_UH: torch.Tensor, slots_UK: torch.Tensor, weights_UK: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+) -> tuple[torch.Tensor, list[int]]:
+    y_UH, counts_S = torch.full_like(x_UH, torch.nan), np.zeros(len(gate_up), np.int64)
+    held_S = np.ones(len(gate_up), bool)
+    panels = [part.numpy() for part in packed(gate_up, down)]
+    rows = (x_UH.numpy(), slots_UK.numpy(), weights_UK.numpy())
+    assert grouped_cpu().grouped_swiglu(*rows, *panels, held_S, counts_S, y_UH.numpy()) == -1
+    return y_UH, counts_S.tolist()
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 5, 31, 250])
+def test_the_kernel_equals_the_loop_over_experts(num_rows: int) -> None:
+    num_slots, top_k = random.randrange(4, 20), 4
+    hidden, intermediate = random.randrange(4, 80), random.randrange(3, 70)
+    x_UH = torch.randn(num_rows, hidden)
+    slots_UK = torch.stack([torch.randperm(2 * num_slots)[:top_k] for _ in range(num_rows)])
+    slots_UK = torch.where(slots_UK < num_slots, slots_UK, -1).int()
+    weights_UK = torch.rand(num_rows, top_k)
+    gate_up, down = torch.randn(num_slots, 2 * intermediate, hidden), torch.randn(num_slots, hidden, intermediate)
+
+    found, counts = grouped(x_UH, slots_UK, weights_UK, gate_up, down)
+
+    counts_S = count_slots(slots_UK, num_slots)
+    expected = grouped_swiglu(x_UH, slots_UK, weights_UK, gate_up, down, counts_S)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max() + 1))
+    assert counts == counts_S.tolist()
+
+
+def test_an_expert_of_very_many_rows_is_computed_in_parts() -> None:
+    num_rows, hidden, intermediate = random.randrange(400, 600), 24, 20
+    x_UH, weights_UK = torch.randn(num_rows, hidden), torch.rand(num_rows, 1)
+    slots_UK = torch.zeros(num_rows, 1, dtype=torch.int32)
+    gate_up, down = torch.randn(1, 2 * intermediate, hidden), torch.randn(1, hidden, intermediate)
+    found, counts = grouped(x_UH, slots_UK, weights_UK, gate_up, down)
+    expected = grouped_swiglu(x_UH, slots_UK, weights_UK, gate_up, down, count_slots(slots_UK, 1))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+    assert counts == [num_rows]
+
+
+def test_a_row_does_not_depend_on_the_others() -> None:
+    hidden, intermediate = 40, 24
+    gate_up, down = torch.randn(3, 2 * intermediate, hidden), torch.randn(3, hidden, intermediate)
+    x_UH, weights_UK = torch.randn(17, hidden), torch.rand(17, 2)
+    slots_UK = torch.stack([torch.randperm(3)[:2] for _ in range(17)]).int()
+    together, _ = grouped(x_UH, slots_UK, weights_UK, gate_up, down)
+    for row in range(17):
+        one = slice(row, row + 1)
+        alone, _ = grouped(
+            x_UH[one].contiguous(), slots_UK[one].contiguous(), weights_UK[one].contiguous(), gate_up, down
+        )
+        assert alone.equal(together[one])
+
+
+def test_not_a_number_is_passed_on() -> None:
+    x_UH = torch.tensor([[1.0, float("nan")], [1.0, 1.0]])
+    slots_UK, weights_UK = torch.zeros(2, 1, dtype=torch.int32), torch.ones(2, 1)
+    y_UH, _ = grouped(x_UH, slots_UK, weights_UK, torch.ones(1, 4, 2), torch.ones(1, 2, 2))
+    assert y_UH.isnan().any(dim=1).tolist() == [True, False]
+
+
+def test_an_array_of_another_layout_is_refused() -> None:
+    """Addresses are computed from the first element: a strided array must not slip through."""
+    panels = [part.numpy() for part in packed(torch.ones(1, 2 * PANEL, 8), torch.ones(1, 8, PANEL))]
+    strided = np.ones((2, 16), np.float32)[:, ::2]
+    rows = (strided, np.zeros((2, 1), np.int32), np.ones((2, 1), np.float32))
+    counters = (np.ones(1, bool), np.zeros(1, np.int64), np.ones((2, 8), np.float32))
+    with pytest.raises(TypeError, match="No matching definition"):
+        grouped_cpu().grouped_swiglu(*rows, *panels, *counters)

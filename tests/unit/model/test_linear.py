@@ -1,0 +1,72 @@
+"""Matrices in panels compute what torch's operators compute."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model.linear import MlpWeights, PackedMatrix, Packer, linear, linear_cpu, swiglu
+
+
+def packed(weight_CH: torch.Tensor) -> PackedMatrix:
+    packer = Packer()
+    matrix, rows = packer.matrix(*weight_CH.shape)
+    rows.copy_(weight_CH)
+    packer.pack()
+    return matrix
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 5, 6, 7, 8, 13, 192, 193, 400])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_packed_matrix_multiplies(num_rows: int, biased: bool) -> None:
+    columns, depth = random.randrange(1, 70), random.choice([3, 64, 511, 513, 1100])
+    weight, bias = torch.randn(columns, depth), torch.randn(columns) if biased else None
+    x_TH = torch.randn(num_rows, depth)
+    expected = F.linear(x_TH.double(), weight.double(), bias.double() if bias is not None else None).float()
+    torch.testing.assert_close(linear(x_TH, packed(weight), bias), expected, rtol=1e-4, atol=1e-5 * depth)
+
+
+def test_a_row_does_not_depend_on_the_others() -> None:
+    weight = packed(torch.randn(random.randrange(1, 70), 530))
+    x_TH = torch.randn(23, 530)
+    together = linear(x_TH, weight)
+    assert all(linear(x_TH[row : row + 1], weight).equal(together[row : row + 1]) for row in range(23))
+
+
+def test_rows_of_a_packed_matrix_are_those_that_were_packed() -> None:
+    weight = torch.randn(37, 9)
+    indices = torch.randint(37, (20,))
+    assert packed(weight).rows(indices).equal(weight[indices])
+
+
+@pytest.mark.parametrize("num_rows", [1, 7, 300])
+def test_a_packed_swiglu_equals_the_operators(num_rows: int) -> None:
+    hidden, intermediate = random.randrange(1, 60), random.randrange(1, 60)
+    gate, up, down = (
+        torch.randn(intermediate, hidden),
+        torch.randn(intermediate, hidden),
+        torch.randn(hidden, intermediate),
+    )
+    packer = Packer()
+    gate_up, halves = packer.pair(intermediate, hidden)
+    for half, source in zip(halves, (gate, up), strict=True):
+        half.copy_(source)
+    packer.pack()
+    x_TH = torch.randn(num_rows, hidden)
+    plain = swiglu(x_TH, MlpWeights(gate_up=torch.cat((gate, up)), down=down))
+    found = swiglu(x_TH, MlpWeights(gate_up=gate_up, down=packed(down)))
+    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5 * float(plain.abs().max() + 1))
+
+
+def test_the_exponential_is_within_two_ulp_and_keeps_its_limits() -> None:
+    exp = linear_cpu().exp
+    x = np.random.default_rng().uniform(-87, 87, 1000).astype(np.float32)
+    found = np.array([exp(value) for value in x])
+    np.testing.assert_allclose(found, np.exp(x.astype(np.float64)), rtol=2.5e-7)
+    assert exp(np.float32(0)) == 1
+    assert exp(np.float32("-inf")) < 1e-37
+    assert np.isnan(exp(np.float32("nan")))
