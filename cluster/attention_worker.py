@@ -22,13 +22,15 @@ from cluster.plan import ServingPlan
 from cluster.process import resident_bytes
 from decode.engine import DecodeEngine
 from decode.handoff import KvReceiver
+from decode.speculation import MtpDrafter, Speculator
 from model.checkpoint import Checkpoint, LoadProgress, LoadSnapshot
 from model.kv_cache import KvCache
+from model.mtp import MtpHead
 from model.norm import warm_up
 from model.pages import PagePool
 from model.runner import ModelRunner
 from model.transformer import Transformer
-from model.weights import AttentionWeights, load_attention_weights
+from model.weights import AttentionWeights, MtpWeights, gates_of, load_attention_weights, load_mtp_weights
 from octet.errors import LaneError, UnavailableError
 from octet.ids import WorkerId
 from octet.mailbox import Mailbox
@@ -77,6 +79,7 @@ class AttentionWorker:
         ]
         self._closing = []
         self._weights: AttentionWeights | None = None
+        self._mtp_weights: MtpWeights | None = None
         self._engine: Engine | None = None
         self._exchange: Exchange | None = None
         self._thread: threading.Thread | None = None
@@ -92,6 +95,8 @@ class AttentionWorker:
         self._state = "LOADING"
         checkpoint = Checkpoint.open(pathlib.Path(self._plan.model_dir))
         self._weights = load_attention_weights(checkpoint, self._dtype, self._device, self._progress)
+        if self._plan.config.speculation.num_draft_layers:
+            self._mtp_weights = load_mtp_weights(checkpoint, self._dtype, self._device, self._progress)
         warm_up(self._device)
 
     def connect(self, peers: Mapping[WorkerId, str], channels: Sequence[Endpoint]) -> None:
@@ -148,17 +153,19 @@ class AttentionWorker:
 
     def _build_engine(self, exchange: Exchange, channels: Mapping[WorkerId, KvChannel]) -> Engine:
         assert self._weights is not None, "load comes before connect"
-        plan, weights = self._plan, self._weights
+        plan, weights, mtp = self._plan, self._weights, self._mtp_weights
+        speculation, page_size = plan.config.speculation, plan.config.kv.page_size
         num_pages = plan.prefill_pages if self._role == "prefill" else plan.decode_pages
-        cache = KvCache(plan.model, num_pages, plan.config.kv.page_size, self._dtype, self._device)
-        gates = {index: layer.gate for index, layer in enumerate(weights.layers) if layer.gate is not None}
+        cache = KvCache(plan.model, num_pages, page_size, self._dtype, self._device, speculation.num_draft_layers)
+        transformer = Transformer(plan.model, weights, cache, plan.max_model_len)
         runner = ModelRunner(
-            Transformer(plan.model, weights, cache, plan.max_model_len),
-            RoutedExperts(plan.model, gates, plan.placement, exchange, self._device),
-            PagePool(num_pages, plan.config.kv.page_size),
+            transformer,
+            RoutedExperts(plan.model, gates_of(weights, mtp), plan.placement, exchange, self._device),
+            PagePool(num_pages, page_size),
             cache,
             self._device,
             plan.config.lane.ping_pong_rows,
+            MtpHead(transformer, mtp, plan.model.num_hidden_layers) if mtp is not None else None,
         )
         self._closing.append(contextlib.closing(exchange))
         if self._role == "prefill":
@@ -168,7 +175,8 @@ class AttentionWorker:
             return PrefillEngine(self._worker_id, plan.epoch, runner, leases, sender, plan.config.prefill)
         receiver = KvReceiver(self._worker_id, channels, self._ask, self._mailbox.wake)
         self._closing.append(contextlib.closing(receiver))
-        return DecodeEngine(self._worker_id, plan.epoch, runner, receiver, plan.config.decode)
+        speculator = Speculator(MtpDrafter(runner), speculation) if mtp is not None else None
+        return DecodeEngine(self._worker_id, plan.epoch, runner, receiver, plan.config.decode, speculator)
 
     def _ask(self, to: WorkerId, pull: KvPull) -> None:
         self._mailbox.send(to, pull)

@@ -119,4 +119,6 @@ def _member(status: MemberStatus) -> pb.Member:
         preemptions=load.preemptions,
         leases=load.leases,
         cached_tokens=load.cached_tokens,
+        drafted_tokens=load.drafted_tokens,
+        accepted_tokens=load.accepted_tokens,
     )

@@ -58,6 +58,8 @@ def _layout(role: Role, plan: ServingPlan) -> FrameLayout:
     return FrameLayout(
         hidden_size=plan.model.hidden_size,
         experts_per_token=plan.model.num_experts_per_tok,
-        max_rows=config.prefill.chunk_tokens if role == "prefill" else config.decode.max_batch,
+        max_rows=config.prefill.chunk_tokens
+        if role == "prefill"
+        else config.decode.max_batch * (1 + config.speculation.num_speculative_tokens),
         dtype=serving_dtype(plan),
     )

@@ -31,7 +31,8 @@ def make_plan(config: OctetConfig) -> ServingPlan:
     model = checkpoint.config
     device = _device(config)
     element_bytes = _CPU_ELEMENT_BYTES if device == "cpu" else _GPU_ELEMENT_BYTES
-    page_bytes = model.kv_bytes_per_token(element_bytes) * config.kv.page_size
+    num_draft_layers = _draft_layers(config, checkpoint)
+    page_bytes = model.kv_bytes_per_token(element_bytes, num_draft_layers) * config.kv.page_size
     max_model_len = config.model.max_model_len or model.max_position_embeddings
     prefill_pages = config.kv.prefill_pages or _pages(config, page_bytes, max_model_len, config.prefill.max_requests)
     decode_pages = config.kv.decode_pages or _pages(config, page_bytes, max_model_len, config.decode.max_batch)
@@ -40,15 +41,30 @@ def make_plan(config: OctetConfig) -> ServingPlan:
         model_dir=str(model_dir),
         model=model,
         generation=read_generation_defaults(model_dir),
-        census=take_census(model, element_bytes, element_bytes),
+        census=take_census(model, element_bytes, element_bytes, num_draft_layers),
         device=device,
         epoch=Epoch(1),
-        placement=place_evenly(model.moe_layers, model.n_routed_experts, config.pools.experts.size),
+        placement=place_evenly(
+            model.expert_layers(num_draft_layers), model.n_routed_experts, config.pools.experts.size
+        ),
         prefill_pages=prefill_pages,
         decode_pages=decode_pages,
         max_model_len=_context(config, model, min(prefill_pages, decode_pages) * config.kv.page_size),
         threads=_threads(config),
     )
+
+
+def _draft_layers(config: OctetConfig, checkpoint: Checkpoint) -> int:
+    """Raises: ConfigError if the checkpoint has no head to speculate with."""
+    wanted = config.speculation.num_speculative_tokens
+    if wanted > 0 and not checkpoint.has_mtp:
+        raise ConfigError(
+            "speculation.num_speculative_tokens",
+            wanted,
+            f"0, as {checkpoint.model_dir} has no MTP layer",
+            f"take a checkpoint with the tensors of model.layers.{checkpoint.config.num_hidden_layers}",
+        )
+    return config.speculation.num_draft_layers
 
 
 def _device(config: OctetConfig) -> str:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+
+import torch
 
 from model.pages import PagePool
+from model.sampler import SampleRow
 from octet.ids import RequestId
 from octet.messages import KvOffer, PrefillRequest
 
@@ -17,10 +21,31 @@ class RunningSequence:
     choice: int
     token_ids: list[int]
     pages: list[int]
+    unseen: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    """With speculation: final hidden states `[·, H]` of the last positions, which the drafter has not seen yet."""
+    ended: bool = False
 
     @property
     def num_new_tokens(self) -> int:
         return len(self.token_ids) - self.request.num_prompt_tokens
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that may still come."""
+        return self.request.stopping.max_new_tokens - self.num_new_tokens
+
+    def sample_row(self, drafted: Sequence[int] = ()) -> SampleRow:
+        """The next token, or the one after these drafts."""
+        request = self.request
+        return SampleRow(
+            sampling=request.sampling,
+            stopping=request.stopping,
+            output=request.output,
+            choice=self.choice,
+            token_ids=self.token_ids,
+            num_prompt_tokens=request.num_prompt_tokens,
+            drafted=drafted,
+        )
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -44,14 +69,23 @@ class Incoming:
 class DecodeBatch:
     """Running sequences, oldest first."""
 
-    def __init__(self, pool: PagePool, max_batch: int) -> None:
-        self._pool, self._max_batch = pool, max_batch
+    def __init__(self, pool: PagePool, max_batch: int, lookahead: int = 0) -> None:
+        """
+        Args:
+            lookahead: tokens after a position that its KV depends on, 1 with an MTP layer: the choices of a request do
+                not share what depends on their own tokens.
+        """
+        self._pool, self._max_batch, self._lookahead = pool, max_batch, lookahead
         self.running: list[RunningSequence] = []
 
     def pages_to_admit(self, num_tokens: int, num_choices: int) -> int:
         """Pages that an offer of `num_tokens` takes: whole pages are shared by its choices, a partial one is not."""
-        partial = num_tokens % self._pool.page_size != 0
-        return self._pool.pages_for(num_tokens) + (num_choices - 1 if partial else 0)
+        num_pages = self._pool.pages_for(num_tokens)
+        return num_pages + (num_choices - 1) * (num_pages - self._num_shared(num_tokens))
+
+    def _num_shared(self, num_tokens: int) -> int:
+        """All pages, or all but the last."""
+        return (num_tokens - self._lookahead) // self._pool.page_size
 
     def reserve(self, offer: KvOffer, num_tokens: int, num_incoming: int) -> list[int] | None:
         """Pages for an offer, or None while it has to wait.
@@ -66,13 +100,16 @@ class DecodeBatch:
             return None
         return self._pool.allocate(needed)
 
-    def admit(self, incoming: Incoming) -> list[tuple[int, int]]:
+    def admit(self, incoming: Incoming, unseen: Sequence[torch.Tensor] = ()) -> list[tuple[int, int]]:
         """Make the wanted choices running sequences.
+
+        Args:
+            unseen: see `RunningSequence`.
 
         Returns: (source, target) pages to be copied, for each choice a partial last page of its own.
         """
         request, num_tokens = incoming.offer.request, len(incoming.token_ids)
-        num_shared = num_tokens // self._pool.page_size
+        num_shared = self._num_shared(num_tokens)
         shared, own = incoming.pages[:num_shared], incoming.pages[num_shared:]
         wanted = incoming.wanted
         copies: list[tuple[int, int]] = []
@@ -83,7 +120,11 @@ class DecodeBatch:
                 copies.append((own[0], last[0]))
             self.running.append(
                 RunningSequence(
-                    request=request, choice=choice, token_ids=[*incoming.token_ids, token_id], pages=[*shared, *last]
+                    request=request,
+                    choice=choice,
+                    token_ids=[*incoming.token_ids, token_id],
+                    pages=[*shared, *last],
+                    unseen=list(unseen),
                 )
             )
         self._pool.release(shared)
@@ -109,6 +150,22 @@ class DecodeBatch:
                 self.remove(youngest)
                 evicted.append(youngest)
         return evicted
+
+    def make_room(self, sequence: RunningSequence, count: int) -> int:
+        """Give a sequence pages for up to `count` drafts after its next token, as far as there are free ones.
+
+        Returns: for how many there is room.
+        """
+        missing = self._pool.pages_for(len(sequence.token_ids) + count) - len(sequence.pages)
+        sequence.pages += self._pool.allocate(max(0, min(missing, self._pool.num_free))) or []
+        return min(count, len(sequence.pages) * self._pool.page_size - len(sequence.token_ids))
+
+    def trim(self) -> None:
+        """Take back the pages behind every sequence's next token: what they hold was drafted and did not stand."""
+        for sequence in self.running:
+            kept = self._pool.pages_for(len(sequence.token_ids))
+            self._pool.release(sequence.pages[kept:])
+            del sequence.pages[kept:]
 
     def remove(self, sequence: RunningSequence) -> None:
         self.running.remove(sequence)

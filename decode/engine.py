@@ -1,19 +1,21 @@
-"""The decode engine: one `step` advances every running sequence by one token.
+"""The decode engine: one `step` advances every running sequence by one token, and by as many drafts as were right.
 
-Shapes: `B` running sequences, `H` hidden, `V` vocabulary.
+Shapes: `T` tokens computed in a step, `B` running sequences, `H` hidden, `V` vocabulary.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 
 from decode.batch import DecodeBatch, Incoming, RunningSequence
 from decode.handoff import Arrival, KvReceiver
+from decode.speculation import Speculator
 from model.batch import Span
-from model.runner import ModelRunner
-from model.sampler import SampleRow, logprobs, sample
+from model.runner import ModelRunner, tensor_from
+from model.sampler import logprobs, sample
 from octet.config import DecodeConfig
 from octet.errors import ExpertMissingError
 from octet.ids import Epoch, LeaseId, RequestId, WorkerId
@@ -36,11 +38,17 @@ class DecodeEngine:
     """Messages in by `handle`, messages out of `step`. Belongs to one thread."""
 
     def __init__(
-        self, worker_id: WorkerId, epoch: Epoch, runner: ModelRunner, receiver: KvReceiver, config: DecodeConfig
+        self,
+        worker_id: WorkerId,
+        epoch: Epoch,
+        runner: ModelRunner,
+        receiver: KvReceiver,
+        config: DecodeConfig,
+        speculator: Speculator | None = None,
     ) -> None:
         self._worker_id, self._epoch = worker_id, epoch
-        self._runner, self._pool, self._receiver = runner, runner.pool, receiver
-        self._batch = DecodeBatch(runner.pool, config.max_batch)
+        self._runner, self._pool, self._receiver, self._speculator = runner, runner.pool, receiver, speculator
+        self._batch = DecodeBatch(runner.pool, config.max_batch, lookahead=int(runner.drafts))
         self._offers: list[KvOffer] = []
         self._incoming: dict[LeaseId, Incoming] = {}
         self._outbox: list[tuple[WorkerId, Message]] = []
@@ -64,7 +72,7 @@ class DecodeEngine:
                 raise TypeError(f"a decode worker takes no {type(message).__name__}")
 
     def step(self, now_s: float) -> list[tuple[WorkerId, Message]]:
-        """Advance every sequence by a token; return what it brought forth.
+        """Advance every sequence by a token or more; return what it brought forth.
 
         Raises: LaneError, and then nothing has changed.
         """
@@ -73,11 +81,11 @@ class DecodeEngine:
         self._pull()
         if self._batch.running:
             try:
-                logits_BV = self._forward()
+                self._decode()
             except ExpertMissingError as error:
                 self._fail_running(str(error))
-            else:
-                self._advance(logits_BV)
+            finally:
+                self._batch.trim()
         return self.flush()
 
     def fail_all(self, reason: str) -> None:
@@ -111,19 +119,65 @@ class DecodeEngine:
             waiting=len(self._offers) + len(self._incoming),
             tokens=self._num_tokens,
             preemptions=self._num_preemptions,
+            drafted_tokens=self._speculator.num_drafted if self._speculator else 0,
+            accepted_tokens=self._speculator.num_accepted if self._speculator else 0,
         )
 
-    def _forward(self) -> torch.Tensor:
-        spans = [
-            Span(token_ids=sequence.token_ids[-1:], start=len(sequence.token_ids) - 1, pages=sequence.pages)
-            for sequence in self._batch.running
-        ]
-        return self._runner.logits(torch.cat(self._runner.run(spans)))
-
-    def _advance(self, logits_BV: torch.Tensor) -> None:
-        """Sample, append, report; sequences that end leave the batch."""
+    def _decode(self) -> None:
+        """Draft, verify all drafts in one pass, keep what stands. Raises: LaneError, before anything has changed."""
         sequences = list(self._batch.running)
-        tokens = sample(logits_BV, [_sample_row(sequence) for sequence in sequences])
+        drafts = self._speculator.draft(self._batch) if self._speculator else [[] for _ in sequences]
+        hidden = self._runner.run(
+            [
+                Span(
+                    token_ids=[sequence.token_ids[-1], *drafted],
+                    start=len(sequence.token_ids) - 1,
+                    pages=sequence.pages,
+                    by_token=True,
+                )
+                for sequence, drafted in zip(sequences, drafts, strict=True)
+            ]
+        )
+        lengths = [len(sequence.token_ids) for sequence in sequences]
+        self._keep(sequences, drafts, hidden)
+        if self._speculator:
+            kept = [
+                hidden_TH[: len(sequence.token_ids) - length]
+                for sequence, hidden_TH, length in zip(sequences, hidden, lengths, strict=True)
+            ]
+            self._speculator.note(sequences, drafts, kept)
+
+    def _keep(
+        self, sequences: Sequence[RunningSequence], drafts: Sequence[Sequence[int]], hidden: Sequence[torch.Tensor]
+    ) -> None:
+        """Sample every sequence's next token, and as long as that is the one drafted, the one after it.
+
+        Each token is thus the one that would be sampled without drafts, with its own position's noise, penalties and
+        stop conditions.
+        """
+        by_depth = [
+            [index for index, drafted in enumerate(drafts) if len(drafted) >= depth]
+            for depth in range(max(map(len, drafts)) + 1)
+        ]
+        rows = [hidden[index][depth] for depth, indices in enumerate(by_depth) for index in indices]
+        parts = self._runner.logits(torch.stack(rows)).split([len(indices) for indices in by_depth])
+        standing = set(by_depth[0])
+        for depth, (indices, logits_BV) in enumerate(zip(by_depth, parts, strict=True)):
+            chosen = [row for row, index in enumerate(indices) if index in standing]
+            if not chosen:
+                return
+            logits_BV = logits_BV if len(chosen) == len(indices) else logits_BV[chosen]
+            self._advance([sequences[indices[row]] for row in chosen], logits_BV)
+            standing = {
+                index
+                for index in (indices[row] for row in chosen)
+                if not sequences[index].ended
+                and sequences[index].token_ids[-1:] == list(drafts[index][depth : depth + 1])
+            }
+
+    def _advance(self, sequences: Sequence[RunningSequence], logits_BV: torch.Tensor) -> None:
+        """Sample, append, report; sequences that end leave the batch."""
+        tokens = sample(logits_BV, [sequence.sample_row() for sequence in sequences])
         reported = self._logprobs(logits_BV, sequences, tokens)
         self._num_tokens += len(tokens)
         for index, (sequence, token_id) in enumerate(zip(sequences, tokens, strict=True)):
@@ -142,11 +196,12 @@ class DecodeEngine:
                 )
             )
             if reason is not None:
+                sequence.ended = True
                 self._batch.remove(sequence)
 
     @staticmethod
     def _logprobs(
-        logits_BV: torch.Tensor, sequences: list[RunningSequence], tokens: list[int]
+        logits_BV: torch.Tensor, sequences: Sequence[RunningSequence], tokens: list[int]
     ) -> dict[int, TokenLogprob]:
         asked = [
             (index, sequence.request.output.logprobs)
@@ -164,9 +219,15 @@ class DecodeEngine:
                 continue
             num_pages = self._pool.pages_for(len(incoming.token_ids))
             self._runner.cache.import_pages(incoming.pages[:num_pages], arrival.pages)
-            for source, target in self._batch.admit(incoming):
+            for source, target in self._batch.admit(incoming, self._last_hidden(incoming.offer)):
                 self._runner.cache.copy_page(source, target)
             self._acknowledge(incoming.offer)
+
+    def _last_hidden(self, offer: KvOffer) -> list[torch.Tensor]:
+        """The position `[1, H]` that no drafter has seen yet: what comes there is up to the first token."""
+        if self._speculator is None:
+            return []
+        return [tensor_from(offer.hidden, self._runner.cache.dtype, self._runner.cache.device).unsqueeze(0)]
 
     def _turn_away(self, incoming: Incoming, arrival: Arrival) -> None:
         self._pool.release(incoming.pages)
@@ -222,15 +283,3 @@ class DecodeEngine:
 
     def _tell_failed(self, request_id: RequestId, choice: int, attempt: int, to: WorkerId, reason: str) -> None:
         self._events[to].append(Failed(request_id=request_id, choice=choice, attempt=attempt, reason=reason))
-
-
-def _sample_row(sequence: RunningSequence) -> SampleRow:
-    request = sequence.request
-    return SampleRow(
-        sampling=request.sampling,
-        stopping=request.stopping,
-        output=request.output,
-        choice=sequence.choice,
-        token_ids=sequence.token_ids,
-        num_prompt_tokens=request.num_prompt_tokens,
-    )

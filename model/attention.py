@@ -34,10 +34,7 @@ class Attention:
         cos_sin: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:
         """`[T, H]`."""
-        config = self._config
-        num_heads = config.num_attention_heads + 2 * config.num_key_value_heads
-        qkv_TXD = linear(x_TH, layer.qkv, layer.qkv_bias).view(-1, num_heads, config.head_dim)
-        q_TQD = self._prepare(index, layer, qkv_TXD, batch, cos_sin)
+        q_TQD = self._prepare(index, layer, self._project(layer, x_TH), batch, cos_sin)
         if batch.decode is None:
             out_TQD = torch.empty_like(q_TQD)
         elif not batch.prefill:
@@ -49,6 +46,23 @@ class Attention:
         for span in batch.prefill:
             out_TQD[span.rows] = self._prefill(index, q_TQD[span.rows], span)
         return linear(out_TQD.flatten(1), layer.o)
+
+    def write(
+        self,
+        index: int,
+        layer: LayerWeights,
+        x_TH: torch.Tensor,
+        batch: Batch,
+        cos_sin: tuple[torch.Tensor, torch.Tensor],
+    ) -> None:
+        """Keys and values alone, for rows whose own output nobody wants."""
+        self._prepare(index, layer, self._project(layer, x_TH), batch, cos_sin)
+
+    def _project(self, layer: LayerWeights, x_TH: torch.Tensor) -> torch.Tensor:
+        """`[T, Q + 2N, D]`."""
+        config = self._config
+        num_heads = config.num_attention_heads + 2 * config.num_key_value_heads
+        return linear(x_TH, layer.qkv, layer.qkv_bias).view(-1, num_heads, config.head_dim)
 
     def _prepare(
         self,

@@ -21,6 +21,8 @@ class Span:
     start: int
     pages: Sequence[int]
     """The page table, covering at least `start + len(token_ids)` tokens."""
+    by_token: bool = False
+    """Attend with each token on its own, which pays where a few of them follow a long context."""
 
     @property
     def stop(self) -> int:
@@ -37,7 +39,7 @@ class Batch:
     """The flat KV slot that each token writes."""
     prefill: tuple[PrefillSpan, ...]
     decode: DecodeSpans | None
-    """All spans of a single token, together; they come first in T."""
+    """The tokens of all spans that attend by token, together; they come first in T."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +53,8 @@ class PrefillSpan:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeSpans:
+    """Each token is a row B of its own; those of one sequence share its pages."""
+
     pages_BP: torch.Tensor
     lengths_B: torch.Tensor
     """Positions that exist, the new one included."""
@@ -77,17 +81,18 @@ def halve(spans: Sequence[Span]) -> tuple[list[Span], list[Span]]:
 
 
 def build_batch(spans: Sequence[Span], pool: PagePool, device: torch.device) -> tuple[Batch, list[int]]:
-    """Pack spans; single-token ones are moved to the front.
+    """Pack spans; those that attend by token, as single tokens do, are moved to the front.
 
     Returns: the batch, and for each span, in the order given, the row of its last token.
     """
-    order = sorted(range(len(spans)), key=lambda index: len(spans[index].token_ids) > 1)
+    by_token = [span.by_token or len(span.token_ids) == 1 for span in spans]
+    order = sorted(range(len(spans)), key=lambda index: not by_token[index])
     token_ids: list[int] = []
     positions: list[int] = []
     kv_slots: list[int] = []
     prefill: list[PrefillSpan] = []
     last_rows = [0] * len(spans)
-    singles = [spans[index] for index in order if len(spans[index].token_ids) == 1]
+    singles = [spans[index] for index in order if by_token[index]]
     for index in order:
         span = spans[index]
         first = len(token_ids)
@@ -95,7 +100,7 @@ def build_batch(spans: Sequence[Span], pool: PagePool, device: torch.device) -> 
         positions += range(span.start, span.stop)
         kv_slots += pool.slots(span.pages, span.start, span.stop)
         last_rows[index] = len(token_ids) - 1
-        if len(span.token_ids) > 1:
+        if not by_token[index]:
             prefill.append(_prefill_span(span, slice(first, len(token_ids)), pool, device))
     batch = Batch(
         token_ids_T=torch.tensor(token_ids, device=device),
@@ -105,6 +110,19 @@ def build_batch(spans: Sequence[Span], pool: PagePool, device: torch.device) -> 
         decode=_decode_spans(singles, pool, device) if singles else None,
     )
     return batch, last_rows
+
+
+def build_rows(spans: Sequence[Span], pool: PagePool, device: torch.device) -> Batch:
+    """Pack spans in their order, to write keys and values only: nothing attends."""
+    return Batch(
+        token_ids_T=torch.tensor([token_id for span in spans for token_id in span.token_ids], device=device),
+        positions_T=torch.cat([torch.arange(span.start, span.stop, device=device) for span in spans]),
+        kv_slots_T=torch.tensor(
+            [slot for span in spans for slot in pool.slots(span.pages, span.start, span.stop)], device=device
+        ),
+        prefill=(),
+        decode=None,
+    )
 
 
 def _prefill_span(span: Span, rows: slice, pool: PagePool, device: torch.device) -> PrefillSpan:
@@ -117,7 +135,8 @@ def _prefill_span(span: Span, rows: slice, pool: PagePool, device: torch.device)
 
 def _decode_spans(spans: Sequence[Span], pool: PagePool, device: torch.device) -> DecodeSpans:
     num_pages = max(pool.pages_for(span.stop) for span in spans)
-    pages = [[*span.pages[:num_pages], *[0] * (num_pages - len(span.pages))] for span in spans]
-    lengths = torch.tensor([span.stop for span in spans], device=device)
+    padded = [[*span.pages[:num_pages], *[0] * (num_pages - len(span.pages))] for span in spans]
+    pages = [row for row, span in zip(padded, spans, strict=True) for _ in span.token_ids]
+    lengths = torch.tensor([stop for span in spans for stop in range(span.start + 1, span.stop + 1)], device=device)
     mask = torch.arange(num_pages * pool.page_size, device=device) < lengths.unsqueeze(1)
     return DecodeSpans(pages_BP=torch.tensor(pages, device=device), lengths_B=lengths, mask_BL=mask)

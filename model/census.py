@@ -41,14 +41,19 @@ def expert_tensors(config: ModelConfig, layer: int, expert: int) -> Shapes:
     return _mlp_tensors(config, f"model.layers.{layer}.mlp.experts.{expert}.", config.moe_intermediate_size)
 
 
+def draft_tensors(config: ModelConfig) -> Shapes:
+    """What an attention worker holds besides `attention_tensors` to speculate: the first MTP layer, no routed expert.
+
+    Empty where the config has no MTP layer.
+    """
+    return _mtp_layer_tensors(config, config.num_hidden_layers) if config.mtp_layers else {}
+
+
 def mtp_attention_tensors(config: ModelConfig) -> Shapes:
-    """What a decode worker that speculates holds besides `attention_tensors`: the MTP layers, no routed expert."""
+    """Every MTP layer without its routed experts."""
     shapes: Shapes = {}
     for layer in config.mtp_layers:
-        prefix = f"model.layers.{layer}."
-        shapes |= {prefix + norm + ".weight": (config.hidden_size,) for norm in ("enorm", "hnorm", "shared_head.norm")}
-        shapes[prefix + "eh_proj.weight"] = (config.hidden_size, 2 * config.hidden_size)
-        shapes |= _layer_tensors(config, layer, sparse=True)
+        shapes |= _mtp_layer_tensors(config, layer)
     return shapes
 
 
@@ -87,15 +92,17 @@ class Census:
     expert_parameters: int
     """Of one routed expert."""
     mtp_attention_parameters: int
-    """What speculation adds to a decode worker."""
+    """Of all MTP layers without their routed experts."""
     active_parameters: int
     """Multiplied for each token: all but the other experts and the embedding, which is looked up (if tied, it is
     the output head, and counted)."""
     attention_bytes: int
     """Of one attention worker's weights; the gates are held in fp32."""
-    mtp_attention_bytes: int
+    draft_bytes: int
+    """What speculation adds to the weights of an attention worker."""
     expert_bytes: int
     kv_bytes_per_token: int
+    """Over all decoder layers, and those that draft."""
 
     @property
     def routed_parameters(self) -> int:
@@ -127,23 +134,24 @@ class Census:
 
         Args:
             num_redundant_experts: physical experts of a layer beyond one replica of each logical expert.
-            mtp: whether the shards also hold the MTP layers' experts.
+            mtp: whether the shards also hold the experts of the MTP layer that drafts.
         """
         num_slots = math.ceil((self.num_experts + num_redundant_experts) / num_shards)
-        return num_slots * (self.num_moe_layers + mtp * self.num_mtp_layers) * self.expert_bytes
+        return num_slots * (self.num_moe_layers + (mtp and self.num_mtp_layers > 0)) * self.expert_bytes
 
     def kv_bytes_per_page(self, page_size: int) -> int:
-        """Keys and values of `page_size` tokens over all decoder layers."""
+        """Keys and values of `page_size` tokens."""
         return page_size * self.kv_bytes_per_token
 
 
-def take_census(config: ModelConfig, element_bytes: int, kv_element_bytes: int) -> Census:
+def take_census(config: ModelConfig, element_bytes: int, kv_element_bytes: int, num_draft_layers: int = 0) -> Census:
     """
     Args:
         element_bytes: of a weight as served (2 for bf16), which need not be the checkpoint's own.
         kv_element_bytes: of an element of the KV cache.
+        num_draft_layers: MTP layers that draft and keep keys and values.
     """
-    attention, mtp_attention = attention_tensors(config), mtp_attention_tensors(config)
+    attention = attention_tensors(config)
     expert_parameters = _parameters(expert_tensors(config, 0, 0).values())
     attention_parameters = _parameters(attention.values())
     looked_up = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
@@ -156,15 +164,24 @@ def take_census(config: ModelConfig, element_bytes: int, kv_element_bytes: int) 
         num_mtp_layers=config.num_nextn_predict_layers,
         attention_parameters=attention_parameters,
         expert_parameters=expert_parameters,
-        mtp_attention_parameters=_parameters(mtp_attention.values()),
+        mtp_attention_parameters=_parameters(mtp_attention_tensors(config).values()),
         active_parameters=attention_parameters
         - looked_up
         + num_moe_layers * config.num_experts_per_tok * expert_parameters,
         attention_bytes=_bytes(attention, element_bytes),
-        mtp_attention_bytes=_bytes(mtp_attention, element_bytes),
+        draft_bytes=_bytes(draft_tensors(config), element_bytes),
         expert_bytes=expert_parameters * element_bytes,
-        kv_bytes_per_token=config.kv_bytes_per_token(kv_element_bytes),
+        kv_bytes_per_token=config.kv_bytes_per_token(kv_element_bytes, num_draft_layers),
     )
+
+
+def _mtp_layer_tensors(config: ModelConfig, layer: int) -> Shapes:
+    prefix = f"model.layers.{layer}."
+    shapes: Shapes = {
+        prefix + norm + ".weight": (config.hidden_size,) for norm in ("enorm", "hnorm", "shared_head.norm")
+    }
+    shapes[prefix + "eh_proj.weight"] = (config.hidden_size, 2 * config.hidden_size)
+    return shapes | _layer_tensors(config, layer, sparse=True)
 
 
 def _layer_tensors(config: ModelConfig, layer: int, *, sparse: bool) -> Shapes:

@@ -71,9 +71,18 @@ class ModelConfig:
         """The multi-token-prediction layers, which sit behind the last decoder layer."""
         return range(self.num_hidden_layers, self.num_hidden_layers + self.num_nextn_predict_layers)
 
-    def kv_bytes_per_token(self, element_bytes: int) -> int:
-        """Keys and values of one token over all decoder layers."""
-        return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * element_bytes
+    def expert_layers(self, num_draft_layers: int) -> range:
+        """The layers with routed experts that a cluster serves.
+
+        Args:
+            num_draft_layers: MTP layers that draft, 1 with speculation and 0 without.
+        """
+        return range(self.moe_layers.start, self.num_hidden_layers + num_draft_layers)
+
+    def kv_bytes_per_token(self, element_bytes: int, num_draft_layers: int) -> int:
+        """Keys and values of one token over all decoder layers, and over those that draft."""
+        num_layers = self.num_hidden_layers + num_draft_layers
+        return 2 * num_layers * self.num_key_value_heads * self.head_dim * element_bytes
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

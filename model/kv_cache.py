@@ -18,13 +18,32 @@ class KvCache:
     """One tensor `[L, 2, P, G, N, D]`. Writes are indexed by position, so a step run again overwrites itself."""
 
     def __init__(
-        self, config: ModelConfig, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        num_pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        num_draft_layers: int = 0,
     ) -> None:
-        shape = (config.num_hidden_layers, 2, num_pages, page_size, config.num_key_value_heads, config.head_dim)
+        """
+        Args:
+            num_draft_layers: MTP layers with keys and values of their own, behind the decoder layers.
+        """
+        num_layers = config.num_hidden_layers + num_draft_layers
+        shape = (num_layers, 2, num_pages, page_size, config.num_key_value_heads, config.head_dim)
         # Zeros, not empty: a masked position may hold anything finite, and NaN · 0 would spread.
         self.page_size = page_size
         self._kv = _lazy_zeros(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
         self._flat = self._kv.view(shape[0], 2, num_pages * page_size, *shape[4:])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._kv.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._kv.device
 
     def of_layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of one layer by flat slot, `[P · G, N, D]`, as views."""

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from model.batch import Span, build_batch, halve
+from model.batch import Span, build_batch, build_rows, halve
 from model.kv_cache import KvCache
+from model.mtp import MtpHead
 from model.pages import PagePool
 from model.transformer import RoutedLayer, Transformer
 from octet.errors import LaneError
@@ -25,14 +26,21 @@ class ModelRunner:
         cache: KvCache,
         device: torch.device,
         ping_pong_rows: int | None = None,
+        mtp: MtpHead | None = None,
     ) -> None:
         """
         Args:
             ping_pong_rows: steps of at least so many tokens are computed as two micro-batches that take turns.
+            mtp: what drafts, if anything does.
         """
         self.pool, self.cache = pool, cache
         self._transformer, self._routed, self._device = transformer, routed, device
-        self._ping_pong_rows = ping_pong_rows
+        self._ping_pong_rows, self._mtp = ping_pong_rows, mtp
+
+    @property
+    def drafts(self) -> bool:
+        """Whether there is an MTP head, whose keys and values have to be kept."""
+        return self._mtp is not None
 
     def run(self, spans: Sequence[Span]) -> list[torch.Tensor]:
         """The final hidden states `[tokens, hidden]` of each span. Raises: LaneError; running again is safe."""
@@ -50,6 +58,31 @@ class ModelRunner:
         """`[T, V]` in fp32."""
         return self._transformer.logits(hidden_TH)
 
+    def draft(self, spans: Sequence[Span], hidden_BH: torch.Tensor) -> torch.Tensor:
+        """What the MTP head makes of single tokens, each one ahead of its span's position: `[B, H]`, for `logits`.
+
+        Args:
+            hidden_BH: of those positions, from `run` or from here.
+
+        Raises: LaneError; running again is safe.
+        """
+        assert self._mtp is not None, "there is an MTP head"
+        batch, _ = build_batch(spans, self.pool, self._device)
+        try:
+            return self._mtp.forward(batch, hidden_BH, self._routed)
+        except LaneError:
+            self._routed.drain()
+            raise
+
+    def write_draft_kv(self, spans: Sequence[Span], hidden: Sequence[torch.Tensor]) -> None:
+        """Keep the MTP layer's keys and values up to date. The tokens of a span are each one ahead of its position.
+
+        Args:
+            hidden: `[tokens, H]` of each span's positions.
+        """
+        assert self._mtp is not None, "there is an MTP head"
+        self._mtp.write_kv(build_rows(spans, self.pool, self._device), torch.cat(list(hidden)))
+
     def _forward(self, parts: Sequence[Sequence[Span]]) -> list[list[torch.Tensor]]:
         built = [build_batch(spans, self.pool, self._device) for spans in parts]
         try:
@@ -61,3 +94,14 @@ class ModelRunner:
             [h_TH[last + 1 - len(span.token_ids) : last + 1] for span, last in zip(spans, last_rows, strict=True)]
             for h_TH, spans, (_, last_rows) in zip(hidden, parts, built, strict=True)
         ]
+
+
+def tensor_bytes(x: torch.Tensor) -> bytes:
+    """The elements as they lie in memory; `tensor_from` is the inverse."""
+    data: bytes = x.contiguous().cpu().view(torch.uint8).numpy().tobytes()
+    return data
+
+
+def tensor_from(data: bytes, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """One-dimensional."""
+    return torch.frombuffer(bytearray(data), dtype=dtype).to(device)

@@ -29,10 +29,17 @@ class SampleRow:
     token_ids: Sequence[int]
     """The prompt, then the tokens generated so far."""
     num_prompt_tokens: int
+    drafted: Sequence[int] = ()
+    """Tokens that come after them, if they stand."""
+
+    @property
+    def position(self) -> int:
+        """Of the token to be chosen."""
+        return len(self.token_ids) + len(self.drafted)
 
     @property
     def num_new_tokens(self) -> int:
-        return len(self.token_ids) - self.num_prompt_tokens
+        return self.position - self.num_prompt_tokens
 
     @property
     def plain(self) -> bool:
@@ -104,12 +111,13 @@ def _penalize(logits_V: torch.Tensor, row: SampleRow) -> None:
     sampling = row.sampling
     if not sampling.penalized:
         return
+    token_ids = [*row.token_ids, *row.drafted]
     if sampling.repetition_penalty != 1.0:
-        seen = torch.tensor(row.token_ids, device=logits_V.device).unique()
+        seen = torch.tensor(token_ids, device=logits_V.device).unique()
         values = logits_V[seen]
         penalty = sampling.repetition_penalty
         logits_V[seen] = torch.where(values > 0, values / penalty, values * penalty)
-    answer = torch.tensor(row.token_ids[row.num_prompt_tokens :], dtype=torch.long, device=logits_V.device)
+    answer = torch.tensor(token_ids[row.num_prompt_tokens :], dtype=torch.long, device=logits_V.device)
     generated, counts = answer.unique(return_counts=True)
     logits_V[generated] -= sampling.presence_penalty + sampling.frequency_penalty * counts
 
@@ -121,7 +129,7 @@ def _draw(logits_BV: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
     a boundary by the rounding itself.
     """
     cumulative_BV = filtered_probabilities(logits_BV, [row.sampling for row in rows]).cumsum(-1)
-    points = [uniform(row.sampling.seed, row.choice, len(row.token_ids)) for row in rows]
+    points = [uniform(row.sampling.seed, row.choice, row.position) for row in rows]
     points_B1 = torch.tensor(points, dtype=torch.float64, device=logits_BV.device).unsqueeze(1)
     # Strictly above the point, so that a token of probability zero is never drawn.
     drawn_B = torch.searchsorted(cumulative_BV, points_B1 * cumulative_BV[:, -1:], right=True).squeeze(1)

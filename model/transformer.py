@@ -6,7 +6,7 @@ Shapes: `T` tokens, `H` hidden, `V` vocabulary.
 from __future__ import annotations
 
 import collections
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import Protocol, TypeVar
 
 import torch
@@ -16,10 +16,10 @@ from model.attention import Attention
 from model.batch import Batch
 from model.config import ModelConfig
 from model.kv_cache import KvCache
-from model.linear import Matrix, PackedMatrix, linear, swiglu
+from model.linear import PackedMatrix, linear, swiglu
 from model.norm import rms_norm
 from model.rotary import RotaryEmbedding
-from model.weights import AttentionWeights
+from model.weights import AttentionWeights, LayerWeights
 
 _Pending = TypeVar("_Pending")
 
@@ -52,26 +52,25 @@ class Transformer:
         Batches take turns, layer by layer: while the rows of one are with the experts, the next computes its attention.
         One may continue a sequence that another, before it, begins. Raises: LaneError; running again is safe.
         """
-        hidden: dict[int, torch.Tensor] = {}
-        turns = collections.deque((index, self._steps(batch, routed)) for index, batch in enumerate(batches))
-        while turns:
-            index, steps = turns.popleft()
-            try:
-                next(steps)
-            except StopIteration as done:
-                hidden[index] = done.value
-            else:
-                turns.append((index, steps))
-        return [hidden[index] for index in range(len(batches))]
+        return take_turns([self._steps(batch, routed) for batch in batches])
 
     def _steps(self, batch: Batch, routed: RoutedLayer[_Pending]) -> Generator[None, None, torch.Tensor]:
-        """One batch, yielding while each layer's rows are away."""
-        x_TH = _embed(batch.token_ids_T, self._weights.embedding)
+        x_TH = yield from self.layers(self.embed(batch), enumerate(self._weights.layers), batch, routed)
+        return self.norm(x_TH, self._weights.norm)
+
+    def layers(
+        self,
+        x_TH: torch.Tensor,
+        layers: Iterable[tuple[int, LayerWeights]],
+        batch: Batch,
+        routed: RoutedLayer[_Pending],
+    ) -> Generator[None, None, torch.Tensor]:
+        """These decoder layers, with their numbers, over one batch; yields while each layer's rows are away."""
         cos_sin = self._rotary.at(batch.positions_T, x_TH.dtype)
-        for index, layer in enumerate(self._weights.layers):
-            h_TH = self._norm(x_TH, layer.input_norm)
+        for index, layer in layers:
+            h_TH = self.norm(x_TH, layer.input_norm)
             x_TH = x_TH + self._attend(index, layer, h_TH, batch, cos_sin)
-            h_TH = self._norm(x_TH, layer.post_attention_norm)
+            h_TH = self.norm(x_TH, layer.post_attention_norm)
             if layer.gate is None:
                 x_TH = x_TH + swiglu(h_TH, layer.mlp)
             else:
@@ -79,19 +78,39 @@ class Transformer:
                 shared_TH = swiglu(h_TH, layer.mlp)
                 yield
                 x_TH = x_TH + (routed.combine(pending).to(x_TH.dtype) + shared_TH)
-        return self._norm(x_TH, self._weights.norm)
+        return x_TH
+
+    def write_kv(self, x_TH: torch.Tensor, index: int, layer: LayerWeights, batch: Batch) -> None:
+        """Only what a decoder layer leaves in the cache."""
+        cos_sin = self._rotary.at(batch.positions_T, x_TH.dtype)
+        self._attend.write(index, layer, self.norm(x_TH, layer.input_norm), batch, cos_sin)
+
+    def embed(self, batch: Batch) -> torch.Tensor:
+        """`[T, H]`."""
+        embedding = self._weights.embedding
+        if isinstance(embedding, PackedMatrix):
+            return embedding.rows(batch.token_ids_T)
+        return F.embedding(batch.token_ids_T, embedding)
 
     @torch.inference_mode()
     def logits(self, hidden_TH: torch.Tensor) -> torch.Tensor:
         """`[T, V]` in fp32."""
         return linear(hidden_TH, self._weights.lm_head).float()
 
-    def _norm(self, x_TH: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def norm(self, x_TH: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return rms_norm(x_TH, weight, self._config.rms_norm_eps)
 
 
-def _embed(token_ids_T: torch.Tensor, embedding: Matrix) -> torch.Tensor:
-    """`[T, H]`."""
-    if isinstance(embedding, PackedMatrix):
-        return embedding.rows(token_ids_T)
-    return F.embedding(token_ids_T, embedding)
+def take_turns(batches: Sequence[Generator[None, None, torch.Tensor]]) -> list[torch.Tensor]:
+    """Run forward passes to their ends, each going on for a layer while the rows of the others are away."""
+    hidden: dict[int, torch.Tensor] = {}
+    turns = collections.deque(enumerate(batches))
+    while turns:
+        index, steps = turns.popleft()
+        try:
+            next(steps)
+        except StopIteration as done:
+            hidden[index] = done.value
+        else:
+            turns.append((index, steps))
+    return [hidden[index] for index in range(len(batches))]

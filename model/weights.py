@@ -9,7 +9,7 @@ import dataclasses
 
 import torch
 
-from model.census import attention_tensors
+from model.census import Shapes, attention_tensors, draft_tensors
 from model.checkpoint import Checkpoint, LoadProgress
 from model.config import ModelConfig
 from model.linear import Matrix, MlpWeights, Packer, packs
@@ -53,21 +53,57 @@ class AttentionWeights:
     """`[V, H]`; the embedding itself where they are tied."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class MtpWeights:
+    """The first multi-token-prediction layer without its routed experts.
+
+    Embedding and output head are the model's own. Checkpoints that repeat them in the layer hold copies.
+    """
+
+    embedding_norm: torch.Tensor
+    """`enorm`"""
+    hidden_norm: torch.Tensor
+    """`hnorm`"""
+    join: Matrix
+    """`eh_proj`, `[H, 2H]`: the embedding's part, then the hidden state's."""
+    layer: LayerWeights
+    norm: torch.Tensor
+    """`shared_head.norm`"""
+
+
 def load_attention_weights(
     checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, progress: LoadProgress | None = None
 ) -> AttentionWeights:
     """Raises: CheckpointError."""
-    return _Loader(checkpoint, dtype, device, progress).load()
+    return _Loader(checkpoint, attention_tensors(checkpoint.config), dtype, device, progress).load()
+
+
+def load_mtp_weights(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, progress: LoadProgress | None = None
+) -> MtpWeights:
+    """Raises: CheckpointError where the checkpoint has no MTP layer."""
+    return _Loader(checkpoint, draft_tensors(checkpoint.config), dtype, device, progress).load_mtp()
+
+
+def gates_of(weights: AttentionWeights, mtp: MtpWeights | None = None) -> dict[int, GateWeights]:
+    """The gates by layer, of the MTP layer too if there is one."""
+    layers = (*weights.layers, *([mtp.layer] if mtp is not None else []))
+    return {index: layer.gate for index, layer in enumerate(layers) if layer.gate is not None}
 
 
 class _Loader:
     """Allocates the fused tensors, lets the checkpoint fill their slices, and names the parts."""
 
     def __init__(
-        self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, progress: LoadProgress | None
+        self,
+        checkpoint: Checkpoint,
+        shapes: Shapes,
+        dtype: torch.dtype,
+        device: torch.device,
+        progress: LoadProgress | None,
     ) -> None:
         self._checkpoint, self._dtype, self._device, self._progress = checkpoint, dtype, device, progress
-        self._shapes = attention_tensors(checkpoint.config)
+        self._shapes = shapes
         self._into: dict[str, torch.Tensor] = {}
         self._packer = Packer() if packs(dtype, device) else None
 
@@ -81,16 +117,32 @@ class _Loader:
             norm=self._one("model.norm.weight"),
             lm_head=lm_head,
         )
+        self._read()
+        return weights
+
+    def load_mtp(self) -> MtpWeights:
+        config = self._checkpoint.config
+        prefix = f"model.layers.{config.num_hidden_layers}."
+        weights = MtpWeights(
+            embedding_norm=self._one(prefix + "enorm.weight"),
+            hidden_norm=self._one(prefix + "hnorm.weight"),
+            join=self._matrix([prefix + "eh_proj.weight"]),
+            layer=self._layer(config, config.num_hidden_layers),
+            norm=self._one(prefix + "shared_head.norm.weight"),
+        )
+        self._read()
+        return weights
+
+    def _read(self) -> None:
         assert self._into.keys() == self._shapes.keys(), "every tensor of the census has a place"
         self._checkpoint.read(self._into, self._dtype, into=self._into, progress=self._progress)
         if self._packer is not None:
             self._packer.pack()
-        return weights
 
     def _layer(self, config: ModelConfig, layer: int) -> LayerWeights:
         prefix = f"model.layers.{layer}."
         attention, mlp = prefix + "self_attn.", prefix + "mlp."
-        sparse = layer in config.moe_layers
+        sparse = layer in config.moe_layers or layer in config.mtp_layers
         shared = mlp + "shared_experts." if sparse else mlp
         qkv = [f"{attention}{part}_proj" for part in "qkv"]
         return LayerWeights(

@@ -81,6 +81,20 @@ class DecodeConfig(_Node):
     """Sequences advanced by one step."""
 
 
+class SpeculationConfig(_Node):
+    """Drafting with the checkpoint's MTP head. The tokens are the same with and without."""
+
+    num_speculative_tokens: int = pydantic.Field(0, ge=0, le=16)
+    """Most tokens drafted for a sequence in one decode step; 0 does without the head, and loads nothing of it."""
+    adaptive: bool = True
+    """Draft as many as pay, by what is accepted and what steps take, down to none; false always drafts the most."""
+
+    @property
+    def num_draft_layers(self) -> int:
+        """MTP layers that are served: the first, or none."""
+        return int(self.num_speculative_tokens > 0)
+
+
 class LaneConfig(_Node):
     timeout_s: float = pydantic.Field(30.0, gt=0)
     """Silence of a shard, or of an attention worker that owes a heartbeat, after which the lane is given up."""
@@ -130,6 +144,7 @@ class OctetConfig(_Node):
     kv: KvConfig = KvConfig()
     prefill: PrefillConfig = PrefillConfig()
     decode: DecodeConfig = DecodeConfig()
+    speculation: SpeculationConfig = SpeculationConfig()
     lane: LaneConfig = LaneConfig()
     handoff: HandoffConfig = HandoffConfig()
     frontend: FrontendConfig = FrontendConfig()

@@ -56,6 +56,8 @@ class KvOffer:
     request: PrefillRequest
     next_tokens: tuple[int, ...]
     """One per choice in `request.choices`; only choices that go on are offered."""
+    hidden: bytes = b""
+    """The final hidden state `[H]` of the last token, in the cluster's dtype, where the decode worker speculates."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +133,10 @@ class WorkerLoad:
     leases: int = 0
     cached_tokens: int = 0
     """Prompt tokens found in the prefix cache instead of computed."""
+    drafted_tokens: int = 0
+    """Tokens that were drafted and verified."""
+    accepted_tokens: int = 0
+    """Those of them that were the right ones, and saved a step each."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

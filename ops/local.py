@@ -16,15 +16,17 @@ import torch
 from cluster.journal import Journal
 from decode.engine import DecodeEngine
 from decode.handoff import KvReceiver
+from decode.speculation import MtpDrafter, Speculator
 from experts.shard import ExpertShard
 from experts.slots import ExpertSlots
 from model.checkpoint import Checkpoint
 from model.kv_cache import KvCache
+from model.mtp import MtpHead
 from model.pages import PagePool
 from model.runner import ModelRunner
 from model.transformer import Transformer
-from model.weights import AttentionWeights, load_attention_weights
-from octet.config import DecodeConfig, PrefillConfig
+from model.weights import AttentionWeights, MtpWeights, gates_of, load_attention_weights, load_mtp_weights
+from octet.config import DecodeConfig, PrefillConfig, SpeculationConfig
 from octet.ids import Epoch, RequestId, WorkerId
 from octet.messages import Evicted, Failed, KvPull, Message, PrefillRequest, StepReport, TokenEvent, WorkerLoad
 from prefill.engine import PrefillEngine
@@ -54,30 +56,36 @@ class LocalEngine:
         max_model_len: int | None = None,
         prefill: PrefillConfig | None = None,
         decode: DecodeConfig | None = None,
+        speculation: SpeculationConfig | None = None,
         ping_pong_rows: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
     ) -> None:
         device = device or torch.device("cpu")
+        speculation = speculation or SpeculationConfig()
+        self._num_draft_layers = speculation.num_draft_layers
         checkpoint = Checkpoint.open(model_dir)
         self.config = checkpoint.config
         self._max_model_len = max_model_len or min(self.config.max_position_embeddings, num_pages * page_size)
         self._build = (dtype, device, page_size, ping_pong_rows)
         weights = load_attention_weights(checkpoint, dtype, device)
-        placement = place_evenly(self.config.moe_layers, self.config.n_routed_experts, num_shards)
+        mtp = load_mtp_weights(checkpoint, dtype, device) if self._num_draft_layers else None
+        placement = place_evenly(
+            self.config.expert_layers(self._num_draft_layers), self.config.n_routed_experts, num_shards
+        )
         self.shards = [ExpertShard(load_slots(checkpoint, placement, s, dtype, device)) for s in range(num_shards)]
         exchange = LocalExchange([shard.serve for shard in self.shards])
-        gates = {index: layer.gate for index, layer in enumerate(weights.layers) if layer.gate is not None}
-        self._routed = RoutedExperts(self.config, gates, placement, exchange, device)
-        self.runner = self._runner(weights, num_pages)
+        self._routed = RoutedExperts(self.config, gates_of(weights, mtp), placement, exchange, device)
+        self.runner = self._runner(weights, mtp, num_pages)
         channel = LocalChannel(_TRANSFER_S)
         leases = LeaseTable(lease_s=60.0)
         self._sender = KvSender(self.runner.cache, leases, {DECODE: channel})
         self._prefill = PrefillEngine(PREFILL, _EPOCH, self.runner, leases, self._sender, prefill or PrefillConfig())
         self._landed = threading.Event()
         self._receiver = KvReceiver(DECODE, {PREFILL: channel}, self._ask, self._landed.set)
-        decode_runner = self._runner(weights, decode_pages or num_pages)
-        self._decode = DecodeEngine(DECODE, _EPOCH, decode_runner, self._receiver, decode or DecodeConfig())
+        decode_runner = self._runner(weights, mtp, decode_pages or num_pages)
+        speculator = Speculator(MtpDrafter(decode_runner), speculation) if mtp is not None else None
+        self._decode = DecodeEngine(DECODE, _EPOCH, decode_runner, self._receiver, decode or DecodeConfig(), speculator)
         self._journals: dict[RequestId, Journal] = {}
         self._failures: dict[RequestId, str] = {}
 
@@ -124,11 +132,13 @@ class LocalEngine:
         self._receiver.close()
         self._sender.close()
 
-    def _runner(self, weights: AttentionWeights, num_pages: int) -> ModelRunner:
+    def _runner(self, weights: AttentionWeights, mtp: MtpWeights | None, num_pages: int) -> ModelRunner:
         dtype, device, page_size, ping_pong_rows = self._build
-        cache = KvCache(self.config, num_pages, page_size, dtype, device)
+        cache = KvCache(self.config, num_pages, page_size, dtype, device, self._num_draft_layers)
         transformer = Transformer(self.config, weights, cache, self._max_model_len)
-        return ModelRunner(transformer, self._routed, PagePool(num_pages, page_size), cache, device, ping_pong_rows)
+        head = MtpHead(transformer, mtp, self.config.num_hidden_layers) if mtp is not None else None
+        pool = PagePool(num_pages, page_size)
+        return ModelRunner(transformer, self._routed, pool, cache, device, ping_pong_rows, head)
 
     def _ask(self, to: WorkerId, pull: KvPull) -> None:
         assert to == PREFILL

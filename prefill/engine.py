@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from model.batch import Span
-from model.runner import ModelRunner
+from model.runner import ModelRunner, tensor_bytes
 from model.sampler import SampleRow, logprobs, sample
 from octet.config import PrefillConfig
 from octet.errors import ExpertMissingError
@@ -64,7 +64,7 @@ class PrefillEngine:
         self._events: dict[WorkerId, list[TokenEvent | Failed]] = defaultdict(list)
         self._lease_numbers = itertools.count()
         self._num_tokens = self._num_cached = 0
-        self._cache = PrefixCache(runner.pool) if config.prefix_cache else None
+        self._cache = PrefixCache(runner.pool, lookahead=int(runner.drafts)) if config.prefix_cache else None
 
     @property
     def busy(self) -> bool:
@@ -98,6 +98,8 @@ class PrefillEngine:
             except ExpertMissingError as error:
                 self.fail_all(str(error))
             else:
+                if self._runner.drafts:
+                    self._write_draft_kv(chunks, hidden)
                 self._advance(chunks, hidden, now_s)
         return self._collect()
 
@@ -162,10 +164,22 @@ class PrefillEngine:
         finished = [(chunk.task, h_TH[-1]) for chunk, h_TH in zip(chunks, hidden, strict=True) if chunk.last]
         if finished:
             logits = self._runner.logits(torch.stack([last_H for _, last_H in finished]))
-            for (task, _), logits_V in zip(finished, logits, strict=True):
-                self._finish(task, logits_V, now_s)
+            for (task, last_H), logits_V in zip(finished, logits, strict=True):
+                self._finish(task, logits_V, last_H, now_s)
 
-    def _finish(self, task: Task, logits_V: torch.Tensor, now_s: float) -> None:
+    def _write_draft_kv(self, chunks: Sequence[Chunk], hidden: Sequence[torch.Tensor]) -> None:
+        """The MTP layer's part of the pages. What a prompt's last position holds is up to each choice's first token."""
+        spans, kept = [], []
+        for chunk, h_TH in zip(chunks, hidden, strict=True):
+            task = chunk.task
+            ahead = task.token_ids[task.done + 1 : chunk.stop + 1]
+            if ahead:
+                spans.append(Span(token_ids=ahead, start=task.done, pages=task.pages))
+                kept.append(h_TH[: len(ahead)])
+        if spans:
+            self._runner.write_draft_kv(spans, kept)
+
+    def _finish(self, task: Task, logits_V: torch.Tensor, last_H: torch.Tensor, now_s: float) -> None:
         """Sample the next token of every choice, and offer the pages to the decode worker if any goes on."""
         request = task.request
         self._queue.finish(task)
@@ -195,11 +209,11 @@ class PrefillEngine:
                 )
             )
         if going_on:
-            self._offer(task, going_on, now_s)
+            self._offer(task, going_on, last_H, now_s)
         else:
             self._pool.release(task.pages)
 
-    def _offer(self, task: Task, going_on: list[tuple[int, int]], now_s: float) -> None:
+    def _offer(self, task: Task, going_on: list[tuple[int, int]], last_H: torch.Tensor, now_s: float) -> None:
         request = task.request
         choices = tuple(choice for choice, _ in going_on)
         lease_id = LeaseId(f"{self._worker_id}/{self._epoch}/{next(self._lease_numbers)}")
@@ -209,6 +223,7 @@ class PrefillEngine:
             prefill_worker=self._worker_id,
             request=dataclasses.replace(request, choices=choices),
             next_tokens=tuple(token_id for _, token_id in going_on),
+            hidden=tensor_bytes(last_H) if self._runner.drafts else b"",
         )
         self._outbox.append((request.decode_worker, offer))
 

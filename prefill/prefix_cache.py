@@ -21,8 +21,13 @@ _Key = tuple[int, bytes]
 class PrefixCache:
     """Belongs to the engine's thread, as its pool does."""
 
-    def __init__(self, pool: PagePool) -> None:
-        self._pool = pool
+    def __init__(self, pool: PagePool, lookahead: int = 0) -> None:
+        """
+        Args:
+            lookahead: tokens after a page that its content depends on as well; 1 where it holds an MTP layer's KV,
+                which at each position is of the next token. A page is then known by them, too.
+        """
+        self._pool, self._lookahead = pool, lookahead
         self._entries: dict[_Key, tuple[int, int]] = {}
         self._keys: dict[int, _Key] = {}
         # Never used twice: what hung on a page that is gone cannot be found from its successor.
@@ -63,4 +68,6 @@ class PrefixCache:
 
     def _full_pages(self, token_ids: Sequence[int], num_tokens: int) -> list[bytes]:
         size = self._pool.page_size
-        return [pack_ids(token_ids[first : first + size]) for first in range(0, num_tokens - size + 1, size)]
+        known = min(num_tokens, len(token_ids) - self._lookahead)
+        ends = range(size, known + 1, size)
+        return [pack_ids(token_ids[end - size : end + self._lookahead]) for end in ends]

@@ -263,7 +263,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Member(_message.Message):
-    __slots__ = ("worker_id", "node_id", "pid", "state", "kv_pages_total", "kv_pages_free", "running", "waiting", "tokens", "num_slots", "resident_bytes", "preemptions", "leases", "cached_tokens")
+    __slots__ = ("worker_id", "node_id", "pid", "state", "kv_pages_total", "kv_pages_free", "running", "waiting", "tokens", "num_slots", "resident_bytes", "preemptions", "leases", "cached_tokens", "drafted_tokens", "accepted_tokens")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
@@ -278,6 +278,8 @@ class Member(_message.Message):
     PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     LEASES_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DRAFTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     node_id: str
     pid: int
@@ -292,7 +294,9 @@ class Member(_message.Message):
     preemptions: int
     leases: int
     cached_tokens: int
-    def __init__(self, worker_id: _Optional[str] = ..., node_id: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[str] = ..., kv_pages_total: _Optional[int] = ..., kv_pages_free: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., tokens: _Optional[int] = ..., num_slots: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., preemptions: _Optional[int] = ..., leases: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
+    drafted_tokens: int
+    accepted_tokens: int
+    def __init__(self, worker_id: _Optional[str] = ..., node_id: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[str] = ..., kv_pages_total: _Optional[int] = ..., kv_pages_free: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., tokens: _Optional[int] = ..., num_slots: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., preemptions: _Optional[int] = ..., leases: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., drafted_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ...) -> None: ...
 
 class Pool(_message.Message):
     __slots__ = ("name", "members")

@@ -98,7 +98,10 @@ def test_more_dense_layers_than_layers_leave_none_sparse(tmp_path: pathlib.Path,
 
 def test_kv_bytes_count_keys_and_values_of_every_layer(tmp_path: pathlib.Path, rng: random.Random) -> None:
     fields = fields_of(rng, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
-    assert read_config(write(tmp_path, fields)).kv_bytes_per_token(2) == 2 * 3 * 2 * 8 * 2
+    config = read_config(write(tmp_path, fields))
+    assert [config.kv_bytes_per_token(2, num_draft_layers) for num_draft_layers in (0, 1)] == [
+        2 * num_layers * 2 * 8 * 2 for num_layers in (3, 4)
+    ]
 
 
 @pytest.mark.parametrize("rope", [{}, {"factor": 4.0, "original_max_position_embeddings": 512, "beta_fast": 16}])
