@@ -116,7 +116,7 @@ class Reference:
             missing = [index for index, case in enumerate(cases) if case is None]
             if not missing:
                 break
-            prompts = [random_prompt(lengths[index]) for index in missing]
+            prompts = [random_prompt(lengths[index], self._model.config.vocab_size) for index in missing]
             continuations = self.greedy(prompts, num_tokens, eos)
             for index, prompt, continuation in zip(missing, prompts, continuations, strict=True):
                 cases[index] = self._case(prompt, continuation)
