@@ -28,20 +28,24 @@ def check(config: OctetConfig, console: Console | None = None) -> None:
 
 def _rows(plan: ServingPlan, has_mtp: bool) -> Iterator[tuple[str, str]]:
     model, census, pools = plan.model, plan.census, plan.config.pools
+    speculation = plan.config.speculation
+    attention_bytes = census.attention_bytes + speculation.num_draft_layers * census.draft_bytes
+    shard_bytes = census.shard_bytes(pools.experts.size, mtp=speculation.num_draft_layers > 0)
     experts = f"{model.n_routed_experts} per layer, top-{model.num_experts_per_tok}, {_size(census.expert_bytes)} each"
     yield "layers", f"{model.num_hidden_layers} ({len(model.moe_layers)} with experts)"
     yield "experts", experts
     yield "parameters", f"{census.total_parameters:,}, {census.active_parameters:,} active per token"
-    yield "MTP head", "present" if has_mtp else "absent: no speculation"
+    drafts = f", up to {speculation.num_speculative_tokens} drafts a step" if speculation.num_draft_layers else ""
+    yield "MTP head", f"present{drafts}" if has_mtp else "absent: no speculation"
     element = "fp32" if plan.device == "cpu" else "bf16"
     for name, pool, pages in (
         ("prefill pool", pools.prefill, plan.prefill_pages),
         ("decode pool", pools.decode, plan.decode_pages),
     ):
-        yield name, f"{pool.size} × {_size(census.attention_bytes)} of weights ({element})"
+        yield name, f"{pool.size} × {_size(attention_bytes)} of weights ({element})"
         page_size = plan.config.kv.page_size
         yield "", f"{pages} pages of {page_size} tokens = {_size(pages * census.kv_bytes_per_page(page_size))}"
-    yield "expert pool", f"{pools.experts.size} × at most {_size(census.shard_bytes(pools.experts.size))} of weights"
+    yield "expert pool", f"{pools.experts.size} × at most {_size(shard_bytes)} of weights"
     yield "", f"{plan.placement.slots_per_shard} slots per layer and shard, {_size(census.moe_layer_bytes)} per layer"
     yield "KV cache", f"{census.kv_bytes_per_token:,} bytes per token"
     yield "context", f"{plan.max_model_len:,} of {model.max_position_embeddings:,} tokens"

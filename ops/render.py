@@ -38,7 +38,7 @@ def print_status(status: pb.GetStatusResponse, console: Console | None = None) -
 
 def _members(status: pb.GetStatusResponse) -> Table:
     table = Table(box=None, pad_edge=False)
-    for column in ("member", "state", "node", "pid", "MiB", "KV free", "run", "wait", "tokens", "cached"):
+    for column in ("member", "state", "node", "pid", "MiB", "KV free", "run", "wait", "tokens", "saved"):
         justify: Literal["left", "right"] = "left" if column in ("member", "state", "node") else "right"
         table.add_column(column, justify=justify, no_wrap=True)
     for pool in status.pools:
@@ -55,14 +55,20 @@ def _members(status: pb.GetStatusResponse) -> Table:
                 str(member.running) if attention else "",
                 str(member.waiting) if attention else "",
                 str(member.tokens),
-                _share(member.cached_tokens, member.tokens) if pool.name == "prefill" else "",
+                _saved(pool.name, member),
             )
     return table
 
 
-def _share(cached: int, computed: int) -> str:
-    """The prefix cache's hit rate, by tokens."""
-    return f"{cached / (cached + computed):.0%}" if cached + computed else "-"
+def _saved(pool: str, member: pb.Member) -> str:
+    """The prefix cache's hit rate, by tokens; the share of drafts that were accepted, where any were made."""
+    if pool == "prefill":
+        return _share(member.cached_tokens, member.cached_tokens + member.tokens)
+    return _share(member.accepted_tokens, member.drafted_tokens) if member.drafted_tokens else ""
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.0%}" if whole else "-"
 
 
 def _experts(status: pb.GetStatusResponse) -> Table:

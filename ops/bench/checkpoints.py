@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from model.census import required_tensors
+from model.census import mtp_tensors, required_tensors
 from model.config import ARCHITECTURE, CONFIG_FILE, read_config
 
 BENCH: dict[str, Any] = {
@@ -44,12 +44,12 @@ BENCH: dict[str, Any] = {
 
 
 def write_checkpoint(model_dir: pathlib.Path, fields: dict[str, Any], seed: int = 0) -> None:
-    """A random fp32 checkpoint of these `config.json` fields."""
+    """A random fp32 checkpoint of these `config.json` fields, with the MTP layers that they announce."""
     model_dir.mkdir(parents=True, exist_ok=True)
     (model_dir / CONFIG_FILE).write_text(json.dumps(fields, indent=2))
-    generator = np.random.default_rng(seed)
+    generator, config = np.random.default_rng(seed), read_config(model_dir)
     tensors = {
         name: generator.standard_normal(shape, dtype=np.float32) * np.float32(0.05) + np.float32("norm" in name)
-        for name, shape in required_tensors(read_config(model_dir)).items()
+        for name, shape in (required_tensors(config) | mtp_tensors(config)).items()
     }
     save_file(tensors, model_dir / "model.safetensors")

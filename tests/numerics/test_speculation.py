@@ -82,7 +82,8 @@ class MtpReference(Reference):
         return self._norm(y_1TH[0, -1], "shared_head.norm")
 
     def _norm(self, x_H: torch.Tensor, name: str) -> torch.Tensor:
-        return self._heads[name] * x_H / (x_H.pow(2).mean() + self._model.config.rms_norm_eps).sqrt()
+        eps: float = self._model.config.rms_norm_eps
+        return self._heads[name] * x_H / (x_H.pow(2).mean() + eps).sqrt()
 
     def _note_gap(self, gate: Any, _: object, output: tuple[torch.Tensor, ...]) -> None:
         choice_TE = output[0].sigmoid() + gate.e_score_correction_bias

@@ -168,3 +168,29 @@ def test_sequences_are_found_by_request_and_choice(choice: int | None, found: li
     land(batch, offer(3, 0, 1, name="a"), 3)
     land(batch, offer(3, 0, name="b"), 3)
     assert [sequence.choice for sequence in batch.of(RequestId("a"), choice)] == found
+
+
+@given(st.integers(1, 30), st.integers(1, 6))
+def test_with_an_mtp_layer_choices_do_not_share_the_last_page(num_tokens: int, n: int) -> None:
+    pool = PagePool(64, PAGE)
+    batch = DecodeBatch(pool, 64, lookahead=1)
+    copies = land(batch, offer(num_tokens, *range(n)), num_tokens)
+    shared = (num_tokens - 1) // PAGE
+    tables = [sequence.pages for sequence in batch.running]
+    assert all(table[:shared] == tables[0][:shared] for table in tables)
+    assert len({table[shared] for table in tables}) == n
+    assert len(copies) == n - 1
+    assert pool.num_pages - pool.num_free == shared + n
+
+
+def test_drafts_get_the_room_there_is_and_give_it_back() -> None:
+    pool = PagePool(4, PAGE)
+    batch = DecodeBatch(pool, 16)
+    land(batch, offer(3, name="a"), 3)
+    land(batch, offer(3, name="b"), 3)
+    first, second = batch.running
+    assert (batch.make_room(first, 5), len(first.pages)) == (5, 3)
+    assert (batch.make_room(second, 5), len(second.pages)) == (4, 2) or pool.num_free == 0
+    batch.trim()
+    assert [len(sequence.pages) for sequence in batch.running] == [1, 1]
+    assert pool.num_free == 2

@@ -98,6 +98,15 @@ def test_the_status_page_fits_eighty_columns() -> None:
     assert max(map(len, out.getvalue().splitlines())) <= 80
 
 
+def test_the_status_page_shows_the_share_of_drafts_that_were_accepted() -> None:
+    status = _status()
+    member = pb.Member(worker_id="decode-0", state="READY", drafted_tokens=200, accepted_tokens=150)
+    status.pools.append(pb.Pool(name="decode", members=[member]))
+    console, out = _plain()
+    print_status(status, console)
+    assert out.getvalue().splitlines()[4].split()[-1] == "75%"
+
+
 def test_an_experts_bar_is_its_share_of_the_busiest() -> None:
     console, out = _plain()
     print_status(_status(), console)

@@ -76,3 +76,17 @@ def test_what_was_used_last_is_kept_longest() -> None:
     pool.release(compute(pool, cache, [3] * 4, content))
     assert len(cache.find([1] * 9)) == 2
     assert len(cache.find([2] * 9)) < 2
+
+
+def test_with_a_lookahead_a_page_is_known_by_the_token_after_it_too() -> None:
+    pool = PagePool(16, 4)
+    cache = PrefixCache(pool, lookahead=1)
+    pages = pool.allocate(3) or []
+    cache.add([1, 2, 3, 4, 5, 6, 7, 8, 9], pages)
+    assert cache.find([1, 2, 3, 4, 5, 6, 7, 8, 9, 9]) == pages[:2]
+    assert cache.find([1, 2, 3, 4, 5, 6, 7, 8, 0, 0]) == pages[:1]
+    assert cache.find([1, 2, 3, 4, 0, 0, 0]) == []
+    # What lies behind the last token is not known yet.
+    whole = pool.allocate(1) or []
+    cache.add([7, 7, 7, 7], whole)
+    assert cache.find([7, 7, 7, 7, 7]) == []

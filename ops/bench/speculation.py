@@ -1,0 +1,85 @@
+"""What drafts cost: `python -m ops.bench.speculation`. A random head is never right, so every step brings one token.
+
+A step with `k` drafts that takes `c` times a step without them pays as soon as it brings more than `c` tokens per
+sequence. Measured on the one-process engine with the benchmark's random checkpoint plus an MTP layer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import random
+import statistics
+import tempfile
+import time
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from octet.config import SpeculationConfig
+from octet.ids import RequestId
+from octet.messages import PrefillRequest, pack_ids
+from octet.request import Output, Sampling, Stopping
+from ops.bench.checkpoints import BENCH, write_checkpoint
+from ops.local import CALLER, DECODE, LocalEngine
+
+_PROMPT_TOKENS, _WARM_UP, _STEPS, _ROUNDS = 128, 3, 12, 5
+_LENGTHS = (0, 1, 2, 3)
+
+
+def bench_speculation(num_threads: int = 2) -> None:
+    """Print the median step of each number of drafts, relative to none. Rounds alternate between them."""
+    torch.set_num_threads(num_threads)
+    table = Table(box=None, pad_edge=False)
+    for column in ("sequences", "drafts", "step ms", "÷ none"):
+        table.add_column(column, justify="right")
+    with tempfile.TemporaryDirectory() as scratch:
+        model_dir = pathlib.Path(scratch)
+        write_checkpoint(model_dir, {**BENCH, "num_nextn_predict_layers": 1})
+        for num_sequences in (1, 8):
+            times: dict[int, list[float]] = {length: [] for length in _LENGTHS}
+            for _ in range(_ROUNDS):
+                for length in _LENGTHS:
+                    times[length].append(_step_s(model_dir, num_sequences, length))
+            none_s = statistics.median(times[0])
+            for length in _LENGTHS:
+                step_s = statistics.median(times[length])
+                table.add_row(str(num_sequences), str(length), f"{step_s * 1e3:.1f}", f"{step_s / none_s:.2f}")
+    Console(highlight=False).print(table)
+
+
+def _step_s(model_dir: pathlib.Path, num_sequences: int, length: int) -> float:
+    speculation = SpeculationConfig(num_speculative_tokens=length, adaptive=False)
+    with contextlib.closing(LocalEngine(model_dir, num_pages=128, speculation=speculation)) as engine:
+        for number in range(num_sequences):
+            engine.submit(_request(number, engine.config.vocab_size))
+        while engine.load()[DECODE].running < num_sequences:
+            engine.step()
+        for _ in range(_WARM_UP):
+            engine.step()
+        start_s = time.perf_counter()
+        for _ in range(_STEPS):
+            engine.step()
+        return (time.perf_counter() - start_s) / _STEPS
+
+
+def _request(number: int, vocab_size: int) -> PrefillRequest:
+    return PrefillRequest(
+        request_id=RequestId(f"r{number}"),
+        attempt=0,
+        choices=(0,),
+        token_ids=pack_ids(random.choices(range(vocab_size), k=_PROMPT_TOKENS)),
+        num_prompt_tokens=_PROMPT_TOKENS,
+        sampling=Sampling(),
+        stopping=Stopping(max_new_tokens=1000),
+        output=Output(),
+        priority=0,
+        arrival_s=float(number),
+        decode_worker=DECODE,
+        frontend=CALLER,
+    )
+
+
+if __name__ == "__main__":
+    bench_speculation()

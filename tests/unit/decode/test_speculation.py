@@ -1,0 +1,198 @@
+"""Verifying drafts: right ones and wrong ones are put forward on purpose, and no token may change."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+
+from cluster.planning import EMBEDDED_MODEL
+from decode.batch import RunningSequence
+from decode.speculation import MtpDrafter
+from model.runner import ModelRunner
+from octet.config import SpeculationConfig
+from octet.errors import ExpertMissingError, PeerLostError
+from octet.ids import RequestId, WorkerId
+from octet.messages import Abort, PrefillRequest, TokenEvent, pack_ids
+from octet.request import Output, Sampling, Stopping
+from ops.local import CALLER, DECODE, PREFILL, LocalEngine
+
+_numbers = itertools.count()
+ALWAYS = SpeculationConfig(num_speculative_tokens=4, adaptive=False)
+
+
+class Oracle:
+    """In the place of the MTP head: knows the answers, and lies at random."""
+
+    def __init__(self) -> None:
+        self.answers: dict[tuple[RequestId, int], list[int]] = {}
+        self.truth = 0.7
+
+    def draft(self, _: object, sequences: Sequence[RunningSequence], lengths: Sequence[int]) -> list[list[int]]:
+        return [self._one(sequence, length) for sequence, length in zip(sequences, lengths, strict=True)]
+
+    def _one(self, sequence: RunningSequence, length: int) -> list[int]:
+        answer = self.answers[sequence.request.request_id, sequence.choice]
+        known = answer[sequence.num_new_tokens :][:length]
+        drafts = [*known, *[0] * (length - len(known))]
+        return [token if random.random() < self.truth else (token + 1) % 1000 for token in drafts]
+
+
+@pytest.fixture
+def oracle(monkeypatch: pytest.MonkeyPatch) -> Oracle:
+    oracle = Oracle()
+    monkeypatch.setattr(MtpDrafter, "draft", lambda *args: oracle.draft(*args))
+    return oracle
+
+
+@pytest.fixture(scope="module")
+def plain() -> Iterator[LocalEngine]:
+    with contextlib.closing(LocalEngine(EMBEDDED_MODEL, page_size=4)) as engine:
+        yield engine
+
+
+@pytest.fixture
+def engine() -> Iterator[LocalEngine]:
+    with contextlib.closing(LocalEngine(EMBEDDED_MODEL, page_size=4, speculation=ALWAYS)) as engine:
+        yield engine
+
+
+def request(num_tokens: int = 7, **fields: object) -> PrefillRequest:
+    made = PrefillRequest(
+        request_id=RequestId(f"r{next(_numbers)}"),
+        attempt=0,
+        choices=(0,),
+        token_ids=pack_ids([random.randrange(1000) for _ in range(num_tokens)]),
+        num_prompt_tokens=num_tokens,
+        sampling=Sampling(),
+        stopping=Stopping(max_new_tokens=24),
+        output=Output(),
+        priority=0,
+        arrival_s=0.0,
+        decode_worker=DECODE,
+        frontend=WorkerId(CALLER),
+    )
+    return dataclasses.replace(made, **fields)  # type: ignore[arg-type]
+
+
+def events(engine: LocalEngine, asked: PrefillRequest) -> list[TokenEvent]:
+    journal, found = engine.submit(asked), list[TokenEvent]()
+    while not journal.ended:
+        found += engine.step()
+    return found
+
+
+def told(events: Sequence[TokenEvent]) -> list[tuple[int, int, int, str | None]]:
+    return sorted((event.choice, event.index, event.token_id, event.finish_reason or "") for event in events)
+
+
+REQUESTS: dict[str, dict[str, object]] = {
+    "greedy": {},
+    "sampled": {"sampling": Sampling(temperature=0.9, top_p=0.95, seed=3)},
+    "penalized": {"sampling": Sampling(repetition_penalty=1.4, presence_penalty=0.5, frequency_penalty=0.7)},
+    "penalized and sampled": {"sampling": Sampling(temperature=1.0, top_k=30, frequency_penalty=0.9, seed=8)},
+    "choices": {"choices": (0, 1, 2), "sampling": Sampling(temperature=1.0, seed=1)},
+    "one token": {"stopping": Stopping(max_new_tokens=1)},
+    "two tokens": {"stopping": Stopping(max_new_tokens=2)},
+    "a minimum": {"stopping": Stopping(max_new_tokens=20, min_new_tokens=9, stop_token_ids=tuple(range(0, 1000, 3)))},
+    "stop ids": {"stopping": Stopping(max_new_tokens=24, stop_token_ids=tuple(range(0, 1000, 11)))},
+}
+
+
+@pytest.mark.parametrize("num_tokens", [7, 8], ids=["partial page", "full page"])
+@pytest.mark.parametrize("name", REQUESTS)
+def test_every_token_and_end_is_the_same(
+    name: str, num_tokens: int, plain: LocalEngine, engine: LocalEngine, oracle: Oracle
+) -> None:
+    asked = request(num_tokens, **REQUESTS[name])
+    expected = events(plain, asked)
+    for choice in asked.choices:
+        oracle.answers[asked.request_id, choice] = [event.token_id for event in expected if event.choice == choice]
+    assert told(events(engine, asked)) == told(expected)
+    load = engine.load()[DECODE]
+    assert load.kv_pages_free == load.kv_pages_total
+    assert load.accepted_tokens <= load.drafted_tokens
+
+
+def test_each_token_has_its_own_logprobs(plain: LocalEngine, engine: LocalEngine, oracle: Oracle) -> None:
+    asked = request(output=Output(logprobs=2))
+    expected = events(plain, asked)
+    oracle.answers[asked.request_id, 0] = [event.token_id for event in expected]
+    for event, other in zip(events(engine, asked), expected, strict=True):
+        assert event.logprob is not None
+        assert other.logprob is not None
+        assert event.logprob.token_id == event.token_id
+        assert event.logprob.logprob == pytest.approx(other.logprob.logprob, abs=1e-4)
+
+
+def test_right_drafts_save_a_step_each(plain: LocalEngine, engine: LocalEngine, oracle: Oracle) -> None:
+    asked = request()
+    oracle.truth = 1.0
+    oracle.answers[asked.request_id, 0] = [event.token_id for event in events(plain, asked)]
+    journal, steps = engine.submit(asked), []
+    while not journal.ended:
+        steps += [len(committed)] if (committed := engine.step()) else []
+    # The first token is the prefill worker's; then four drafts and the one after them; 24 in all.
+    assert steps == [1, 5, 5, 5, 5, 3]
+    assert engine.load()[DECODE].accepted_tokens == 18
+
+
+def test_a_step_that_loses_its_lane_may_be_run_again(
+    plain: LocalEngine, engine: LocalEngine, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = request()
+    expected = [event.token_id for event in events(plain, asked)]
+    oracle.answers[asked.request_id, 0] = expected
+    run, calls = ModelRunner.run, itertools.count()
+
+    def failing(self: ModelRunner, spans: Sequence[object]) -> list[torch.Tensor]:
+        if next(calls) % 2 == 1 and self is not engine.runner:
+            raise PeerLostError("gone")
+        return run(self, spans)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ModelRunner, "run", failing)
+    journal, failures = engine.submit(asked), 0
+    while not journal.ended:
+        try:
+            engine.step()
+        except PeerLostError:
+            failures += 1
+    assert journal.token_ids(0) == expected
+    assert failures > 0
+
+
+def test_a_draft_whose_expert_is_missing_is_only_not_made(
+    plain: LocalEngine, engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*_: object) -> torch.Tensor:
+        raise ExpertMissingError("layer 4: no expert in slots [3]")
+
+    monkeypatch.setattr(ModelRunner, "draft", missing)
+    asked = request()
+    assert told(events(engine, asked)) == told(events(plain, asked))
+    assert engine.load()[DECODE].drafted_tokens == 0
+
+
+def test_cancelled_requests_leave_no_page_behind(engine: LocalEngine, oracle: Oracle) -> None:
+    for _ in range(4):
+        requests = [request(random.randint(1, 20), choices=(0, 1)) for _ in range(5)]
+        oracle.answers = {(r.request_id, c): [5] * 24 for r in requests for c in r.choices}
+        journals = [engine.submit(each) for each in requests]
+        for _ in range(random.randint(1, 8)):
+            engine.step()
+        for each, journal in zip(requests, journals, strict=True):
+            if random.random() < 0.6:
+                for worker in (engine._prefill, engine._decode):
+                    worker.handle(Abort(request_id=each.request_id))
+                for choice in each.choices:
+                    journal.end(choice)
+        while not all(journal.ended for journal in journals) or any(
+            load.kv_pages_free < load.kv_pages_total for load in engine.load().values()
+        ):
+            engine.step()
+    assert {load.kv_pages_free for load in engine.load().values()} == {engine.load()[PREFILL].kv_pages_total}
