@@ -1,0 +1,30 @@
+"""Speculation as a client sees it."""
+
+from __future__ import annotations
+
+import random
+
+from octet.client import Client
+from tests.cluster.conftest import Start, at_baseline, wait_until
+
+
+def test_drafts_change_no_token_and_are_counted(start: Start) -> None:
+    prompts = [random.choices(range(1000), k=random.randrange(1, 60)) for _ in range(6)]
+    answers, drafted = [], []
+    for overrides in ([], ["speculation.num_speculative_tokens=3", "speculation.adaptive=false"]):
+        cluster = start(*overrides)
+        with Client(cluster.address, timeout_s=60) as client:
+            responses = [
+                client.generate(prompt, max_new_tokens=24, n=2, seed=5, temperature=0.8, ignore_eos=True)
+                for prompt in prompts
+            ]
+            answers.append([[list(choice.token_ids) for choice in response.choices] for response in responses])
+            wait_until(lambda: at_baseline(client.status()), 10, "pages back to baseline")
+            status = client.status()
+        (decode,) = next(pool for pool in status.pools if pool.name == "decode").members
+        drafted.append(decode.drafted_tokens)
+        assert decode.accepted_tokens <= decode.drafted_tokens
+        cluster.stop()
+    assert answers[0] == answers[1]
+    assert drafted[0] == 0
+    assert drafted[1] > 0
