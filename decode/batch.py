@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection, Iterator
 
+from decode.admission import AnswerLengths, Demand, peak_pages
 from model.pages import PagePool
 from octet.ids import RequestId
 from octet.messages import KvOffer, PrefillRequest
@@ -46,6 +48,7 @@ class DecodeBatch:
 
     def __init__(self, pool: PagePool, max_batch: int) -> None:
         self._pool, self._max_batch = pool, max_batch
+        self._answers = AnswerLengths()
         self.running: list[RunningSequence] = []
 
     def pages_to_admit(self, num_tokens: int, num_choices: int) -> int:
@@ -53,18 +56,20 @@ class DecodeBatch:
         partial = num_tokens % self._pool.page_size != 0
         return self._pool.pages_for(num_tokens) + (num_choices - 1 if partial else 0)
 
-    def reserve(self, offer: KvOffer, num_tokens: int, num_incoming: int) -> list[int] | None:
-        """Pages for an offer, or None while it has to wait.
+    def reserve(self, offer: KvOffer, incoming: Collection[Incoming]) -> list[int] | None:
+        """Pages for an offer, or None while it has to wait: for a place, or for pages that last until somebody ends.
 
-        Beside its own, every running sequence's next page must be free, or newcomers would soon evict each other.
+        One that comes to an idle worker is always let in.
         """
-        num_choices = len(offer.request.choices)
-        if len(self.running) + num_incoming + num_choices > self._max_batch:
+        request = offer.request
+        num_incoming = sum(len(other.offer.request.choices) for other in incoming)
+        if len(self.running) + num_incoming + len(request.choices) > self._max_batch:
             return None
-        needed = self.pages_to_admit(num_tokens, num_choices)
-        if self.running and self._pool.num_free < needed + len(self.running):
-            return None
-        return self._pool.allocate(needed)
+        if self.running or incoming:
+            requests = [request, *(other.offer.request for other in incoming)]
+            if peak_pages([*self._demands(requests)], self._pool.page_size) > self._pool.num_pages:
+                return None
+        return self._pool.allocate(self.pages_to_admit(request.num_tokens, len(request.choices)))
 
     def admit(self, incoming: Incoming) -> list[tuple[int, int]]:
         """Make the wanted choices running sequences.
@@ -106,13 +111,34 @@ class DecodeBatch:
                 sequence.pages += page
             else:
                 youngest = self.running[-1]
-                self.remove(youngest)
+                self._release(youngest)
                 evicted.append(youngest)
         return evicted
 
     def remove(self, sequence: RunningSequence) -> None:
+        """Let go of a sequence that has ended, however."""
+        self._answers.note(sequence.num_new_tokens, sequence.request.stopping.max_new_tokens)
+        self._release(sequence)
+
+    def _release(self, sequence: RunningSequence) -> None:
         self.running.remove(sequence)
         self._pool.release(sequence.pages)
+
+    def _demands(self, requests: Collection[PrefillRequest]) -> Iterator[Demand]:
+        """Of the running sequences, and of requests on their way here."""
+        for sequence in self.running:
+            yield self._demand(sequence.request, len(sequence.token_ids) - 1)
+        for request in requests:
+            yield from [self._demand(request, request.num_tokens)] * len(request.choices)
+
+    def _demand(self, request: PrefillRequest, num_tokens: int) -> Demand:
+        num_new_tokens = num_tokens + 1 - request.num_prompt_tokens
+        return Demand(
+            num_tokens=num_tokens,
+            remaining=self._answers.remaining(num_new_tokens, request.stopping.max_new_tokens),
+            siblings=(request.request_id, request.choices),
+            shared_pages=request.num_tokens // self._pool.page_size,
+        )
 
     def of(self, request_id: RequestId, choice: int | None) -> list[RunningSequence]:
         return [

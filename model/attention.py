@@ -96,9 +96,7 @@ class Attention:
         )
         return out_BNGD.flatten(1, 2)
 
-    def _prefill(
-        self, index: int, q_TQD: torch.Tensor, kv_slots_T: torch.Tensor, span: PrefillSpan
-    ) -> torch.Tensor:
+    def _prefill(self, index: int, q_TQD: torch.Tensor, kv_slots_T: torch.Tensor, span: PrefillSpan) -> torch.Tensor:
         """Many queries of one sequence: causal among themselves, then block by block over what lies before them."""
         part = attend(q_TQD, *self._cache.gather(index, kv_slots_T), causal=True, scale=self._scale)
         page_size = self._cache.page_size

@@ -75,8 +75,8 @@ class LocalEngine:
         self._sender = KvSender(self.runner.cache, leases, {DECODE: channel})
         self._prefill = PrefillEngine(PREFILL, _EPOCH, self.runner, leases, self._sender, prefill or PrefillConfig())
         self._landed = threading.Event()
-        self._receiver = KvReceiver(DECODE, {PREFILL: channel}, self._ask, self._landed.set)
         decode_runner = self._runner(weights, decode_pages or num_pages)
+        self._receiver = KvReceiver(DECODE, decode_runner.cache, {PREFILL: channel}, self._ask, self._landed.set)
         self._decode = DecodeEngine(DECODE, _EPOCH, decode_runner, self._receiver, decode or DecodeConfig())
         self._journals: dict[RequestId, Journal] = {}
         self._failures: dict[RequestId, str] = {}

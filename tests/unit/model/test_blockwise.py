@@ -30,7 +30,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """A device without a kernel is played by one that is told so."""
     if request.param == "definition":
         monkeypatch.setattr(
-            blockwise.torch.ops.aten,
+            torch.ops.aten,
             "_scaled_dot_product_flash_attention_for_cpu",
             lambda q, k, v, dropout, causal, scale: blockwise._attend_by_definition(q, k, v, causal, scale),
         )
