@@ -13,7 +13,7 @@ import torch
 
 from model.config import ModelConfig
 
-_PART_BYTES = 16 * 2**20
+_PART_BYTES = 4 * 2**20
 
 
 class KvCache:
@@ -49,7 +49,7 @@ class KvCache:
         return self._kv[:, :, 0].numel() * self._kv.element_size()
 
     def parts(self, pages: Sequence[int]) -> Iterator[Sequence[int]]:
-        """Pages in the pieces in which they are handed over, of at most 16 MiB unless a single page is larger."""
+        """Pages in the pieces in which they are handed over, of at most 4 MiB unless a single page is larger."""
         size = max(1, _PART_BYTES // self.page_bytes())
         return (pages[first : first + size] for first in range(0, len(pages), size))
 

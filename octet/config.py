@@ -95,7 +95,7 @@ class HandoffConfig(_Node):
     lease_s: float = pydantic.Field(60.0, gt=0)
     """How long a prefill worker keeps pages for a decode worker that neither takes them nor says that it will."""
     timeout_s: float = pydantic.Field(30.0, gt=0)
-    """Deadline of one part of a transfer; a prompt's pages go in parts of at most 16 MiB."""
+    """Deadline of one part of a transfer; a prompt's pages go in parts of at most 4 MiB."""
 
 
 class FrontendConfig(_Node):

@@ -76,6 +76,7 @@ class LocalEngine:
         self._prefill = PrefillEngine(PREFILL, _EPOCH, self.runner, leases, self._sender, prefill or PrefillConfig())
         self._landed = threading.Event()
         decode_runner = self._runner(weights, decode_pages or num_pages)
+        self.caches = (self.runner.cache, decode_runner.cache)
         self._receiver = KvReceiver(DECODE, decode_runner.cache, {PREFILL: channel}, self._ask, self._landed.set)
         self._decode = DecodeEngine(DECODE, _EPOCH, decode_runner, self._receiver, decode or DecodeConfig())
         self._journals: dict[RequestId, Journal] = {}

@@ -60,7 +60,7 @@ class LocalChannel:
     """Within one process; the same object serves both ends."""
 
     def __init__(self, timeout_s: float) -> None:
-        self._queue: queue.Queue[torch.Tensor | None] = queue.Queue(maxsize=2)
+        self._queue: queue.Queue[torch.Tensor | None] = queue.Queue(maxsize=1)
         self._timeout_s = timeout_s
 
     def send(self, pages: torch.Tensor | None) -> None:
