@@ -67,10 +67,10 @@ def bench_soak(seconds: float, users: int, json_file: pathlib.Path | None) -> in
     console = Console(highlight=False)
     requests = sum(ended.values())
     console.print(f"{requests} requests: {', '.join(f'{count} {how}' for how, count in sorted(ended.items()))}")
-    grew = _report(samples, console)
+    grew = report_growth(samples, console)
     unexpected = {how: count for how, count in ended.items() if how.startswith("error")}
     for complaint in (
-        f"memory grows in {', '.join(grew)}" if grew else "",
+        f"memory is not flat in: {'; '.join(grew)}" if grew else "",
         f"requests failed: {unexpected}" if unexpected else "",
         held,
     ):
@@ -211,23 +211,28 @@ def _anonymous_bytes(pid: int) -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), None)
 
 
-def _report(samples: list[Sample], console: Console) -> list[str]:
-    """Print a line per process that lived throughout. Returns: those whose memory grows."""
+def report_growth(samples: list[Sample], console: Console) -> list[str]:
+    """Print a line per process. Returns: those whose memory grows, or that did not live throughout."""
     half = samples[len(samples) // 2 :]
     table = Table(box=None, pad_edge=False)
     for column in ("process", "start MiB", "half MiB", "end MiB", "2nd half's growth MiB", "may be"):
         table.add_column(column, justify="left" if column == "process" else "right")
     grew = []
-    for key in sorted(samples[0].resident, key=lambda key: key[1]):
-        if any(key not in sample.resident for sample in samples):
+    # By pid alone: Ray writes the method that an actor is running into the name of its process.
+    by_pid = [{pid: value for (pid, _), value in sample.resident.items()} for sample in samples]
+    in_half = by_pid[len(samples) // 2 :]
+    for pid, name in sorted(samples[0].resident, key=lambda key: key[1]):
+        name = name.partition(".")[0] if name.startswith("ray::") else name
+        if any(pid not in memory for memory in by_pid):
+            grew.append(f"{name}, which ended midway")
             continue
-        slope = theil_sen([sample.at_s for sample in half], [sample.resident[key] for sample in half])
+        slope = theil_sen([sample.at_s for sample in half], [memory[pid] for memory in in_half])
         growth = slope * (half[-1].at_s - half[0].at_s)
-        allowed = max(_MAX_GROWTH * half[0].resident[key], _MAX_GROWTH_BYTES)
-        grew += [key[1]] if growth > allowed else []
-        points = (samples[0].resident[key], half[0].resident[key], half[-1].resident[key])
+        allowed = max(_MAX_GROWTH * in_half[0][pid], _MAX_GROWTH_BYTES)
+        grew += [name] if growth > allowed else []
+        points = (by_pid[0][pid], in_half[0][pid], in_half[-1][pid])
         mib = (f"{value / 2**20:.1f}" for value in points)
-        table.add_row(key[1], *mib, f"{growth / 2**20:+.2f}", f"{allowed / 2**20:.2f}")
+        table.add_row(name, *mib, f"{growth / 2**20:+.2f}", f"{allowed / 2**20:.2f}")
     console.print(table)
     return grew
 
