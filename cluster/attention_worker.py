@@ -173,7 +173,7 @@ class AttentionWorker:
             sender = KvSender(cache, leases, channels)
             self._closing.append(contextlib.closing(sender))
             return PrefillEngine(self._worker_id, plan.epoch, runner, leases, sender, plan.config.prefill)
-        receiver = KvReceiver(self._worker_id, channels, self._ask, self._mailbox.wake)
+        receiver = KvReceiver(self._worker_id, cache, channels, self._ask, self._mailbox.wake)
         self._closing.append(contextlib.closing(receiver))
         speculator = Speculator(MtpDrafter(runner), speculation) if mtp is not None else None
         return DecodeEngine(self._worker_id, plan.epoch, runner, receiver, plan.config.decode, speculator)

@@ -30,6 +30,8 @@ _ANSWER_S = 10.0
 _STOP_S = 10.0
 _CONCURRENCY = 4
 """Status and progress are answered while a member loads or connects."""
+_TASK_EVENTS = False
+"""Ray's GCS would keep an event of every call, of which the watch makes several a second."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,6 +175,7 @@ class Controller:
             "num_cpus": 0,
             "scheduling_strategy": here,
             "max_concurrency": 1000,
+            "enable_task_events": _TASK_EVENTS,
         }
         return ray.remote(cls).options(**options).remote(*args)
 
@@ -200,6 +203,7 @@ class Controller:
                 "resources": config.resources,
                 "scheduling_strategy": strategy,
                 "max_concurrency": _CONCURRENCY,
+                "enable_task_events": _TASK_EVENTS,
             }
             args = (worker_id, index, self._plan) if pool == "experts" else (worker_id, self._plan)
             actor: Any = ray.remote(_CLASSES[pool]).options(**options).remote(*args)

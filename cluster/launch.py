@@ -106,6 +106,7 @@ def _start_controller(plan: ServingPlan) -> Any:
                 num_cpus=0,
                 scheduling_strategy=here,
                 max_concurrency=1000,
+                enable_task_events=False,
             )
             .remote(plan)
         )

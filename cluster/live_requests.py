@@ -27,6 +27,7 @@ class _Stage:
     decode: WorkerId
     queued_tokens: int
     pages: int
+    prefilled: bool = False
 
 
 @dataclasses.dataclass(slots=True)
@@ -79,12 +80,13 @@ class LiveRequests:
             )
 
     def note_token(self, live: LiveRequest, event: TokenEvent) -> None:
-        """A token came: the choice's prompt is computed. From its second token on its pages count as in use."""
+        """A token came: the first, that the choice's prompt is computed; another, that its pages count as in use."""
         stage = live.stages.get(event.choice)
         if stage is not None:
             stage.queued_tokens = 0
-            if event.index > 0:
+            if stage.prefilled:
                 stage.pages = 0
+            stage.prefilled = True
 
     def prefill_views(self, cached_tokens: Mapping[WorkerId, int]) -> list[PrefillView]:
         """

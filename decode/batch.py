@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 
+from decode.admission import AnswerLengths, Demand, peak_pages
 from model.pages import PagePool
 from model.sampler import SampleRow
 from octet.ids import RequestId
@@ -76,6 +77,7 @@ class DecodeBatch:
                 not share what depends on their own tokens.
         """
         self._pool, self._max_batch, self._lookahead = pool, max_batch, lookahead
+        self._answers = AnswerLengths()
         self.running: list[RunningSequence] = []
 
     def pages_to_admit(self, num_tokens: int, num_choices: int) -> int:
@@ -87,18 +89,20 @@ class DecodeBatch:
         """All pages, or all but the last."""
         return (num_tokens - self._lookahead) // self._pool.page_size
 
-    def reserve(self, offer: KvOffer, num_tokens: int, num_incoming: int) -> list[int] | None:
-        """Pages for an offer, or None while it has to wait.
+    def reserve(self, offer: KvOffer, incoming: Collection[Incoming]) -> list[int] | None:
+        """Pages for an offer, or None while it has to wait: for a place, or for pages that last until somebody ends.
 
-        Beside its own, every running sequence's next page must be free, or newcomers would soon evict each other.
+        One that comes to an idle worker is always let in.
         """
-        num_choices = len(offer.request.choices)
-        if len(self.running) + num_incoming + num_choices > self._max_batch:
+        request = offer.request
+        num_incoming = sum(len(other.offer.request.choices) for other in incoming)
+        if len(self.running) + num_incoming + len(request.choices) > self._max_batch:
             return None
-        needed = self.pages_to_admit(num_tokens, num_choices)
-        if self.running and self._pool.num_free < needed + len(self.running):
-            return None
-        return self._pool.allocate(needed)
+        if self.running or incoming:
+            requests = [request, *(other.offer.request for other in incoming)]
+            if peak_pages([*self._demands(requests)], self._pool.page_size) > self._pool.num_pages:
+                return None
+        return self._pool.allocate(self.pages_to_admit(request.num_tokens, len(request.choices)))
 
     def admit(self, incoming: Incoming, unseen: Sequence[torch.Tensor] = ()) -> list[tuple[int, int]]:
         """Make the wanted choices running sequences.
@@ -147,7 +151,7 @@ class DecodeBatch:
                 sequence.pages += page
             else:
                 youngest = self.running[-1]
-                self.remove(youngest)
+                self._release(youngest)
                 evicted.append(youngest)
         return evicted
 
@@ -168,8 +172,29 @@ class DecodeBatch:
             del sequence.pages[kept:]
 
     def remove(self, sequence: RunningSequence) -> None:
+        """Let go of a sequence that has ended, however."""
+        self._answers.note(sequence.num_new_tokens, sequence.request.stopping.max_new_tokens)
+        self._release(sequence)
+
+    def _release(self, sequence: RunningSequence) -> None:
         self.running.remove(sequence)
         self._pool.release(sequence.pages)
+
+    def _demands(self, requests: Collection[PrefillRequest]) -> Iterator[Demand]:
+        """Of the running sequences, and of requests on their way here."""
+        for sequence in self.running:
+            yield self._demand(sequence.request, len(sequence.token_ids) - 1)
+        for request in requests:
+            yield from [self._demand(request, request.num_tokens)] * len(request.choices)
+
+    def _demand(self, request: PrefillRequest, num_tokens: int) -> Demand:
+        num_new_tokens = num_tokens + 1 - request.num_prompt_tokens
+        return Demand(
+            num_tokens=num_tokens,
+            remaining=self._answers.remaining(num_new_tokens, request.stopping.max_new_tokens),
+            siblings=(request.request_id, request.choices),
+            shared_pages=request.num_tokens // self._pool.page_size,
+        )
 
     def of(self, request_id: RequestId, choice: int | None) -> list[RunningSequence]:
         return [

@@ -25,6 +25,7 @@ from octet.messages import (
     Failed,
     KvAck,
     KvOffer,
+    KvRenew,
     Message,
     StepReport,
     TokenEvent,
@@ -55,6 +56,7 @@ class DecodeEngine:
         self._events: dict[WorkerId, list[TokenEvent | Evicted | Failed]] = defaultdict(list)
         self._num_tokens = 0
         self._num_preemptions = 0
+        self._next_renewal_s = 0.0
 
     @property
     def busy(self) -> bool:
@@ -79,6 +81,7 @@ class DecodeEngine:
         self._land()
         self._evict(self._batch.grow())
         self._pull()
+        self._renew(now_s)
         if self._batch.running:
             try:
                 self._decode()
@@ -214,11 +217,9 @@ class DecodeEngine:
         """Let arrived pages become running sequences."""
         for arrival in self._receiver.arrived():
             incoming = self._incoming.pop(arrival.lease_id)
-            if arrival.pages is None or not incoming.wanted:
+            if arrival.reason or not incoming.wanted:
                 self._turn_away(incoming, arrival)
                 continue
-            num_pages = self._pool.pages_for(len(incoming.token_ids))
-            self._runner.cache.import_pages(incoming.pages[:num_pages], arrival.pages)
             for source, target in self._batch.admit(incoming, self._last_hidden(incoming.offer)):
                 self._runner.cache.copy_page(source, target)
             self._acknowledge(incoming.offer)
@@ -240,15 +241,20 @@ class DecodeEngine:
         """Ask for the pages of waiting offers, oldest first, as far as there is room."""
         while self._offers:
             offer = self._offers[0]
-            token_ids = unpack_ids(offer.request.token_ids)
-            num_incoming = sum(len(incoming.offer.request.choices) for incoming in self._incoming.values())
-            pages = self._batch.reserve(offer, len(token_ids), num_incoming)
+            pages = self._batch.reserve(offer, self._incoming.values())
             if pages is None:
                 return
             del self._offers[0]
+            token_ids = unpack_ids(offer.request.token_ids)
             self._incoming[offer.lease_id] = Incoming(offer=offer, token_ids=token_ids, pages=pages)
-            num_pages = self._pool.pages_for(len(token_ids))
-            self._receiver.pull(offer, num_pages * self._runner.cache.page_bytes())
+            self._receiver.pull(offer, pages[: self._pool.pages_for(len(token_ids))])
+
+    def _renew(self, now_s: float) -> None:
+        """Keep the leases of what waits for room, or for its turn to be sent."""
+        waiting = [*self._offers, *(incoming.offer for incoming in self._incoming.values())]
+        if waiting and now_s >= self._next_renewal_s:
+            self._outbox += [(offer.prefill_worker, KvRenew(lease_id=offer.lease_id)) for offer in waiting]
+            self._next_renewal_s = now_s + min(offer.lease_s for offer in waiting) / 3
 
     def _evict(self, sequences: list[RunningSequence]) -> None:
         for sequence in sequences:

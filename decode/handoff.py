@@ -6,10 +6,9 @@ import dataclasses
 import logging
 import queue
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
-import torch
-
+from model.kv_cache import KvCache
 from octet.errors import OctetError
 from octet.ids import LeaseId, WorkerId
 from octet.messages import KvOffer, KvPull
@@ -20,10 +19,9 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Arrival:
-    """The outcome of a pull: the pages' bytes, or why there are none."""
+    """The outcome of a pull: the KV is in the pages reserved for it, or there is a reason why not."""
 
     lease_id: LeaseId
-    pages: torch.Tensor | None
     reason: str = ""
 
 
@@ -33,6 +31,7 @@ class KvReceiver:
     def __init__(
         self,
         worker_id: WorkerId,
+        cache: KvCache,
         channels: Mapping[WorkerId, KvChannel],
         ask: Callable[[WorkerId, KvPull], None],
         wake: Callable[[], None],
@@ -42,9 +41,9 @@ class KvReceiver:
             ask: sends a pull to a prefill worker; any thread may call it.
             wake: called when an arrival waits; any thread may call it.
         """
-        self._worker_id, self._channels, self._ask, self._wake = worker_id, channels, ask, wake
+        self._worker_id, self._cache, self._channels, self._ask, self._wake = worker_id, cache, channels, ask, wake
         self._arrivals: queue.SimpleQueue[Arrival] = queue.SimpleQueue()
-        self._offers: dict[WorkerId, queue.SimpleQueue[tuple[KvOffer, int] | None]] = {
+        self._offers: dict[WorkerId, queue.SimpleQueue[tuple[KvOffer, Sequence[int]] | None]] = {
             prefill: queue.SimpleQueue() for prefill in channels
         }
         self._threads = [
@@ -54,12 +53,15 @@ class KvReceiver:
         for thread in self._threads:
             thread.start()
 
-    def pull(self, offer: KvOffer, payload_bytes: int) -> None:
-        """Ask for the pages of an offer; an `Arrival` follows, whatever happens."""
+    def pull(self, offer: KvOffer, pages: Sequence[int]) -> None:
+        """Ask for the KV of an offer, to be put into `pages`; an `Arrival` follows, whatever happens.
+
+        Nobody else may use the pages before it.
+        """
         if offer.prefill_worker in self._offers:
-            self._offers[offer.prefill_worker].put((offer, payload_bytes))
+            self._offers[offer.prefill_worker].put((offer, pages))
         else:
-            self._arrivals.put(Arrival(offer.lease_id, None, f"no channel to {offer.prefill_worker}"))
+            self._arrivals.put(Arrival(offer.lease_id, f"no channel to {offer.prefill_worker}"))
 
     def arrived(self) -> list[Arrival]:
         arrivals = []
@@ -78,15 +80,22 @@ class KvReceiver:
     def _pull_all(self, prefill: WorkerId) -> None:
         broken = ""
         while (item := self._offers[prefill].get()) is not None:
-            offer, payload_bytes = item
-            pages, reason = None, broken
+            offer, pages = item
+            reason = broken
             if not broken:
                 try:
                     self._ask(prefill, KvPull(lease_id=offer.lease_id, decode_worker=self._worker_id))
-                    pages = self._channels[prefill].receive(payload_bytes)
-                    reason = "" if pages is not None else "its lease was over before the pages were taken"
+                    reason = self._receive(self._channels[prefill], pages)
                 except OctetError as error:
                     _log.warning("the channel from %s is given up: %s", prefill, error)
                     broken = reason = f"the channel from {prefill} broke: {error}"
-            self._arrivals.put(Arrival(offer.lease_id, pages, reason))
+            self._arrivals.put(Arrival(offer.lease_id, reason))
             self._wake()
+
+    def _receive(self, channel: KvChannel, pages: Sequence[int]) -> str:
+        for part in self._cache.parts(pages):
+            received = channel.receive(len(part) * self._cache.page_bytes())
+            if received is None:
+                return "its lease was over before the pages were taken"
+            self._cache.import_pages(part, received)
+        return ""

@@ -10,12 +10,17 @@ import torch
 import torch.nn.functional as F
 
 from model.batch import Batch, DecodeSpans, PrefillSpan
+from model.blockwise import attend, merge
 from model.config import ModelConfig
 from model.kv_cache import KvCache
 from model.linear import linear
 from model.norm import fused_kernels, rms_norm
 from model.rotary import RotaryEmbedding
 from model.weights import LayerWeights
+
+BLOCK_TOKENS = 1024
+"""Keys and values that a prefill span attends to at once: they are gathered from their pages in pieces of this size, so
+that a step takes the same memory at the end of a long prompt as at its beginning."""
 
 
 class Attention:
@@ -44,7 +49,7 @@ class Attention:
             num_sequences = batch.decode.pages_BP.shape[0]
             out_TQD[:num_sequences] = self._decode(index, q_TQD[:num_sequences], batch.decode)
         for span in batch.prefill:
-            out_TQD[span.rows] = self._prefill(index, q_TQD[span.rows], span)
+            out_TQD[span.rows] = self._prefill(index, q_TQD[span.rows], batch.kv_slots_T[span.rows], span)
         return linear(out_TQD.flatten(1), layer.o)
 
     def write(
@@ -105,16 +110,14 @@ class Attention:
         )
         return out_BNGD.flatten(1, 2)
 
-    def _prefill(self, index: int, q_TQD: torch.Tensor, span: PrefillSpan) -> torch.Tensor:
-        """Many queries of one sequence: KV heads are the batch, their keys broadcast over the G query heads."""
-        k_SND, v_SND = self._cache.gather(index, span.kv_slots)
-        group = q_TQD.shape[1] // k_SND.shape[1]
-        out_NGTD = F.scaled_dot_product_attention(
-            q_TQD.view(len(q_TQD), -1, group, q_TQD.shape[2]).permute(1, 2, 0, 3),
-            k_SND.transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1),
-            v_SND.transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1),
-            attn_mask=span.mask,
-            is_causal=span.mask is None,
-            scale=self._scale,
-        )
-        return out_NGTD.permute(2, 0, 1, 3).flatten(1, 2)
+    def _prefill(self, index: int, q_TQD: torch.Tensor, kv_slots_T: torch.Tensor, span: PrefillSpan) -> torch.Tensor:
+        """Many queries of one sequence: causal among themselves, then block by block over what lies before them."""
+        part = attend(q_TQD, *self._cache.gather(index, kv_slots_T), causal=True, scale=self._scale)
+        page_size = self._cache.page_size
+        pages_per_block = max(1, BLOCK_TOKENS // page_size)
+        for first in range(0, len(span.pages), pages_per_block):
+            k_1SND, v_1SND = self._cache.gather_pages(index, span.pages[None, first : first + pages_per_block])
+            num_tokens = min(span.start - first * page_size, k_1SND.shape[1])
+            k_SND, v_SND = k_1SND[0, :num_tokens], v_1SND[0, :num_tokens]
+            part = merge(part, attend(q_TQD, k_SND, v_SND, causal=False, scale=self._scale))
+        return part.out_TQD.to(q_TQD.dtype)

@@ -44,11 +44,12 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillSpan:
+    """Consecutive positions of one sequence; they see themselves causally, and all that lies before `start`."""
+
     rows: slice
-    kv_slots: torch.Tensor
-    """Flat KV slots of positions 0..stop."""
-    mask: torch.Tensor | None
-    """`[len, stop]`, true where a query may look; None where plain causal attention does."""
+    start: int
+    pages: torch.Tensor
+    """The page table of positions 0..start."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +102,8 @@ def build_batch(spans: Sequence[Span], pool: PagePool, device: torch.device) -> 
         kv_slots += pool.slots(span.pages, span.start, span.stop)
         last_rows[index] = len(token_ids) - 1
         if not by_token[index]:
-            prefill.append(_prefill_span(span, slice(first, len(token_ids)), pool, device))
+            before = torch.tensor(span.pages[: pool.pages_for(span.start)], dtype=torch.int64, device=device)
+            prefill.append(PrefillSpan(rows=slice(first, len(token_ids)), start=span.start, pages=before))
     batch = Batch(
         token_ids_T=torch.tensor(token_ids, device=device),
         positions_T=torch.tensor(positions, device=device),
@@ -123,14 +125,6 @@ def build_rows(spans: Sequence[Span], pool: PagePool, device: torch.device) -> B
         prefill=(),
         decode=None,
     )
-
-
-def _prefill_span(span: Span, rows: slice, pool: PagePool, device: torch.device) -> PrefillSpan:
-    mask = None
-    if span.start > 0:
-        mask = torch.ones(len(span.token_ids), span.stop, dtype=torch.bool, device=device).tril(span.start)
-    kv_slots = torch.tensor(pool.slots(span.pages, 0, span.stop), device=device)
-    return PrefillSpan(rows=rows, kv_slots=kv_slots, mask=mask)
 
 
 def _decode_spans(spans: Sequence[Span], pool: PagePool, device: torch.device) -> DecodeSpans:

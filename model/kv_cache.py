@@ -6,12 +6,14 @@ Shapes: `L` layers, `P` pages, `G` tokens per page, `N` KV heads, `D` head dim.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 
 from model.config import ModelConfig
+
+_PART_BYTES = 4 * 2**20
 
 
 class KvCache:
@@ -65,18 +67,26 @@ class KvCache:
     def page_bytes(self) -> int:
         return self._kv[:, :, 0].numel() * self._kv.element_size()
 
+    def parts(self, pages: Sequence[int]) -> Iterator[Sequence[int]]:
+        """Pages in the pieces in which they are handed over, of at most 4 MiB unless a single page is larger."""
+        size = max(1, _PART_BYTES // self.page_bytes())
+        return (pages[first : first + size] for first in range(0, len(pages), size))
+
     def export_pages(self, pages: Sequence[int]) -> torch.Tensor:
         """A contiguous copy `[L, 2, len(pages), G, N, D]`, to be sent."""
         return self._kv.index_select(2, torch.tensor(pages, device=self._kv.device))
 
     def import_pages(self, pages: Sequence[int], exported: torch.Tensor) -> None:
-        """The inverse of `export_pages`; `exported` may be flat and of raw bytes."""
+        """The inverse of `export_pages`; `exported` may be flat and raw bytes. A thread may import pages of its own."""
         shape = (*self._kv.shape[:2], len(pages), *self._kv.shape[3:])
         self._kv.index_copy_(
             2,
             torch.tensor(pages, device=self._kv.device),
             exported.view(self._kv.dtype).view(shape).to(self._kv.device),
         )
+        if self._kv.is_cuda:
+            # Whoever hears that they have come may compute on another stream.
+            torch.cuda.current_stream(self._kv.device).synchronize()
 
     def copy_page(self, source: int, target: int) -> None:
         self._kv[:, :, target].copy_(self._kv[:, :, source])

@@ -107,9 +107,9 @@ class LaneConfig(_Node):
 
 class HandoffConfig(_Node):
     lease_s: float = pydantic.Field(60.0, gt=0)
-    """How long a prefill worker keeps the pages that a decode worker has not taken over."""
+    """How long a prefill worker keeps pages for a decode worker that neither takes them nor says that it will."""
     timeout_s: float = pydantic.Field(30.0, gt=0)
-    """Deadline of one transfer of pages."""
+    """Deadline of one part of a transfer; a prompt's pages go in parts of at most 4 MiB."""
 
 
 class FrontendConfig(_Node):

@@ -18,6 +18,8 @@ from octet.errors import WireError
 from octet.ids import Epoch, LeaseId, RequestId, WorkerId
 from octet.request import FinishReason, Output, Sampling, Stopping
 
+_ID_BYTES = 4
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillRequest:
@@ -38,6 +40,11 @@ class PrefillRequest:
     decode_worker: WorkerId
     frontend: WorkerId
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens to compute, not unpacked."""
+        return len(self.token_ids) // _ID_BYTES
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Abort:
@@ -56,6 +63,8 @@ class KvOffer:
     request: PrefillRequest
     next_tokens: tuple[int, ...]
     """One per choice in `request.choices`; only choices that go on are offered."""
+    lease_s: float
+    """The lease ends this long after the offer, or after it was renewed."""
     hidden: bytes = b""
     """The final hidden state `[H]` of the last token, in the cluster's dtype, where the decode worker speculates."""
 
@@ -66,6 +75,13 @@ class KvPull:
 
     lease_id: LeaseId
     decode_worker: WorkerId
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class KvRenew:
+    """Decode → prefill: the lease's pages are still wanted, there is just no room for them yet."""
+
+    lease_id: LeaseId
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,7 +165,7 @@ class StepReport:
     load: WorkerLoad
 
 
-Message = PrefillRequest | Abort | KvOffer | KvPull | KvAck | StepReport
+Message = PrefillRequest | Abort | KvOffer | KvPull | KvRenew | KvAck | StepReport
 
 _TYPES: dict[str, type[Any]] = {
     cls.__name__: cls
@@ -161,6 +177,7 @@ _TYPES: dict[str, type[Any]] = {
         Abort,
         KvOffer,
         KvPull,
+        KvRenew,
         KvAck,
         TokenLogprob,
         TokenEvent,

@@ -194,6 +194,38 @@ def bench_prefix(
     run(grpc, prefix_tokens, repeats)
 
 
+@bench.command("longcontext")
+def bench_longcontext() -> None:
+    """Memory and time to the first token of prompts of 2K, 8K and 32K tokens."""
+    from ops.bench.longcontext import bench_longcontext as run
+
+    run()
+
+
+@bench.command("oversubscription")
+def bench_oversubscription(
+    streams: Annotated[int, typer.Option(min=1, help="Sequences that the KV pages are enough for.")] = 8,
+    factor: Annotated[int, typer.Option(min=2, help="So many times as many are asked for at once.")] = 4,
+    repeats: Annotated[int, typer.Option(min=1)] = 3,
+) -> None:
+    """Throughput of a cluster of its own when it is asked for more sequences than its KV pages hold."""
+    from ops.bench.oversubscription import bench_oversubscription as run
+
+    run(streams, factor, repeats)
+
+
+@bench.command("soak")
+def bench_soak(
+    minutes: Annotated[float, typer.Option(min=0.5)] = 10.0,
+    users: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 16,
+    json_file: Annotated[pathlib.Path | None, typer.Option("--json", help="Write every sample to this file.")] = None,
+) -> None:
+    """Mixed random load on a cluster of its own; fails if memory grows, a request fails, or a page is lost."""
+    from ops.bench.soak import bench_soak as run
+
+    raise typer.Exit(run(minutes * 60, users, json_file))
+
+
 @bench.command("checkpoint")
 def bench_checkpoint(model_dir: pathlib.Path) -> None:
     """Write the random checkpoint of 111 M parameters that benchmarks serve."""

@@ -82,8 +82,9 @@ class LocalEngine:
         self._sender = KvSender(self.runner.cache, leases, {DECODE: channel})
         self._prefill = PrefillEngine(PREFILL, _EPOCH, self.runner, leases, self._sender, prefill or PrefillConfig())
         self._landed = threading.Event()
-        self._receiver = KvReceiver(DECODE, {PREFILL: channel}, self._ask, self._landed.set)
         decode_runner = self._runner(weights, mtp, decode_pages or num_pages)
+        self.caches = (self.runner.cache, decode_runner.cache)
+        self._receiver = KvReceiver(DECODE, decode_runner.cache, {PREFILL: channel}, self._ask, self._landed.set)
         speculator = Speculator(MtpDrafter(decode_runner), speculation) if mtp is not None else None
         self._decode = DecodeEngine(DECODE, _EPOCH, decode_runner, self._receiver, decode or DecodeConfig(), speculator)
         self._journals: dict[RequestId, Journal] = {}

@@ -24,6 +24,7 @@ from octet.messages import (
     KvAck,
     KvOffer,
     KvPull,
+    KvRenew,
     Message,
     PrefillRequest,
     StepReport,
@@ -78,6 +79,8 @@ class PrefillEngine:
                 self._queue.add(message)
             case KvPull():
                 self._sender.answer(message)
+            case KvRenew(lease_id=lease_id):
+                self._leases.renew(lease_id)
             case KvAck(lease_id=lease_id):
                 self._leases.acknowledge(lease_id)
             case Abort(request_id=request_id, choice=choice):
@@ -224,6 +227,7 @@ class PrefillEngine:
             request=dataclasses.replace(request, choices=choices),
             next_tokens=tuple(token_id for _, token_id in going_on),
             hidden=tensor_bytes(last_H) if self._runner.drafts else b"",
+            lease_s=self._leases.lease_s,
         )
         self._outbox.append((request.decode_worker, offer))
 

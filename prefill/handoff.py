@@ -51,7 +51,11 @@ class KvSender:
         while (lease_id := self._pulls[worker_id].get()) is not None:
             pages = self._leases.begin_sending(lease_id)
             try:
-                channel.send(None if pages is None else self._cache.export_pages(pages))
+                if pages is None:
+                    channel.send(None)
+                else:
+                    for part in self._cache.parts(pages):
+                        channel.send(self._cache.export_pages(part))
             except LaneError as error:
                 _log.warning("the channel to %s is given up: %s", worker_id, error)
                 return

@@ -15,11 +15,14 @@ class _Lease:
     pages: list[int]
     deadline_s: float
     sending: bool = False
+    renewed: bool = False
     over: bool = False
 
 
 class LeaseTable:
     """Holds pages under leases. A lease ends by acknowledgement, abort or deadline, whichever is first.
+
+    The deadline is for a decode worker that is lost: one that has no room yet renews its leases.
 
     The engine's thread grants and reclaims, the sender's thread begins and ends transfers. Pages of a lease that ends
     while they are being sent come back when the transfer is over, so that nobody ever receives another request's KV.
@@ -29,6 +32,10 @@ class LeaseTable:
         self._lease_s = lease_s
         self._leases: dict[LeaseId, _Lease] = {}
         self._lock = threading.Lock()
+
+    @property
+    def lease_s(self) -> float:
+        return self._lease_s
 
     def __len__(self) -> int:
         return len(self._leases)
@@ -60,6 +67,12 @@ class LeaseTable:
             if lease_id in self._leases:
                 self._leases[lease_id].over = True
 
+    def renew(self, lease_id: LeaseId) -> None:
+        """Let a lease's time count anew from the next `reclaim` on, unless it is over."""
+        with self._lock:
+            if lease_id in self._leases:
+                self._leases[lease_id].renewed = True
+
     def abort(self, request_id: RequestId, choice: int | None) -> None:
         with self._lock:
             for lease in self._leases.values():
@@ -71,11 +84,9 @@ class LeaseTable:
         pages: list[int] = []
         with self._lock:
             for lease_id, lease in list(self._leases.items()):
+                if lease.renewed:
+                    lease.renewed, lease.deadline_s = False, now_s + self._lease_s
                 if (lease.over or now_s >= lease.deadline_s) and not lease.sending:
                     pages += lease.pages
                     del self._leases[lease_id]
         return pages
-
-    def next_deadline_s(self) -> float | None:
-        with self._lock:
-            return min((lease.deadline_s for lease in self._leases.values()), default=None)

@@ -1,6 +1,7 @@
 """A two-ended channel that carries KV pages from a prefill to a decode worker, like a lane of two.
 
-The decode worker pulls: it asks with a message, then receives. The answer is one frame, pages or "gone".
+The decode worker pulls: it asks with a message, then receives. The answer is one frame, "gone", or as many as the pages
+have parts: neither end ever holds a whole prompt's KV beside its pages.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from router.group import Group
 
 class KvChannel(Protocol):
     def send(self, pages: torch.Tensor | None) -> None:
-        """Answer a pull with pages, or with None when the lease is gone. Raises: LaneError."""
+        """Answer a pull with a part of its pages, or with None when the lease is gone. Raises: LaneError."""
 
     def receive(self, payload_bytes: int) -> torch.Tensor | None:
-        """The answer as flat uint8, None if the lease is gone. Raises: LaneTimeoutError, PeerLostError."""
+        """The next part as flat uint8, None if the lease is gone. Raises: LaneTimeoutError, PeerLostError."""
 
     def close(self) -> None: ...
 
@@ -59,11 +60,14 @@ class LocalChannel:
     """Within one process; the same object serves both ends."""
 
     def __init__(self, timeout_s: float) -> None:
-        self._queue: queue.Queue[torch.Tensor | None] = queue.Queue()
+        self._queue: queue.Queue[torch.Tensor | None] = queue.Queue(maxsize=1)
         self._timeout_s = timeout_s
 
     def send(self, pages: torch.Tensor | None) -> None:
-        self._queue.put(None if pages is None else pages.reshape(-1).view(torch.uint8))
+        try:
+            self._queue.put(None if pages is None else pages.reshape(-1).view(torch.uint8), timeout=self._timeout_s)
+        except queue.Full:
+            raise LaneTimeoutError(f"pages were not taken within {self._timeout_s} s") from None
 
     def receive(self, payload_bytes: int) -> torch.Tensor | None:
         try:

@@ -13,7 +13,14 @@ from octet.request import Output, Sampling, Stopping
 PAGE = 4
 
 
-def offer(num_tokens: int, *choices: int, name: str = "r", arrival_s: float = 0.0, priority: int = 0) -> KvOffer:
+def offer(
+    num_tokens: int,
+    *choices: int,
+    name: str = "r",
+    arrival_s: float = 0.0,
+    priority: int = 0,
+    max_new_tokens: int = 1,
+) -> KvOffer:
     request = PrefillRequest(
         request_id=RequestId(name),
         attempt=0,
@@ -21,7 +28,7 @@ def offer(num_tokens: int, *choices: int, name: str = "r", arrival_s: float = 0.
         token_ids=pack_ids(range(num_tokens)),
         num_prompt_tokens=num_tokens,
         sampling=Sampling(),
-        stopping=Stopping(max_new_tokens=100),
+        stopping=Stopping(max_new_tokens=max_new_tokens),
         output=Output(),
         priority=priority,
         arrival_s=arrival_s,
@@ -33,11 +40,12 @@ def offer(num_tokens: int, *choices: int, name: str = "r", arrival_s: float = 0.
         prefill_worker=WorkerId("prefill-0"),
         request=request,
         next_tokens=tuple(50 + choice for choice in request.choices),
+        lease_s=60.0,
     )
 
 
 def land(batch: DecodeBatch, offered: KvOffer, num_tokens: int, *dropped: int) -> list[tuple[int, int]]:
-    pages = batch.reserve(offered, num_tokens, 0)
+    pages = batch.reserve(offered, [])
     assert pages is not None
     return batch.admit(Incoming(offer=offered, token_ids=list(range(num_tokens)), pages=pages, dropped=set(dropped)))
 
@@ -74,7 +82,7 @@ def test_every_page_is_free_again_when_every_sequence_has_left(num_tokens: int, 
 def test_the_first_wanted_choice_keeps_the_page_that_arrived() -> None:
     batch = DecodeBatch(PagePool(16, PAGE), 16)
     offered = offer(6, 0, 1, 2)
-    pages = batch.reserve(offered, 6, 0)
+    pages = batch.reserve(offered, [])
     assert pages is not None
     copies = batch.admit(Incoming(offer=offered, token_ids=list(range(6)), pages=pages, dropped={0}))
     assert [sequence.pages for sequence in batch.running] == [[pages[0], pages[1]], [pages[0], pages[2]]]
@@ -104,22 +112,46 @@ def test_running_sequences_are_in_order_of_priority_then_arrival() -> None:
 def test_an_offer_waits_while_the_batch_is_full() -> None:
     batch = DecodeBatch(PagePool(32, PAGE), 3)
     land(batch, offer(1, 0, 1, name="a"), 1)
-    assert batch.reserve(offer(1, 0, 1, name="b"), 1, 0) is None
-    assert batch.reserve(offer(1, name="b"), 1, 1) is None
-    assert batch.reserve(offer(1, name="b"), 1, 0) is not None
+    assert batch.reserve(offer(1, 0, 1, name="b"), []) is None
+    on_its_way = Incoming(offer=offer(1, name="c"), token_ids=[0], pages=[])
+    assert batch.reserve(offer(1, name="b"), [on_its_way]) is None
+    assert batch.reserve(offer(1, name="b"), []) is not None
 
 
-def test_an_offer_leaves_every_running_sequence_its_next_page() -> None:
-    batch = DecodeBatch(PagePool(6, PAGE), 16)
-    land(batch, offer(4, name="a"), 4)
-    land(batch, offer(4, name="b"), 4)
-    assert batch.reserve(offer(9, name="c"), 9, 0) is None
-    assert batch.reserve(offer(8, name="c"), 8, 0) is not None
+def test_an_offer_waits_until_there_are_pages_for_all_that_will_be_held() -> None:
+    """Two are expected to hold 3 pages each when they end, half of 16 tokens behind 4; a third would need as many."""
+    pool = PagePool(8, PAGE)
+    batch = DecodeBatch(pool, 16)
+    for name in "ab":
+        land(batch, offer(4, name=name, max_new_tokens=16), 4)
+    assert pool.num_free == 6
+    assert batch.reserve(offer(4, name="c", max_new_tokens=16), []) is None
+    assert batch.reserve(offer(4, name="c", max_new_tokens=1), []) is not None
+
+
+def test_what_is_on_its_way_counts_as_if_it_ran() -> None:
+    batch = DecodeBatch(PagePool(8, PAGE), 16)
+    first, second = (offer(4, name=name, max_new_tokens=16) for name in "ab")
+    incoming = [
+        Incoming(offer=each, token_ids=[0] * 4, pages=batch.reserve(each, []) or []) for each in (first, second)
+    ]
+    assert batch.reserve(offer(4, name="c", max_new_tokens=16), incoming) is None
+
+
+def test_answers_that_ended_early_let_more_in() -> None:
+    batch = DecodeBatch(PagePool(8, PAGE), 16)
+    for number in range(8):
+        land(batch, offer(4, name=f"short-{number}", max_new_tokens=16), 4)
+        batch.running[0].token_ids.append(0)
+        batch.remove(batch.running[0])
+    for number in range(4):
+        land(batch, offer(4, name=str(number), max_new_tokens=16), 4)
+    assert len(batch.running) == 4
 
 
 def test_an_offer_to_an_idle_worker_may_take_every_page() -> None:
     batch = DecodeBatch(PagePool(3, PAGE), 16)
-    assert batch.reserve(offer(12), 12, 0) is not None
+    assert batch.reserve(offer(12, max_new_tokens=100), []) is not None
 
 
 def test_a_sequence_gets_a_page_only_when_its_last_one_is_full() -> None:

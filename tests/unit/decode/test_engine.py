@@ -33,6 +33,7 @@ from octet.messages import (
     KvAck,
     KvOffer,
     KvPull,
+    KvRenew,
     Message,
     PrefillRequest,
     StepReport,
@@ -117,8 +118,8 @@ class Pair:
         self.sender = KvSender(prefill_runner.cache, leases, {DECODE: self._channel})
         self.prefill = PrefillEngine(PREFILL, Epoch(1), prefill_runner, leases, self.sender, PrefillConfig())
         self._arrived = threading.Event()
-        self.receiver = KvReceiver(DECODE, {PREFILL: self._channel}, self._ask, self._arrived.set)
         runner = model.runner(num_pages, self.routed)
+        self.receiver = KvReceiver(DECODE, runner.cache, {PREFILL: self._channel}, self._ask, self._arrived.set)
         self.decode = DecodeEngine(DECODE, Epoch(1), runner, self.receiver, DecodeConfig(max_batch=max_batch))
         self.held: queue.Queue[KvPull] | None = None
         self.journals: dict[str, Journal] = {}
@@ -204,8 +205,8 @@ class Pair:
                 for event in message.events:
                     self._hear(event)
             else:
-                assert isinstance(message, KvAck)
-                self.acks.append(message)
+                assert isinstance(message, KvAck | KvRenew)
+                self.acks += [message] if isinstance(message, KvAck) else []
                 self.prefill.handle(message)
 
     def _hear(self, event: TokenEvent | Evicted | Failed) -> None:
@@ -401,8 +402,8 @@ def test_aborting_an_incoming_request_frees_its_pages_when_they_arrive(pair: Pai
     pair.release_pull()
     pair.wait_for_arrival()
     pair.step_decode()
-    pair.step_prefill()
-    assert (pair.num_free, pair.of(Evicted)) == (ALL_FREE, [])
+    pair.until(lambda: pair.num_free == ALL_FREE)
+    assert pair.of(Evicted) == []
 
 
 def test_aborting_an_incoming_request_at_both_workers_frees_its_pages(pair: Pair) -> None:
@@ -415,8 +416,8 @@ def test_aborting_an_incoming_request_at_both_workers_frees_its_pages(pair: Pair
     pair.release_pull()
     pair.wait_for_arrival()
     pair.step_decode()
-    pair.step_prefill()
-    assert (pair.num_free, pair.of(Evicted)) == (ALL_FREE, [])
+    pair.until(lambda: pair.num_free == ALL_FREE)
+    assert pair.of(Evicted) == []
 
 
 def test_aborting_one_incoming_choice_leaves_the_others(pair: Pair) -> None:
@@ -451,8 +452,10 @@ def test_a_lease_that_was_over_before_the_pull_is_evicted_and_the_request_still_
     pair.hold_pulls()
     pair.submit(asked)
     pair.step()
-    pair.now_s = LEASE_S
-    pair.step_prefill()
+    # It was renewed once, and then nothing was heard.
+    for _ in range(2):
+        pair.now_s += LEASE_S
+        pair.step_prefill()
     assert pair.num_free[0] == 64
     pair.release_pull()
     pair.wait_for_arrival()
@@ -460,6 +463,18 @@ def test_a_lease_that_was_over_before_the_pull_is_evicted_and_the_request_still_
     pair.run()
     assert [event.reason for event in pair.of(Evicted)] == ["its lease was over before the pages were taken"]
     assert pair.tokens() == alone(pairs, asked)
+
+
+def test_a_lease_lasts_as_long_as_its_request_waits_for_room(pairs: Callable[..., Pair]) -> None:
+    pair = pairs(max_batch=1)
+    pair.submit(request(max_new_tokens=40))
+    pair.until_running()
+    pair.submit(request())
+    for _ in range(20):
+        pair.step()
+        pair.now_s += LEASE_S / 2
+    pair.run()
+    assert pair.of(Evicted) == []
 
 
 def test_the_youngest_gives_way_and_everyone_still_finishes(pairs: Callable[..., Pair]) -> None:
@@ -550,8 +565,7 @@ def test_pages_of_a_failed_incoming_request_come_back_when_they_arrive(pair: Pai
     pair.release_pull()
     pair.wait_for_arrival()
     pair.step_decode()
-    pair.step_prefill()
-    assert pair.num_free == ALL_FREE
+    pair.until(lambda: pair.num_free == ALL_FREE)
 
 
 def test_a_failure_is_told_once(pair: Pair) -> None:

@@ -8,7 +8,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from cluster.planning import EMBEDDED_MODEL
 from decode.handoff import Arrival, KvReceiver
+from model import kv_cache
+from model.config import read_config
+from model.kv_cache import KvCache
 from octet.errors import PeerLostError, UnavailableError
 from octet.ids import LeaseId, RequestId, WorkerId
 from octet.messages import KvOffer, KvPull, PrefillRequest, pack_ids
@@ -17,6 +21,7 @@ from octet.request import Output, Sampling, Stopping
 DECODE = WorkerId("decode-0")
 PREFILLS = [WorkerId("prefill-0"), WorkerId("prefill-1")]
 PATIENT_S = 20.0
+NUM_PAGES = 8
 
 
 def offer(lease: str, prefill: WorkerId = PREFILLS[0]) -> KvOffer:
@@ -34,7 +39,7 @@ def offer(lease: str, prefill: WorkerId = PREFILLS[0]) -> KvOffer:
         decode_worker=DECODE,
         frontend=WorkerId("frontend-0"),
     )
-    return KvOffer(lease_id=LeaseId(lease), prefill_worker=prefill, request=request, next_tokens=(1,))
+    return KvOffer(lease_id=LeaseId(lease), prefill_worker=prefill, request=request, next_tokens=(1,), lease_s=60.0)
 
 
 class FakeChannel:
@@ -64,7 +69,12 @@ class Ends:
         self.asked: queue.Queue[tuple[WorkerId, KvPull]] = queue.Queue()
         self.woken = threading.Semaphore(0)
         self.unreachable: set[WorkerId] = set()
-        self.receiver = KvReceiver(DECODE, self.channels, self._ask, self.woken.release)
+        self.cache = KvCache(read_config(EMBEDDED_MODEL), NUM_PAGES, 2, torch.float32, torch.device("cpu"))
+        self.receiver = KvReceiver(DECODE, self.cache, self.channels, self._ask, self.woken.release)
+
+    def some_pages(self, count: int) -> torch.Tensor:
+        """What a prefill worker would send."""
+        return torch.randn(self.cache.export_pages(range(count)).shape)
 
     def _ask(self, to: WorkerId, pull: KvPull) -> None:
         if to in self.unreachable:
@@ -85,77 +95,100 @@ def ends() -> Iterator[Ends]:
 
 
 def test_a_pull_asks_the_prefill_worker_that_offered(ends: Ends) -> None:
-    ends.receiver.pull(offer("a", PREFILLS[1]), 8)
+    ends.receiver.pull(offer("a", PREFILLS[1]), [0])
     asked = ends.asked.get(timeout=PATIENT_S)
     assert asked == (PREFILLS[1], KvPull(lease_id=LeaseId("a"), decode_worker=DECODE))
 
 
-def test_pages_that_arrive_wake_the_engine(ends: Ends) -> None:
-    pages = torch.arange(8, dtype=torch.uint8)
-    ends.receiver.pull(offer("a"), 8)
-    ends.channels[PREFILLS[0]].answers.put(pages)
-    arrival = ends.arrival()
-    assert (arrival.lease_id, arrival.pages, arrival.reason) == ("a", pages, "")
-    assert ends.channels[PREFILLS[0]].sizes == [8]
+def test_pages_are_in_their_places_when_the_engine_is_woken(ends: Ends) -> None:
+    sent = ends.some_pages(3)
+    ends.receiver.pull(offer("a"), [5, 0, 2])
+    ends.channels[PREFILLS[0]].answers.put(sent.flatten().view(torch.uint8))
+    assert ends.arrival() == Arrival(LeaseId("a"))
+    assert ends.cache.export_pages([5, 0, 2]).equal(sent)
+    assert ends.channels[PREFILLS[0]].sizes == [sent.nbytes]
 
 
-def test_pages_of_a_lease_that_is_over_arrive_as_none_with_a_reason(ends: Ends) -> None:
-    ends.receiver.pull(offer("a"), 8)
+def test_many_pages_come_in_parts(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    page_bytes = ends.cache.page_bytes()
+    monkeypatch.setattr(kv_cache, "_PART_BYTES", 2 * page_bytes + 1)
+    sent = ends.some_pages(5)
+    ends.receiver.pull(offer("a"), [7, 1, 3, 2, 6])
+    for part in (sent[:, :, :2], sent[:, :, 2:4], sent[:, :, 4:]):
+        ends.channels[PREFILLS[0]].answers.put(part.flatten().view(torch.uint8))
+    assert ends.arrival() == Arrival(LeaseId("a"))
+    assert ends.cache.export_pages([7, 1, 3, 2, 6]).equal(sent)
+    assert ends.channels[PREFILLS[0]].sizes == [2 * page_bytes, 2 * page_bytes, page_bytes]
+
+
+def test_a_channel_that_breaks_between_two_parts_is_an_arrival_with_the_reason(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kv_cache, "_PART_BYTES", ends.cache.page_bytes())
+    ends.receiver.pull(offer("a"), [0, 1])
+    ends.channels[PREFILLS[0]].answers.put(ends.some_pages(1).flatten().view(torch.uint8))
+    ends.channels[PREFILLS[0]].answers.put(PeerLostError("its process is gone"))
+    assert "its process is gone" in ends.arrival().reason
+
+
+def test_a_lease_that_is_over_is_an_arrival_with_the_reason(ends: Ends) -> None:
+    ends.receiver.pull(offer("a"), [0])
     ends.channels[PREFILLS[0]].answers.put(None)
-    arrival = ends.arrival()
-    assert (arrival.pages, arrival.reason) == (None, "its lease was over before the pages were taken")
+    assert ends.arrival().reason == "its lease was over before the pages were taken"
 
 
 def test_pulls_from_one_worker_are_answered_in_order(ends: Ends) -> None:
-    for lease in "abc":
-        ends.receiver.pull(offer(lease), 1)
+    sent = [ends.some_pages(1) for _ in range(3)]
+    for page, lease in enumerate("abc"):
+        ends.receiver.pull(offer(lease), [page])
     arrivals = []
-    for number in range(3):
-        ends.channels[PREFILLS[0]].answers.put(torch.full((1,), number, dtype=torch.uint8))
+    for pages in sent:
+        ends.channels[PREFILLS[0]].answers.put(pages.flatten().view(torch.uint8))
         arrivals.append(ends.arrival())
-    assert [(a.lease_id, a.pages.item()) for a in arrivals if a.pages is not None] == [("a", 0), ("b", 1), ("c", 2)]
+    assert [arrival.lease_id for arrival in arrivals] == ["a", "b", "c"]
+    assert ends.cache.export_pages([0, 1, 2]).equal(torch.cat(sent, dim=2))
 
 
 def test_a_silent_worker_delays_nobody_elses_pages(ends: Ends) -> None:
-    ends.receiver.pull(offer("silent", PREFILLS[0]), 1)
-    ends.receiver.pull(offer("a", PREFILLS[1]), 1)
-    ends.channels[PREFILLS[1]].answers.put(torch.zeros(1, dtype=torch.uint8))
+    ends.receiver.pull(offer("silent", PREFILLS[0]), [0])
+    ends.receiver.pull(offer("a", PREFILLS[1]), [1])
+    ends.channels[PREFILLS[1]].answers.put(ends.some_pages(1).flatten().view(torch.uint8))
     assert ends.arrival().lease_id == "a"
 
 
-def test_a_broken_channel_is_an_arrival_without_pages(ends: Ends) -> None:
-    ends.receiver.pull(offer("a"), 1)
+def test_a_broken_channel_is_an_arrival_with_the_reason(ends: Ends) -> None:
+    ends.receiver.pull(offer("a"), [0])
     ends.channels[PREFILLS[0]].answers.put(PeerLostError("its process is gone"))
     arrival = ends.arrival()
-    assert arrival.pages is None
     assert "prefill-0" in arrival.reason
     assert "its process is gone" in arrival.reason
 
 
 def test_nothing_is_asked_of_a_worker_whose_channel_broke(ends: Ends) -> None:
-    ends.receiver.pull(offer("a"), 1)
+    ends.receiver.pull(offer("a"), [0])
     ends.channels[PREFILLS[0]].answers.put(PeerLostError("gone"))
     ends.arrival()
     ends.asked.get(timeout=PATIENT_S)
-    ends.receiver.pull(offer("b"), 1)
-    assert (ends.arrival().pages, ends.asked.qsize()) == (None, 0)
+    ends.receiver.pull(offer("b"), [0])
+    assert "gone" in ends.arrival().reason
+    assert ends.asked.qsize() == 0
 
 
-def test_a_worker_that_cannot_be_asked_is_an_arrival_without_pages(ends: Ends) -> None:
+def test_a_worker_that_cannot_be_asked_is_an_arrival_with_the_reason(ends: Ends) -> None:
     ends.unreachable.add(PREFILLS[0])
-    ends.receiver.pull(offer("a"), 1)
+    ends.receiver.pull(offer("a"), [0])
     assert "no such peer" in ends.arrival().reason
 
 
-def test_an_offer_of_an_unknown_worker_is_an_arrival_without_pages(ends: Ends) -> None:
-    ends.receiver.pull(offer("a", WorkerId("prefill-9")), 1)
+def test_an_offer_of_an_unknown_worker_is_an_arrival_with_the_reason(ends: Ends) -> None:
+    ends.receiver.pull(offer("a", WorkerId("prefill-9")), [0])
     (arrival,) = ends.receiver.arrived()
-    assert (arrival.pages, arrival.reason) == (None, "no channel to prefill-9")
+    assert arrival.reason == "no channel to prefill-9"
 
 
 def test_closing_ends_a_pull_that_waits() -> None:
     ends = Ends()
-    ends.receiver.pull(offer("a"), 1)
+    ends.receiver.pull(offer("a"), [0])
     ends.asked.get(timeout=PATIENT_S)
     start_s = time.monotonic()
     ends.receiver.close(PATIENT_S)

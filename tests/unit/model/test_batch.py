@@ -36,9 +36,9 @@ def test_each_token_writes_the_slot_of_its_position_in_its_own_pages() -> None:
     assert batch.kv_slots_T.tolist() == [30, 12, 13, 14, 15, 4, 11, 36]
 
 
-def test_a_later_span_reads_all_slots_up_to_its_end() -> None:
-    batch, _ = built(SINGLE, LATER)
-    assert batch.prefill[0].kv_slots.tolist() == [8, 9, 10, 11, 36]
+def test_a_later_span_reads_the_pages_of_what_lies_before_it() -> None:
+    batch, _ = built(SINGLE, LATER, Span(token_ids=[1, 2], start=4, pages=[2, 9]))
+    assert [(span.start, span.pages.tolist()) for span in batch.prefill] == [(3, [2]), (4, [2])]
 
 
 def test_the_rows_of_a_long_span_are_its_own() -> None:
@@ -46,16 +46,9 @@ def test_the_rows_of_a_long_span_are_its_own() -> None:
     assert [batch.token_ids_T[span.rows].tolist() for span in batch.prefill] == [[10, 11, 12, 13, 14], [30, 31]]
 
 
-def test_a_span_from_the_start_needs_no_mask() -> None:
+def test_nothing_lies_before_a_span_from_the_start() -> None:
     batch, _ = built(LONG)
-    assert batch.prefill[0].mask is None
-
-
-def test_a_later_token_sees_what_lies_before_its_span_and_itself() -> None:
-    batch, _ = built(LATER)
-    mask = batch.prefill[0].mask
-    assert mask is not None
-    assert mask.tolist() == [[True, True, True, True, False], [True] * 5]
+    assert (batch.prefill[0].start, batch.prefill[0].pages.tolist()) == (0, [])
 
 
 def test_decode_rows_see_only_positions_that_exist() -> None:

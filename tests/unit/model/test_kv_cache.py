@@ -6,6 +6,8 @@ import pathlib
 import pytest
 import torch
 
+from model import kv_cache
+from model.census import take_census
 from model.config import ModelConfig, read_config
 from model.kv_cache import KvCache
 
@@ -107,6 +109,13 @@ def test_an_export_is_a_copy(cache: KvCache) -> None:
     assert exported.equal(before)
 
 
+def test_parts_are_bounded_and_keep_the_order(cache: KvCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_cache, "_PART_BYTES", 2 * cache.page_bytes())
+    assert list(cache.parts([5, 0, 3, 1, 4])) == [[5, 0], [3, 1], [4]]
+    monkeypatch.setattr(kv_cache, "_PART_BYTES", 1)
+    assert list(cache.parts([5, 0])) == [[5], [0]]
+
+
 def test_a_page_is_copied_in_all_layers(cache: KvCache) -> None:
     for layer in range(NUM_LAYERS):
         filled(cache, layer)
@@ -118,6 +127,16 @@ def test_page_bytes_are_those_of_an_exported_page(cache: KvCache) -> None:
     assert (
         cache.page_bytes() == cache.export_pages([0]).nbytes == 4 * NUM_LAYERS * 2 * PAGE_SIZE * NUM_KV_HEADS * HEAD_DIM
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_token_takes_what_the_census_says(config: ModelConfig, dtype: torch.dtype) -> None:
+    """The figure that `octet check` prints."""
+    cache = new_cache(config, dtype)
+    per_token = take_census(config, 2, dtype.itemsize).kv_bytes_per_token
+    # Every layer is a view of the one tensor.
+    assert cache.of_layer(0)[0].untyped_storage().nbytes() == NUM_PAGES * PAGE_SIZE * per_token
+    assert cache.page_bytes() == PAGE_SIZE * per_token
 
 
 def test_unwritten_slots_are_finite(cache: KvCache) -> None:

@@ -86,9 +86,16 @@ def test_a_lease_counts_until_its_pages_are_back(table: LeaseTable) -> None:
     assert len(table) == 1
 
 
-def test_the_next_deadline_is_the_earliest(table: LeaseTable) -> None:
-    assert table.next_deadline_s() == 110.0
-    table.reclaim(110.0)
-    assert table.next_deadline_s() == 115.0
-    table.reclaim(115.0)
-    assert table.next_deadline_s() is None
+def test_a_renewed_lease_holds_its_pages_for_as_long_again(table: LeaseTable) -> None:
+    table.renew(A)
+    assert table.reclaim(109.0) == []
+    assert table.reclaim(118.0) == [6]
+    assert table.reclaim(119.0) == [4, 5]
+
+
+def test_a_lease_that_is_over_cannot_be_renewed(table: LeaseTable) -> None:
+    table.acknowledge(A)
+    table.renew(A)
+    assert table.reclaim(100.0) == [4, 5]
+    table.renew(A)
+    assert table.begin_sending(A) is None

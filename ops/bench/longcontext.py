@@ -1,0 +1,158 @@
+"""`octet bench longcontext`: memory and time to the first token as prompts get longer, up to the whole context.
+
+One process holds a prefill engine, a decode engine and a shard; a prompt goes all the way, hand-off included. Every KV
+page is touched before, so that what is measured is what a prompt takes beside its pages. The floor of the time is
+quadratic: every token looks at all before it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import multiprocessing
+import pathlib
+import random
+import tempfile
+import time
+import uuid
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from octet.ids import RequestId, WorkerId
+from octet.messages import PrefillRequest, pack_ids
+from octet.request import Output, Sampling, Stopping
+from ops.bench.checkpoints import BENCH, write_checkpoint
+
+if TYPE_CHECKING:
+    from ops.local import LocalEngine
+
+_CONTEXT, _PAGE_SIZE, _NEW_TOKENS = 32768, 16, 8
+_LENGTHS = (2048, 8192, _CONTEXT)
+SMALL: dict[str, Any] = {
+    **BENCH,
+    "vocab_size": 1024,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "moe_intermediate_size": 64,
+    "n_routed_experts": 16,
+    "max_position_embeddings": _CONTEXT,
+}
+"""Small enough for a prompt of 32K tokens in some ten seconds."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """What one sequence of `num_tokens`, prompt and answer, took."""
+
+    num_tokens: int
+    ttft_s: float
+    peak_bytes: int
+    """Resident memory at its peak, less what it was before."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    points: list[Point]
+    kv_bytes_per_token: float
+    """Growth of resident memory when the pages are first written."""
+    formula_bytes_per_token: int
+
+
+def bench_longcontext() -> None:
+    """Print time and memory by length; then KV bytes per token against the formula."""
+    with tempfile.TemporaryDirectory() as scratch:
+        write_checkpoint(pathlib.Path(scratch), SMALL)
+        measured = measure(pathlib.Path(scratch), _LENGTHS)
+    table = Table(box=None, pad_edge=False)
+    for column in ("tokens", "TTFT ms", "÷ shortest", "peak MiB beside the pages", "pages' MiB"):
+        table.add_column(column, justify="right")
+    first = measured.points[0]
+    for point in measured.points:
+        table.add_row(
+            str(point.num_tokens),
+            f"{point.ttft_s * 1000:.0f}",
+            f"{point.ttft_s / first.ttft_s:.1f}",
+            f"{point.peak_bytes / 2**20:.1f}",
+            f"{point.num_tokens * measured.formula_bytes_per_token / 2**20:.1f}",
+        )
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(
+        f"KV bytes per token: {measured.kv_bytes_per_token:.0f} resident, {measured.formula_bytes_per_token} by "
+        f"`octet check`, ratio {measured.kv_bytes_per_token / measured.formula_bytes_per_token:.3f}"
+    )
+
+
+def measure(model_dir: pathlib.Path, lengths: Sequence[int]) -> Measured:
+    """In a process of its own; the longest length is all that its pages hold."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_measure, (str(model_dir), tuple(lengths)))
+
+
+def _measure(model_dir: str, lengths: Sequence[int]) -> Measured:
+    from cluster.process import resident_bytes
+    from model.census import take_census
+    from ops.local import LocalEngine
+
+    num_pages = -(-max(lengths) // _PAGE_SIZE)
+    engine = LocalEngine(pathlib.Path(model_dir), num_pages=num_pages, page_size=_PAGE_SIZE)
+    with contextlib.closing(engine):
+        before = resident_bytes()
+        for cache in engine.caches:
+            for page in range(num_pages):
+                cache.import_pages([page], cache.export_pages([page]))
+        held = resident_bytes() - before
+        for _ in range(2):
+            _sequence(engine, min(lengths))
+        return Measured(
+            points=[_sequence(engine, num_tokens) for num_tokens in lengths],
+            kv_bytes_per_token=held / (len(engine.caches) * num_pages * _PAGE_SIZE),
+            formula_bytes_per_token=take_census(engine.config, 4, 4).kv_bytes_per_token,
+        )
+
+
+def _sequence(engine: LocalEngine, num_tokens: int) -> Point:
+    """A prompt of random tokens and an answer, `num_tokens` together."""
+    prompt = random.choices(range(engine.config.vocab_size), k=num_tokens - _NEW_TOKENS)
+    before = _resident(reset_peak=True)
+    start_s = time.perf_counter()
+    journal = engine.submit(_request(prompt))
+    while not engine.step():
+        pass
+    ttft_s = time.perf_counter() - start_s
+    while not journal.ended:
+        engine.step()
+    return Point(num_tokens=num_tokens, ttft_s=ttft_s, peak_bytes=_resident("VmHWM") - before)
+
+
+def _request(prompt: Sequence[int]) -> PrefillRequest:
+    return PrefillRequest(
+        request_id=RequestId(uuid.uuid4().hex),
+        attempt=0,
+        choices=(0,),
+        token_ids=pack_ids(prompt),
+        num_prompt_tokens=len(prompt),
+        sampling=Sampling(),
+        stopping=Stopping(max_new_tokens=_NEW_TOKENS),
+        output=Output(),
+        priority=0,
+        arrival_s=time.monotonic(),
+        decode_worker=WorkerId("decode-0"),
+        frontend=WorkerId("frontend-0"),
+    )
+
+
+def _resident(field: str = "VmRSS", *, reset_peak: bool = False) -> int:
+    """Resident memory of this process, or its peak (`VmHWM`), in bytes."""
+    proc = pathlib.Path("/proc/self")
+    if reset_peak:
+        (proc / "clear_refs").write_text("5")
+    line = next(line for line in (proc / "status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
