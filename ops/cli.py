@@ -234,6 +234,14 @@ def bench_checkpoint(model_dir: pathlib.Path) -> None:
     write_checkpoint(model_dir, BENCH)
 
 
+@bench.command("linear")
+def bench_linear() -> None:
+    """Linear layers over packed panels, beside torch's operator."""
+    from ops.bench.linear import bench_linear as run
+
+    run()
+
+
 @bench.command("lane")
 def bench_lane() -> None:
     """A dispatch and combine without experts, against gloo's own all-to-all."""
