@@ -161,6 +161,9 @@ def bench_serve(
     slo_tpot: Annotated[float, typer.Option(help="Goodput: seconds per token after it.")] = 0.2,
     seed: int = 0,
     json_file: Annotated[pathlib.Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
+    plot: Annotated[
+        pathlib.Path | None, typer.Option(metavar="FILE.png", help="Draw the load (needs the extra 'bench').")
+    ] = None,
 ) -> None:
     """TTFT, TPOT, ITL, throughput and goodput of a running cluster under load."""
     from ops.bench.serve import LoadOptions
@@ -179,7 +182,7 @@ def bench_serve(
         slo_tpot_s=slo_tpot,
         seed=seed,
     )
-    run(grpc, options, json_file)
+    run(grpc, options, json_file, plot)
 
 
 @bench.command("prefix")

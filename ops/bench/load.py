@@ -7,7 +7,6 @@ import dataclasses
 import json
 import pathlib
 import random
-import statistics
 import time
 from collections.abc import Sequence
 
@@ -27,6 +26,8 @@ class Arrival:
 class Outcome:
     """What a request experienced, in seconds from its sending."""
 
+    sent_s: float
+    """When it was sent, in seconds from the beginning of the load."""
     prompt_tokens: int
     token_times_s: tuple[float, ...]
     """When each token came; those of one chunk came together."""
@@ -38,9 +39,11 @@ class Outcome:
         return self.token_times_s[0]
 
     @property
-    def tpot_s(self) -> float:
-        """Mean time per output token after the first."""
-        return (self.token_times_s[-1] - self.ttft_s) / max(len(self.token_times_s) - 1, 1)
+    def tpot_s(self) -> float | None:
+        """Mean time per output token after the first; None where there is no other."""
+        if len(self.token_times_s) < 2:
+            return None
+        return (self.token_times_s[-1] - self.ttft_s) / (len(self.token_times_s) - 1)
 
     @property
     def itl_s(self) -> list[float]:
@@ -86,7 +89,7 @@ async def closed_loop(
 
     async def user() -> None:
         while waiting:
-            outcomes.append(await ask(client, waiting.pop(), vocab_size))
+            outcomes.append(await ask(client, waiting.pop(), vocab_size, start_s))
 
     start_s = time.perf_counter()
     await asyncio.gather(*(user() for _ in range(streams)))
@@ -99,13 +102,13 @@ async def open_loop(client: AsyncClient, arrivals: Sequence[Arrival], vocab_size
 
     async def one(arrival: Arrival) -> Outcome:
         await asyncio.sleep(max(0.0, start_s + arrival.at_s - time.perf_counter()))
-        return await ask(client, arrival, vocab_size)
+        return await ask(client, arrival, vocab_size, start_s)
 
     outcomes = await asyncio.gather(*map(one, arrivals))
     return list(outcomes), time.perf_counter() - start_s
 
 
-async def ask(client: AsyncClient, arrival: Arrival, vocab_size: int) -> Outcome:
+async def ask(client: AsyncClient, arrival: Arrival, vocab_size: int, load_start_s: float) -> Outcome:
     """A prompt of random ids, greedy, as many tokens as asked for."""
     prompt = random.choices(range(vocab_size), k=arrival.prompt_tokens)
     times: list[float] = []
@@ -117,54 +120,9 @@ async def ask(client: AsyncClient, arrival: Arrival, vocab_size: int) -> Outcome
     except CallError as failure:
         error = failure.code.name
     return Outcome(
+        sent_s=start_s - load_start_s,
         prompt_tokens=arrival.prompt_tokens,
         token_times_s=tuple(times),
         end_s=time.perf_counter() - start_s,
         error=error,
     )
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Summary:
-    """Percentiles in seconds: (p50, p95, p99)."""
-
-    requests: int
-    errors: dict[str, int]
-    duration_s: float
-    tokens_per_s: float
-    prompt_tokens_per_s: float
-    goodput_per_s: float
-    """Requests per second that kept both service levels."""
-    ttft_s: tuple[float, float, float]
-    tpot_s: tuple[float, float, float]
-    itl_s: tuple[float, float, float]
-    e2e_s: tuple[float, float, float]
-
-
-def summarize(outcomes: Sequence[Outcome], duration_s: float, slo_ttft_s: float, slo_tpot_s: float) -> Summary:
-    good = [outcome for outcome in outcomes if not outcome.error]
-    errors: dict[str, int] = {}
-    for outcome in outcomes:
-        if outcome.error:
-            errors[outcome.error] = errors.get(outcome.error, 0) + 1
-    kept = sum(outcome.ttft_s <= slo_ttft_s and outcome.tpot_s <= slo_tpot_s for outcome in good)
-    return Summary(
-        requests=len(outcomes),
-        errors=errors,
-        duration_s=duration_s,
-        tokens_per_s=sum(len(outcome.token_times_s) for outcome in outcomes) / duration_s,
-        prompt_tokens_per_s=sum(outcome.prompt_tokens for outcome in good) / duration_s,
-        goodput_per_s=kept / duration_s,
-        ttft_s=_percentiles([outcome.ttft_s for outcome in good]),
-        tpot_s=_percentiles([outcome.tpot_s for outcome in good]),
-        itl_s=_percentiles([itl for outcome in good for itl in outcome.itl_s]),
-        e2e_s=_percentiles([outcome.end_s for outcome in good]),
-    )
-
-
-def _percentiles(values: list[float]) -> tuple[float, float, float]:
-    if len(values) < 2:
-        only = values[0] if values else 0.0
-        return only, only, only
-    cuts = statistics.quantiles(values, n=100, method="inclusive")
-    return cuts[49], cuts[94], cuts[98]

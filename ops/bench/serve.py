@@ -12,7 +12,9 @@ from rich.table import Table
 
 from octet.client import AsyncClient
 from octet.errors import ConfigError
-from ops.bench.load import Arrival, Summary, closed_loop, open_loop, poisson, read_trace, summarize
+from ops.bench.load import Arrival, Outcome, closed_loop, open_loop, poisson, read_trace
+from ops.bench.plot import draw_load, require_matplotlib
+from ops.bench.summary import Summary, summarize
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,31 +34,35 @@ class LoadOptions:
     seed: int
 
 
-def bench_serve(address: str, options: LoadOptions, json_file: pathlib.Path | None) -> None:
-    """Print a table; with `json_file`, write the same numbers there.
+def bench_serve(
+    address: str, options: LoadOptions, json_file: pathlib.Path | None, plot_file: pathlib.Path | None = None
+) -> None:
+    """Print a table; with `json_file`, write the same numbers there; with `plot_file`, draw them as a PNG.
 
-    Raises: ConfigError for contradicting options, CallError if the cluster does not answer.
+    Raises: ConfigError for contradicting options or a plot without matplotlib, CallError if the cluster does not
+        answer.
     """
     given = [name for name in ("streams", "rate", "trace") if getattr(options, name) is not None]
     if len(given) != 1:
         raise ConfigError("bench serve", ", ".join(given) or "no load", "exactly one of --streams, --rate, --trace")
-    summary = asyncio.run(_run(address, options))
+    if plot_file is not None:
+        require_matplotlib(plot_file)
+    outcomes, duration_s = asyncio.run(_run(address, options))
+    summary = summarize(outcomes, duration_s, options.slo_ttft_s, options.slo_tpot_s)
     _print(summary)
     if json_file is not None:
         json_file.write_text(json.dumps(dataclasses.asdict(summary), indent=2) + "\n")
+    if plot_file is not None:
+        draw_load(plot_file, outcomes, summary, options.slo_ttft_s, options.slo_tpot_s)
 
 
-async def _run(address: str, options: LoadOptions) -> Summary:
+async def _run(address: str, options: LoadOptions) -> tuple[list[Outcome], float]:
     async with AsyncClient(address, timeout_s=600.0) as client:
         info = await client.model_info(timeout_s=30.0)
         if options.streams is not None:
             each = Arrival(at_s=0.0, prompt_tokens=options.prompt_tokens, new_tokens=options.new_tokens)
-            outcomes, duration_s = await closed_loop(
-                client, [each] * options.requests, options.streams, info.vocab_size
-            )
-        else:
-            outcomes, duration_s = await open_loop(client, _arrivals(options, info.max_model_len), info.vocab_size)
-    return summarize(outcomes, duration_s, options.slo_ttft_s, options.slo_tpot_s)
+            return await closed_loop(client, [each] * options.requests, options.streams, info.vocab_size)
+        return await open_loop(client, _arrivals(options, info.max_model_len), info.vocab_size)
 
 
 def _arrivals(options: LoadOptions, max_len: int) -> list[Arrival]:
@@ -79,5 +85,5 @@ def _print(summary: Summary) -> None:
         table.add_column(column, justify="left" if column == "ms" else "right")
     rows = (("TTFT", summary.ttft_s), ("TPOT", summary.tpot_s), ("ITL", summary.itl_s), ("end to end", summary.e2e_s))
     for name, values in rows:
-        table.add_row(name, *(f"{value * 1000:.1f}" for value in values))
+        table.add_row(name, *(f"{value * 1000:.1f}" for value in dataclasses.astuple(values)))
     console.print(table)

@@ -1,0 +1,50 @@
+"""What outcomes and rounds come to."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from ops.bench.load import Outcome
+from ops.bench.summary import Percentiles, Spread, percentiles, summarize
+
+
+def outcome(*times_s: float, error: str = "", sent_s: float = 0.0) -> Outcome:
+    end_s = times_s[-1] if times_s else 0.1
+    return Outcome(sent_s=sent_s, prompt_tokens=10, token_times_s=times_s, end_s=end_s, error=error)
+
+
+def test_a_summary_counts_tokens_errors_and_kept_service_levels() -> None:
+    failed = [outcome(error="UNAVAILABLE"), outcome(0.2, 0.4, error="UNAVAILABLE"), outcome(error="CANCELLED")]
+    outcomes = [outcome(0.1, 0.2, 0.3), outcome(0.9, 1.0), outcome(0.1, 1.1), *failed]
+    summary = summarize(outcomes, duration_s=2.0, slo_ttft_s=0.5, slo_tpot_s=0.5)
+    assert summary.errors == {"UNAVAILABLE": 2, "CANCELLED": 1}
+    assert summary.tokens_per_s == pytest.approx(9 / 2)
+    assert summary.prompt_tokens_per_s == pytest.approx(30 / 2)
+    assert summary.goodput_per_s == pytest.approx(0.5)
+    assert summary.ttft_s.p50 == pytest.approx(0.1)
+    assert summary.e2e_s.p50 == pytest.approx(1.0)
+    assert summary.itl_s.p99 == pytest.approx(1.0, rel=0.1)
+
+
+def test_a_request_of_one_token_has_no_time_per_output_token() -> None:
+    summary = summarize([outcome(0.1), outcome(0.1, 0.3, 0.5)], duration_s=1.0, slo_ttft_s=1.0, slo_tpot_s=0.2)
+    assert (summary.tpot_s.p50, summary.tpot_s.p99) == pytest.approx((0.2, 0.2))
+    assert summary.goodput_per_s == pytest.approx(2.0)
+
+
+def test_nothing_measured_is_zero() -> None:
+    assert summarize([outcome(error="UNAVAILABLE")], 1.0, 1.0, 1.0).ttft_s == Percentiles(p50=0, p95=0, p99=0)
+
+
+def test_percentiles_are_numpys() -> None:
+    values = [random.expovariate(1.0) for _ in range(random.randint(2, 500))]
+    found = percentiles(values)
+    assert [found.p50, found.p95, found.p99] == pytest.approx(np.percentile(values, [50, 95, 99]).tolist())
+
+
+def test_ratios_are_taken_round_by_round() -> None:
+    slow_machine, usual = [1.0, 2.0], [10.0, 20.0]
+    assert Spread.of_ratios([*usual, 30.0], [*slow_machine, 10.0]) == Spread(median=10.0, low=3.0, high=10.0)
