@@ -8,15 +8,17 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
-from model.linear import Packer, linear
+from model.linear import PackedMatrix, Packer, linear
 
 _BYTES, _REPEATS = 128 * 2**20, 5
+_Weight = TypeVar("_Weight", torch.Tensor, PackedMatrix)
 
 
 def bench_linear(
@@ -56,14 +58,16 @@ def _measured(columns: int, depth: int, row_counts: Sequence[int]) -> Iterator[t
         x_TH = torch.randn(num_rows, depth)
         by_panels, by_torch = [], []
         for _ in range(_REPEATS):
-            by_panels.append(_seconds_per_call(lambda index, x=x_TH: linear(x, packed[index]), len(packed)))
-            by_torch.append(_seconds_per_call(lambda index, x=x_TH: F.linear(x, plain[index]), len(plain)))
+            by_panels.append(_seconds_per_call(linear, x_TH, packed))
+            by_torch.append(_seconds_per_call(F.linear, x_TH, plain))
         yield num_rows, statistics.median(by_panels), statistics.median(by_torch)
 
 
 @torch.inference_mode()
-def _seconds_per_call(call: Callable[[int], torch.Tensor], count: int) -> float:
+def _seconds_per_call(
+    multiply: Callable[[torch.Tensor, _Weight], torch.Tensor], x_TH: torch.Tensor, weights: Sequence[_Weight]
+) -> float:
     start_s = time.perf_counter()
-    for index in range(count):
-        call(index)
-    return (time.perf_counter() - start_s) / count
+    for weight in weights:
+        multiply(x_TH, weight)
+    return (time.perf_counter() - start_s) / len(weights)
