@@ -193,7 +193,7 @@ class DecodeBatch:
             num_tokens=num_tokens,
             remaining=self._answers.remaining(num_new_tokens, request.stopping.max_new_tokens),
             siblings=(request.request_id, request.choices),
-            shared_pages=request.num_tokens // self._pool.page_size,
+            shared_pages=self._num_shared(request.num_tokens),
         )
 
     def of(self, request_id: RequestId, choice: int | None) -> list[RunningSequence]:

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from decode.admission import peak_pages
 from decode.batch import DecodeBatch, Incoming
 from model.pages import PagePool
 from octet.ids import LeaseId, RequestId, WorkerId
@@ -226,3 +227,12 @@ def test_drafts_get_the_room_there_is_and_give_it_back() -> None:
     batch.trim()
     assert [len(sequence.pages) for sequence in batch.running] == [1, 1]
     assert pool.num_free == 2
+
+
+def test_admission_counts_the_last_pages_that_choices_with_drafts_do_not_share() -> None:
+    needed = []
+    for lookahead in (0, 1):
+        batch = DecodeBatch(PagePool(256, PAGE), 64, lookahead=lookahead)
+        land(batch, offer(8, *range(6)), 8)
+        needed.append(peak_pages(list(batch._demands([])), PAGE))
+    assert needed[1] - needed[0] == 5
