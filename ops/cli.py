@@ -245,6 +245,14 @@ def bench_linear() -> None:
     run()
 
 
+@bench.command("balance")
+def bench_balance() -> None:
+    """How level the balancer makes the loads of a large model, with how many moves, and how fast."""
+    from ops.bench.balance import bench_balance as run
+
+    run()
+
+
 @bench.command("lane")
 def bench_lane() -> None:
     """A dispatch and combine without experts, against gloo's own all-to-all."""

@@ -75,20 +75,20 @@ def from_physical(
         physical_to_logical.min() >= EMPTY and physical_to_logical.max() < num_experts
     ):
         raise ValueError(f"a slot holds an expert outside 0..{num_experts - 1}")
+    held = physical_to_logical != EMPTY
+    layer_of, slot_of = held.nonzero()
+    expert_of = physical_to_logical[held]
     num_replicas = np.zeros((num_layers, num_experts), dtype=np.int32)
-    for row, counts in zip(physical_to_logical, num_replicas, strict=True):
-        counts += np.bincount(row[row != EMPTY], minlength=num_experts).astype(np.int32)
+    np.add.at(num_replicas, (layer_of, expert_of), 1)
     if num_replicas.size and num_replicas.min() == 0:
         layer, expert = np.argwhere(num_replicas == 0)[0]
         raise ValueError(f"expert {expert} of layer {layers[layer]} has no slot")
     max_replicas = int(num_replicas.max()) if num_replicas.size else 1
     logical_to_physical = np.full((num_layers, num_experts, max_replicas), EMPTY, dtype=np.int32)
-    for row, physical in zip(physical_to_logical, logical_to_physical, strict=True):
-        seen = np.zeros(num_experts, dtype=np.int32)
-        for slot, expert in enumerate(row):
-            if expert != EMPTY:
-                physical[expert, seen[expert]] = slot
-                seen[expert] += 1
+    # Sorted by layer and expert, the slots of an expert are a run that begins where the counts before it add up to.
+    order = np.lexsort((slot_of, expert_of, layer_of))
+    replica_of = np.arange(len(order)) - np.repeat(num_replicas.cumsum() - num_replicas.ravel(), num_replicas.ravel())
+    logical_to_physical[layer_of[order], expert_of[order], replica_of] = slot_of[order]
     for array in (physical_to_logical, logical_to_physical, num_replicas):
         array.setflags(write=False)
     return Placement(
