@@ -247,7 +247,7 @@ def bench_linear() -> None:
 
 @bench.command("balance")
 def bench_balance() -> None:
-    """How level the balancer makes the loads of a large model, with how many moves, and how fast."""
+    """How level the balancer, and the choice of replicas per batch, make the loads of a large model, and how fast."""
     from ops.bench.balance import bench_balance as run
 
     run()

@@ -9,10 +9,14 @@ import dataclasses
 import functools
 import importlib
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 
 from router.placement import EMPTY, Placement
+
+if TYPE_CHECKING:
+    from router.plan_cpu import Replicas
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,9 +31,14 @@ class ShardPlan:
     """fp32; 0 where the slot is EMPTY."""
 
 
+FEW_ROWS = {"cpu": 8, "gpu": 64}
+"""Rows per expert hit below which a shard waits for weights rather than for arithmetic. A CPU core reads an expert in
+the time of about 8 more rows of it, a GPU in that of some hundreds; but there a shard merges frames of several."""
+
+
 @functools.cache
 def plan_cpu() -> ModuleType:
-    # Imported here, so that GPU workers do without numba.
+    # Imported here, so that GPU workers do without numba where no expert has replicas.
     return importlib.import_module("router.plan_cpu")
 
 
@@ -38,27 +47,31 @@ class Planner:
 
     def __init__(self, placement: Placement, device: torch.device) -> None:
         self._num_shards, self._slots_per_shard = placement.num_shards, placement.slots_per_shard
-        if device.type == "cpu":
+        self._few_rows = FEW_ROWS["cpu" if device.type == "cpu" else "gpu"]
+        self._replicas: dict[int, Replicas] = {}
+        if device.type == "cpu" or placement.num_replicas.max(initial=1) > 1:
             plan_cpu().warm_up()
-        self._physical = {
-            layer: torch.tensor(placement.logical_to_physical[index], device=device)
+            self._replicas = plan_cpu().replicas_of(placement)
+        self._only_slot = {
+            layer: torch.tensor(placement.logical_to_physical[index, :, 0], device=device)
             for index, layer in enumerate(placement.layers)
-        }
-        self._replicas = {
-            layer: torch.tensor(placement.num_replicas[index], device=device)
-            for index, layer in enumerate(placement.layers)
+            if placement.num_replicas[index].max() == 1
         }
 
     def plan(self, layer: int, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> list[ShardPlan | None]:
-        """One entry per shard, None where no token goes. Replicas of an expert take its tokens in turn."""
+        """One entry per shard, None where no token goes. Which replica serves a row depends on this batch alone."""
         if expert_ids_TK.device.type == "cpu":
             return self._plan_on_cpu(layer, expert_ids_TK, weights_TK)
-        physical_ER = self._physical[layer]
-        if physical_ER.shape[1] == 1:
-            slots_TK = physical_ER[:, 0][expert_ids_TK]
+        return self._plan_on_gpu(layer, expert_ids_TK, weights_TK)
+
+    def _plan_on_gpu(self, layer: int, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> list[ShardPlan | None]:
+        if layer in self._only_slot:
+            slots_TK = self._only_slot[layer][expert_ids_TK]
         else:
-            turn_T1 = torch.arange(len(expert_ids_TK), device=expert_ids_TK.device).unsqueeze(1)
-            slots_TK = physical_ER[expert_ids_TK, turn_T1 % self._replicas[layer][expert_ids_TK]]
+            # To the host and back with 64 bytes a token: the choice is sequential, and takes microseconds there.
+            ids_TK = expert_ids_TK.cpu().numpy()
+            chosen_TK = plan_cpu().choose(ids_TK, self._replicas[layer], self._num_shards, self._few_rows)
+            slots_TK = torch.from_numpy(chosen_TK).to(expert_ids_TK.device)
         shards_TK = slots_TK // self._slots_per_shard
         plans: list[ShardPlan | None] = []
         for shard in range(self._num_shards):
@@ -83,10 +96,10 @@ class Planner:
         counts, rows_XT, slots_XTK, weights_XTK = plan_cpu().plan_rows(
             expert_ids_TK.numpy(),
             weights_TK.numpy(),
-            self._physical[layer].numpy(),
-            self._replicas[layer].numpy(),
+            self._replicas[layer],
             self._num_shards,
             self._slots_per_shard,
+            self._few_rows,
         )
         return [
             None

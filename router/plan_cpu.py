@@ -5,42 +5,76 @@ Shapes: `T` tokens, `K` experts per token, `E` experts, `R` replicas, `X` shards
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 import numpy.typing as npt
 
-from router.placement import EMPTY
+from router.placement import EMPTY, Placement
+from router.replica_choice import choose_replicas
 
 _compile: Any = numba.njit(nogil=True, cache=True)
+_NO_CHOICE = np.empty((0, 0), np.int32)
 Plan = tuple[list[int], npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.float32]]
+
+
+class Replicas(NamedTuple):
+    """Where the experts of one layer are."""
+
+    slots_ER: npt.NDArray[np.int32]
+    """Physical slots, in so many columns as the layer needs."""
+    shards_ER: npt.NDArray[np.int32]
+    count_E: npt.NDArray[np.int32]
+
+
+def replicas_of(placement: Placement) -> dict[int, Replicas]:
+    """By decoder layer."""
+    found = {}
+    for index, layer in enumerate(placement.layers):
+        count_E = placement.num_replicas[index].copy()
+        slots_ER = np.ascontiguousarray(placement.logical_to_physical[index][:, : count_E.max()])
+        found[layer] = Replicas(slots_ER, slots_ER // np.int32(placement.slots_per_shard), count_E)
+    return found
 
 
 def plan_rows(
     expert_ids_TK: npt.NDArray[np.int64],
     weights_TK: npt.NDArray[np.float32],
-    physical_ER: npt.NDArray[np.int32],
-    replicas_E: npt.NDArray[np.int32],
+    replicas: Replicas,
     num_shards: int,
     slots_per_shard: int,
+    few_rows: int,
 ) -> Plan:
     """Rows per shard, then for each shard, in the first so many entries, row numbers, slots and weights."""
     num_tokens, top_k = expert_ids_TK.shape
+    slots_TK = choose(expert_ids_TK, replicas, num_shards, few_rows)
     rows_XT = np.empty((num_shards, num_tokens), np.int64)
     slots_XTK = np.empty((num_shards, num_tokens, top_k), np.int32)
     weights_XTK = np.empty((num_shards, num_tokens, top_k), np.float32)
     counts = np.zeros(num_shards, np.int64)
     _plan_rows(
-        expert_ids_TK, weights_TK, physical_ER, replicas_E, slots_per_shard, counts, rows_XT, slots_XTK, weights_XTK
+        expert_ids_TK, weights_TK, replicas.slots_ER, slots_TK, slots_per_shard, counts, rows_XT, slots_XTK, weights_XTK
     )
     return counts.tolist(), rows_XT, slots_XTK, weights_XTK
 
 
+def choose(
+    expert_ids_TK: npt.NDArray[np.int64], replicas: Replicas, num_shards: int, few_rows: int
+) -> npt.NDArray[np.int32]:
+    """The physical slot of every row `[T, K]`; an empty array where no expert has replicas to choose from."""
+    if replicas.slots_ER.shape[1] == 1:
+        return _NO_CHOICE
+    slots_TK = np.empty(expert_ids_TK.shape, np.int32)
+    choose_replicas(expert_ids_TK, *replicas, num_shards, few_rows, slots_TK)
+    return slots_TK
+
+
 def warm_up() -> None:
     """Compile, or load what was compiled before, so that no request waits for it."""
-    ids, slot = np.zeros((1, 1), np.int64), np.zeros((1, 1), np.int32)
-    plan_rows(ids, np.ones((1, 1), np.float32), slot, np.ones(1, np.int32), 1, 1)
+    two = np.zeros((1, 2), np.int32)
+    replicas = Replicas(two, two, np.ones(1, np.int32))
+    plan_rows(np.zeros((1, 1), np.int64), np.ones((1, 1), np.float32), replicas, 1, 1, 1)
 
 
 @_compile  # type: ignore[untyped-decorator]
@@ -48,7 +82,7 @@ def _plan_rows(
     expert_ids: Any,
     weights: Any,
     physical: Any,
-    replicas: Any,
+    chosen: Any,
     slots_per_shard: Any,
     counts: Any,
     rows: Any,
@@ -56,10 +90,10 @@ def _plan_rows(
     shares: Any,
 ) -> None:
     num_tokens, top_k = expert_ids.shape
+    no_choice = chosen.size == 0
     for token in range(num_tokens):
         for k in range(top_k):
-            expert = expert_ids[token, k]
-            slot = physical[expert, token % replicas[expert]]
+            slot = physical[expert_ids[token, k], 0] if no_choice else chosen[token, k]
             shard = slot // slots_per_shard
             count = counts[shard]
             if count == 0 or rows[shard, count - 1] != token:

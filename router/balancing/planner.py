@@ -66,8 +66,8 @@ def plan(
     goes on from there. With one, the search starts from it and its edits are made while they pay: a move has to take
     more than `budget.move_cost / budget.horizon` off its layer's largest shard load. Layers run one after the other,
     so the sum of their largest loads is what a step waits for. Experts that the topology leaves without a slot, or off
-    their node, are placed whatever it costs. Loads are predicted with equal shares for
-    replicas.
+    their node, are placed whatever it costs. Loads are predicted with equal shares for replicas, which the choice of
+    replicas for each batch (`router.replica_choice`) betters.
 
     Args:
         loads_LE: load of each logical expert per window, such as token rows.

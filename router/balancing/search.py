@@ -179,6 +179,7 @@ def _best_swap(
     """(slot on the hottest shard, slot elsewhere, gain per slot filled); the slot elsewhere may be empty."""
     best_source, best_target, best = -1, -1, 0.0
     peak = loads_x[hot]
+    least_cost = 1 if (table == EMPTY).any() else 2
     for source in range(hot * per_shard, (hot + 1) * per_shard):
         expert = table[source]
         if expert < 0:
@@ -192,7 +193,7 @@ def _best_swap(
             ):
                 continue
             before = _over(peak, mean) + _over(loads_x[shard], mean)
-            if before <= best:
+            if before - _over(peak - share[expert], mean) <= best * least_cost:
                 continue
             for target in range(shard * per_shard, (shard + 1) * per_shard):
                 other = table[target]
@@ -257,7 +258,12 @@ def _best_replica(
             lost, rise = share[old], load_e[old] / (count[old] - 1) - share[old]
         for candidate in range(len(load_e) if shard == hot else per_shard):
             expert = candidate if shard == hot else table[hot * per_shard + candidate]
-            if expert < 0 or held[expert, shard] or (home[expert] != ANYWHERE and home[expert] != nodes[shard]):
+            if (
+                expert < 0
+                or relief[expert] + _over(loads_x[shard], mean) <= best
+                or held[expert, shard]
+                or (home[expert] != ANYWHERE and home[expert] != nodes[shard])
+            ):
                 continue
             new_share = load_e[expert] / (count[expert] + 1)
             here = loads_x[shard] - lost + new_share

@@ -4,12 +4,13 @@ import dataclasses
 from collections import Counter
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from router.placement import EMPTY, Placement, from_physical, place_evenly
-from router.plan import Planner, ShardPlan
+from router.plan import FEW_ROWS, Planner, ShardPlan
 
 LAYER = 5
 
@@ -108,17 +109,28 @@ def test_slots_travel_as_int32_and_weights_as_fp32(routing: Routing) -> None:
             assert (plan.slots_UK.dtype, plan.weights_UK.dtype) == (torch.int32, torch.float32)
 
 
-@given(st.integers(1, 4), st.integers(0, 30))
-def test_replicas_of_an_expert_take_its_tokens_in_turn(num_replicas: int, num_tokens: int) -> None:
-    row = np.array([[0] * num_replicas], dtype=np.int32)
+@pytest.mark.parametrize(("num_tokens", "num_shards"), [(FEW_ROWS["cpu"] - 1, 1), (FEW_ROWS["cpu"], 2)])
+def test_a_second_replica_is_used_from_so_many_rows_on(num_tokens: int, num_shards: int) -> None:
     routing = Routing(
-        placement=from_physical(row, (LAYER,), 1, num_replicas, version=1),
+        placement=from_physical(np.array([[0, 0]], dtype=np.int32), (LAYER,), 1, 2, version=1),
         expert_ids_TK=torch.zeros(num_tokens, 1, dtype=torch.long),
         weights_TK=torch.ones(num_tokens, 1),
     )
-    assert {token: shard for shard, token, _, _ in asked(routing)} == {
-        token: token % num_replicas for token in range(num_tokens)
-    }
+    assert len({shard for shard, _, _, _ in asked(routing)}) == num_shards
+
+
+@given(routings())
+def test_the_torch_operators_that_gpus_use_plan_alike(routing: Routing) -> None:
+    planner, arguments = (
+        Planner(routing.placement, torch.device("cpu")),
+        (LAYER, routing.expert_ids_TK, routing.weights_TK),
+    )
+    for ours, theirs in zip(planner._plan_on_cpu(*arguments), planner._plan_on_gpu(*arguments), strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None and theirs is not None:
+            assert torch.equal(ours.rows_U, theirs.rows_U)
+            assert torch.equal(ours.slots_UK, theirs.slots_UK)
+            assert torch.equal(ours.weights_UK, theirs.weights_UK)
 
 
 def test_no_tokens_go_nowhere() -> None:
