@@ -11,72 +11,80 @@ from typing import Any
 
 import numpy as np
 
-from model.linear_cpu import linear_rows, silu_product
-from model.tiles_cpu import PANEL, declare
+from model.linear import PANEL
+from model.linear_cpu import ROWS, swiglu_rows
+from model.tiles_cpu import declare
 
-_ROWS = 192
-"""Rows of one expert that are gathered at a time."""
+
+@declare("i8(i4[:,::1], b1[::1], i8[::1])")  # type: ignore[untyped-decorator]
+def count_rows(slots: Any, held: Any, counts: Any) -> Any:
+    """Add the rows of each slot to `counts`.
+
+    Args:
+        slots: `[U, K]`; negative entries are skipped.
+        held: `[S]`, whether a slot holds an expert.
+        counts: `[S]`.
+
+    Returns: -1, or the first slot asked for that holds no expert; then nothing was counted.
+    """
+    num_rows, top_k = slots.shape
+    for row in range(num_rows):
+        for k in range(top_k):
+            slot = slots[row, k]
+            if slot >= len(held) or (slot >= 0 and not held[slot]):
+                return slot
+    for row in range(num_rows):
+        for k in range(top_k):
+            if slots[row, k] >= 0:
+                counts[slots[row, k]] += 1
+    return -1
 
 
 @declare(  # type: ignore[untyped-decorator]
-    "i8(f4[:,::1], i4[:,::1], f4[:,::1], f4[:,:,:,::1], f4[:,:,:,::1], b1[::1], i8[::1], f4[:,::1])",
+    "void(f4[:,::1], i4[:,::1], f4[:,::1], f4[:,:,:,::1], f4[:,:,:,::1], i8, i8, f4[:,::1])"
 )
-def grouped_swiglu(x: Any, slots: Any, weights: Any, gate_up: Any, down: Any, held: Any, counts: Any, y: Any) -> Any:
+def grouped_swiglu(
+    x: Any, slots: Any, weights: Any, gate_up: Any, down: Any, first_slot: Any, last_slot: Any, y: Any
+) -> None:
     """For each row, the weighted sum of its experts: `y = Σ w · down(silu(gate(x)) · up(x))`.
 
     Args:
         x: `[U, H]`.
-        slots: `[U, K]`; negative entries are skipped.
+        slots: `[U, K]`; what is not among `first_slot … last_slot - 1` is skipped.
         weights: `[U, K]`.
         gate_up: `[S, 2 · ceil(I / 16), H, 16]`, the gate's panels first.
         down: `[S, ceil(H / 16), I, 16]`.
-        held: `[S]`, whether a slot holds an expert.
-        counts: `[S]`, to which the rows of each slot are added.
         y: `[U, H]`, overwritten.
-
-    Returns: -1, or the first slot asked for that holds no expert; then nothing was computed or counted.
     """
     num_rows, top_k = slots.shape
-    num_slots, hidden, intermediate = held.shape[0], x.shape[1], down.shape[2]
+    num_slots, hidden = last_slot - first_slot, x.shape[1]
     begins = np.zeros(num_slots + 1, np.int64)
     for row in range(num_rows):
         for k in range(top_k):
-            slot = slots[row, k]
-            if slot >= 0:
-                if slot >= num_slots or not held[slot]:
-                    return slot
-                begins[slot + 1] += 1
-    largest = 0
-    for slot in range(num_slots):
-        counts[slot] += begins[slot + 1]
-        largest = max(largest, begins[slot + 1])
-        begins[slot + 1] += begins[slot]
-    row_of, weight_of = np.empty(begins[num_slots], np.int64), np.empty(begins[num_slots], np.float32)
-    ends = begins[:num_slots].copy()
+            if first_slot <= slots[row, k] < last_slot:
+                begins[slots[row, k] - first_slot + 1] += 1
+    room = min(begins.max(), ROWS)
+    begins = np.cumsum(begins)
+    row_of, weight_of = np.empty(begins[-1], np.int64), np.empty(begins[-1], np.float32)
+    ends = begins[:-1].copy()
     for row in range(num_rows):
         for k in range(top_k):
-            slot = slots[row, k]
-            if slot >= 0:
+            slot = slots[row, k] - first_slot
+            if 0 <= slot < num_slots:
                 row_of[ends[slot]] = row
                 weight_of[ends[slot]] = weights[row, k]
                 ends[slot] += 1
-    room = min(largest, _ROWS)
-    half = gate_up.shape[1] // 2 * PANEL
     x_of, y_of = np.empty((room, hidden), np.float32), np.empty((room, hidden), np.float32)
-    h_of, activated = np.empty((room, 2 * half), np.float32), np.empty((room, intermediate), np.float32)
-    no_bias = np.empty(0, np.float32)
+    h_of = np.empty((room, gate_up.shape[1] * PANEL), np.float32)
+    activated = np.empty((room, down.shape[2]), np.float32)
     y[:] = 0
     for slot in range(num_slots):
-        for first in range(begins[slot], begins[slot + 1], _ROWS):
-            n = min(_ROWS, begins[slot + 1] - first)
+        for first in range(begins[slot], begins[slot + 1], ROWS):
+            n = min(ROWS, begins[slot + 1] - first)
             for i in range(n):
                 x_of[i] = x[row_of[first + i]]
-            linear_rows(x_of[:n], gate_up[slot], no_bias, h_of[:n])
-            for i in range(n):
-                silu_product(h_of[i, :half], h_of[i, half:], activated[i])
-            linear_rows(activated[:n], down[slot], no_bias, y_of[:n])
+            swiglu_rows(x_of[:n], gate_up[first_slot + slot], down[first_slot + slot], h_of, activated, y_of[:n])
             for i in range(n):
                 row, weight = row_of[first + i], weight_of[first + i]
                 for j in range(hidden):
                     y[row, j] += weight * y_of[i, j]
-    return -1

@@ -10,6 +10,7 @@ import torch
 
 from experts.grouped import count_slots, grouped_cpu, grouped_swiglu
 from experts.slots import EMPTY, ExpertSlots
+from model.linear import linear_cpu
 from octet.errors import ExpertMissingError
 
 
@@ -34,9 +35,10 @@ class ExpertShard:
             for layer, experts in slots.held.items()
         }
         self._counts = {layer: np.zeros(len(experts), dtype=np.int64) for layer, experts in slots.held.items()}
-        # Compiled now, or loaded from where it was compiled before, so that no request waits for it.
-        self._compute = self._compute_packed if slots.packed and grouped_cpu() else self._compute_stacked
         self.num_rows = 0
+        if slots.packed:
+            # Compiled now, or loaded from where it was compiled before, so that no request waits for it.
+            grouped_cpu()
 
     @torch.inference_mode()
     def serve(self, layer: int, rows: Rows) -> torch.Tensor:
@@ -46,7 +48,7 @@ class ExpertShard:
         """
         if layer not in self._counts:
             raise ExpertMissingError(f"layer {layer}: this shard holds layers {sorted(self._counts)}")
-        y_UH = self._compute(layer, rows)
+        y_UH = self._compute_packed(layer, rows) if self._slots.packed else self._compute_stacked(layer, rows)
         self.num_rows += len(rows.x_UH)
         return y_UH
 
@@ -55,20 +57,23 @@ class ExpertShard:
         return {layer: counts.copy() for layer, counts in self._counts.items()}
 
     def _compute_packed(self, layer: int, rows: Rows) -> torch.Tensor:
-        y_UH = torch.empty_like(rows.x_UH)
-        missing = grouped_cpu().grouped_swiglu(
-            rows.x_UH.numpy(),
-            rows.slots_UK.numpy(),
-            rows.weights_UK.numpy(),
-            self._slots.gate_up[layer].numpy(),
-            self._slots.down[layer].numpy(),
-            self._holds[layer],
-            self._counts[layer],
-            y_UH.numpy(),
-        )
+        slots_UK, holds_S = rows.slots_UK.numpy(), self._holds[layer]
+        missing = grouped_cpu().count_rows(slots_UK, holds_S, self._counts[layer])
         if missing >= 0:
             raise self._missing(layer, missing)
-        return y_UH
+        gate_up, down = self._slots.gate_up[layer], self._slots.down[layer]
+        parts: dict[int, torch.Tensor] = {}
+
+        def compute(first_slot: int, last_slot: int) -> None:
+            y_UH = torch.empty_like(rows.x_UH)
+            arguments = (rows.x_UH, rows.slots_UK, rows.weights_UK, gate_up, down)
+            grouped_cpu().grouped_swiglu(*(x.numpy() for x in arguments), first_slot, last_slot, y_UH.numpy())
+            parts[first_slot] = y_UH
+
+        expert_numbers = (gate_up.numel() + down.numel()) // max(1, len(holds_S))
+        linear_cpu().in_parts(compute, len(holds_S), 2 * int((slots_UK >= 0).sum()) * expert_numbers)
+        # In the order of the slots, whichever thread was first.
+        return parts[0] if len(parts) == 1 else torch.stack([parts[first] for first in sorted(parts)]).sum(0)
 
     def _compute_stacked(self, layer: int, rows: Rows) -> torch.Tensor:
         holds_S = self._holds[layer]

@@ -62,7 +62,7 @@ class ExpertSlots:
     def _allocate(self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Only slots that hold an expert touch memory: the rest stays unmapped."""
         if self.packed:
-            # Numpy asks for huge pages, which torch does not: two processes stream from them a third faster.
+            # As in `model.linear.Packer`, for huge pages.
             return torch.from_numpy(np.zeros(shape, np.float32))
         return torch.empty(shape, dtype=dtype, device=device)
 

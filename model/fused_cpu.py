@@ -11,16 +11,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 
+from model.linear import PANEL
 from model.linear_cpu import exp
-from model.tiles_cpu import MAX_ROWS, PANEL, address, declare, dot, fetch, multiply
-
-# Sums may be reordered, which is what vectorising them takes; NaN and infinity keep their meaning.
-_REORDER = {"reassoc", "contract", "nsz"}
-_compile: Any = numba.njit(fastmath=_REORDER, nogil=True, cache=True)
+from model.tiles_cpu import MAX_ROWS, address, declare, dot, fetch, multiply, reordered
 
 
 def rms_norm(x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
@@ -89,19 +85,18 @@ def decode_attention(
 
 
 def warm_up() -> None:
-    """Compile, or load what was compiled before, so that no request waits for it."""
+    """Compile what has no declared signature, or load what was compiled before, so that no request waits for it."""
     x, numbers = torch.ones(1, 4), torch.zeros(1, dtype=torch.int64)
     cache, qkv = torch.ones(4, 1, 4), torch.ones(1, 3, 4)
     rms_norm(x, x[0], 1e-5)
     for norms in (None, (x[0], x[0])):
         prepare_qkv(qkv, norms, 1e-5, (x, x), numbers, cache, cache, 1)
-    decode_attention(qkv[:, :1].contiguous(), cache, cache, numbers.unsqueeze(0), numbers + 1, 4, 1.0)
 
 
 _NO_NORM = np.empty(0, np.float32)
 
 
-@_compile  # type: ignore[untyped-decorator]
+@reordered  # type: ignore[untyped-decorator]
 def _rms_norm(x: Any, weight: Any, eps: Any, out: Any) -> None:
     hidden = x.shape[1]
     for row in range(x.shape[0]):
@@ -113,7 +108,7 @@ def _rms_norm(x: Any, weight: Any, eps: Any, out: Any) -> None:
             out[row, i] = weight[i] * (x[row, i] * factor)
 
 
-@_compile  # type: ignore[untyped-decorator]
+@reordered  # type: ignore[untyped-decorator]
 def _norm_rotate(x: Any, weight: Any, eps: Any, cos: Any, sin: Any, out: Any) -> None:
     """One head: RMSNorm (if it has a weight), then half-rotation of the first R dims."""
     dim, half = x.shape[0], cos.shape[0] // 2
@@ -134,7 +129,7 @@ def _norm_rotate(x: Any, weight: Any, eps: Any, cos: Any, sin: Any, out: Any) ->
         out[i + half] = second * cos[i + half] + first * sin[i + half]
 
 
-@_compile  # type: ignore[untyped-decorator]
+@reordered  # type: ignore[untyped-decorator]
 def _prepare_qkv(
     qkv: Any, q_norm: Any, k_norm: Any, eps: Any, cos: Any, sin: Any, slots: Any, k_cache: Any, v_cache: Any, q: Any
 ) -> None:
@@ -149,7 +144,7 @@ def _prepare_qkv(
             v_cache[slot, head, :] = v
 
 
-@_compile  # type: ignore[untyped-decorator]
+@reordered  # type: ignore[untyped-decorator]
 def _softmax(x: Any) -> None:
     """In place."""
     largest = x[0]
@@ -204,14 +199,14 @@ def _decode_attention(
                     for head in range(n * group, (n + 1) * group, MAX_ROWS):
                         multiply(
                             min(MAX_ROWS, (n + 1) * group - head),
+                            min(PANEL, dim - column),
+                            size,
                             address(scores, head * room + start),
                             room,
                             v,
                             stride,
-                            size,
                             address(out, (b * num_q + head) * dim + column),
                             dim,
-                            min(PANEL, dim - column),
                             min(start, 1),
                             address(v_cache, following + n * dim + column),
                             stride,

@@ -50,19 +50,21 @@ def linear(x_TH: torch.Tensor, weight: Matrix, bias_C: torch.Tensor | None = Non
         return F.linear(x_TH, weight, bias_C)
     out_TC = torch.empty(len(x_TH), weight.num_columns)
     bias = _NO_BIAS if bias_C is None else bias_C.numpy()
-    linear_cpu().linear(x_TH.numpy(), weight.panels.numpy(), bias, out_TC.numpy())
+    arguments = (x_TH.numpy(), weight.panels.numpy(), bias, out_TC.numpy())
+    compute = functools.partial(linear_cpu().linear_panels, *arguments)
+    linear_cpu().in_parts(compute, len(weight.panels), 2 * len(x_TH) * weight.panels.numel())
     return out_TC
 
 
 def swiglu(x_TH: torch.Tensor, mlp: MlpWeights) -> torch.Tensor:
     """`down(silu(gate(x)) · up(x))`, `[T, H]`."""
-    if isinstance(mlp.gate_up, torch.Tensor):
-        gate, up = linear(x_TH, mlp.gate_up).chunk(2, dim=-1)
-        return linear(F.silu(gate) * up, mlp.down)
-    assert isinstance(mlp.down, PackedMatrix)
-    out_TH = torch.empty_like(x_TH)
-    linear_cpu().swiglu(x_TH.numpy(), mlp.gate_up.panels.numpy(), mlp.down.panels.numpy(), out_TH.numpy())
-    return out_TH
+    if isinstance(mlp.gate_up, PackedMatrix) and isinstance(mlp.down, PackedMatrix) and torch.get_num_threads() == 1:
+        out_TH = torch.empty_like(x_TH)
+        linear_cpu().swiglu(x_TH.numpy(), mlp.gate_up.panels.numpy(), mlp.down.panels.numpy(), out_TH.numpy())
+        return out_TH
+    intermediate = mlp.down.shape[1] if isinstance(mlp.down, torch.Tensor) else mlp.down.panels.shape[1]
+    gate, up = (half[:, :intermediate] for half in linear(x_TH, mlp.gate_up).chunk(2, dim=-1))
+    return linear(F.silu(gate) * up, mlp.down)
 
 
 def packs(dtype: torch.dtype, device: torch.device) -> bool:
@@ -93,7 +95,7 @@ class Packer:
         self._unpacked.clear()
 
     def _rows(self, count: int, depth: int) -> torch.Tensor:
-        # Numpy asks for huge pages, which torch does not: two processes stream from them a third faster.
+        # Numpy asks for huge pages, which torch does not: a stream of weights runs through fewer translations.
         rows = torch.from_numpy(np.zeros((count, depth), np.float32))
         self._unpacked.append(rows)
         return rows

@@ -1,8 +1,8 @@
 """Linear layers on an fp32 CPU, over weights packed in panels.
 
 A panel holds sixteen rows of a weight matrix `[C, H]` transposed, `[H, 16]`, so that a tile reads it from front to back
-for six rows of input. With few rows, which is what decoding has, this runs near the memory's rate, two to four times as
-fast as a library's GEMM, which packs the same weights anew at every call; with many it is no slower.
+for six rows of input. With few rows, which is what decoding has, this is about twice as fast as a library's GEMM, which
+packs the same weights anew at every call; with many it is no slower (`octet bench linear`).
 
 Signatures are declared, so that an array of another layout is refused: addresses are computed from its first element.
 
@@ -11,28 +11,32 @@ Shapes: `T` rows, `H` inputs, `C` columns (outputs), `I` intermediate.
 
 from __future__ import annotations
 
+import functools
+import itertools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numba
 import numpy as np
+import torch
 
-from model.tiles_cpu import MAX_ROWS, PANEL, address, advance, declare, multiply, power_of_two
-
-_compile: Any = numba.njit(nogil=True, cache=True)
-# Sums may be reordered, which is what vectorising them takes; NaN and infinity keep their meaning.
-_compile_reordered: Any = numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
+from model.linear import PANEL
+from model.tiles_cpu import MAX_ROWS, address, advance, compiled, declare, multiply, power_of_two, reordered
 
 _DEPTH = 512
 """Inputs per pass: a panel's part of so many, 32 KiB, and six rows of input stay near the core."""
 
-_ROWS = 32 * MAX_ROWS
+ROWS = 32 * MAX_ROWS
 """Rows per pass over the weights: their inputs stay in the second-level cache."""
 
 _AHEAD = 1024
 """Elements, 4 KiB: far enough for the memory to answer."""
 
+_PART_OPERATIONS = 2**22
+"""Worth a thread: some ten times what it takes to wake one."""
 
-@_compile_reordered  # type: ignore[untyped-decorator]
+
+@reordered  # type: ignore[untyped-decorator]
 def exp(x: Any) -> Any:
     """Cephes' `expf` (2 ulp) for arguments up to 88, written so that a loop over it vectorises; 0 below -87."""
     # Below this the result underflows; NaN fails the comparison and stays.
@@ -48,43 +52,37 @@ def exp(x: Any) -> Any:
     return (p * r * r + r + np.float32(1)) * power_of_two(n)
 
 
-@_compile_reordered  # type: ignore[untyped-decorator]
-def silu_product(gate: Any, up: Any, out: Any) -> None:
-    for i in range(out.shape[0]):
-        # exp(-87) is 0 beside 1, and exp(87) is infinite enough: both ends keep their limit.
-        out[i] = gate[i] / (np.float32(1) + exp(min(-gate[i], np.float32(87)))) * up[i]
-
-
-@_compile  # type: ignore[untyped-decorator]
-def linear_rows(x: Any, panels: Any, bias: Any, out: Any) -> None:
+@compiled  # type: ignore[untyped-decorator]
+def linear_rows(x: Any, panels: Any, bias: Any, out: Any, first: Any, last: Any) -> None:
     num_rows, depth = x.shape
     columns = out.shape[1]
     num_blocks = -(-num_rows // MAX_ROWS)
+    begin, end = first * PANEL, min(last * PANEL, columns)
     add = 0
     if bias.shape[0] > 0:
         add = 1
         for row in range(num_rows):
-            out[row] = bias
+            out[row, begin:end] = bias[begin:end]
     for start in range(0, depth, _DEPTH):
         size = min(_DEPTH, depth - start)
-        for p in range(panels.shape[0]):
+        for p in range(first, last):
             panel = address(panels, (p * depth + start) * PANEL)
             # While a panel is computed, each of its blocks of rows fetches a part of the next one; a single block runs
             # through it so fast that it fetches what it needs itself in a moment.
             following = advance(panel, depth * PANEL if num_blocks > 1 else _AHEAD)
             step = max(PANEL // num_blocks, 1)
             for block in range(num_blocks):
-                row, end = block * num_rows // num_blocks, (block + 1) * num_rows // num_blocks
+                row, next_row = block * num_rows // num_blocks, (block + 1) * num_rows // num_blocks
                 multiply(
-                    end - row,
+                    next_row - row,
+                    min(PANEL, columns - p * PANEL),
+                    size,
                     address(x, row * depth + start),
                     depth,
                     panel,
                     PANEL,
-                    size,
                     address(out, row * columns + p * PANEL),
                     columns,
-                    min(PANEL, columns - p * PANEL),
                     add,
                     advance(following, min(block * step, PANEL) * size),
                     step,
@@ -105,11 +103,9 @@ def pack(weight: Any) -> None:
                 flat[first + i * PANEL + j] = panel[j * depth + i]
 
 
-@declare(  # type: ignore[untyped-decorator]
-    "void(f4[:,::1], f4[:,:,::1], f4[::1], f4[:,::1])"
-)
-def linear(x: Any, panels: Any, bias: Any, out: Any) -> None:
-    """`out = x · Wᵀ + bias`.
+@declare("void(f4[:,::1], f4[:,:,::1], f4[::1], f4[:,::1], i8, i8)")  # type: ignore[untyped-decorator]
+def linear_panels(x: Any, panels: Any, bias: Any, out: Any, first: Any, last: Any) -> None:
+    """The columns of `out = x · Wᵀ + bias` that the panels `first … last - 1` give.
 
     Args:
         x: `[T, H]`.
@@ -117,30 +113,65 @@ def linear(x: Any, panels: Any, bias: Any, out: Any) -> None:
         bias: `[C]`, or empty for none.
         out: `[T, C]`.
     """
-    for first in range(0, x.shape[0], _ROWS):
-        last = min(first + _ROWS, x.shape[0])
-        linear_rows(x[first:last], panels, bias, out[first:last])
+    for start in range(0, x.shape[0], ROWS):
+        stop = min(start + ROWS, x.shape[0])
+        linear_rows(x[start:stop], panels, bias, out[start:stop], first, last)
 
 
-@declare(  # type: ignore[untyped-decorator]
-    "void(f4[:,::1], f4[:,:,::1], f4[:,:,::1], f4[:,::1])"
-)
-def swiglu(x: Any, gate_up: Any, down: Any, out: Any) -> None:
-    """`out = down(silu(gate(x)) · up(x))`.
+@reordered  # type: ignore[untyped-decorator]
+def silu_product(gate: Any, up: Any, out: Any) -> None:
+    for i in range(out.shape[0]):
+        # exp(-87) is 0 beside 1, and exp(87) is infinite enough: both ends keep their limit.
+        out[i] = gate[i] / (np.float32(1) + exp(min(-gate[i], np.float32(87)))) * up[i]
+
+
+@compiled  # type: ignore[untyped-decorator]
+def swiglu_rows(x: Any, gate_up: Any, down: Any, h: Any, activated: Any, out: Any) -> None:
+    """`out = down(silu(gate(x)) · up(x))` for at most `ROWS` rows.
 
     Args:
         x: `[T, H]`.
         gate_up: `[2 · ceil(I / 16), H, 16]`, the gate's panels first.
         down: `[ceil(H / 16), I, 16]`.
+        h: room for `[T, 2 · ceil(I / 16) · 16]`.
+        activated: room for `[T, I]`.
         out: `[T, H]`.
     """
-    num_rows, half = min(x.shape[0], _ROWS), gate_up.shape[0] // 2 * PANEL
-    no_bias = np.empty(0, np.float32)
-    h = np.empty((num_rows, 2 * half), np.float32)
-    activated = np.empty((num_rows, down.shape[1]), np.float32)
-    for first in range(0, x.shape[0], _ROWS):
-        n = min(_ROWS, x.shape[0] - first)
-        linear_rows(x[first : first + n], gate_up, no_bias, h[:n])
-        for row in range(n):
-            silu_product(h[row, :half], h[row, half:], activated[row])
-        linear_rows(activated[:n], down, no_bias, out[first : first + n])
+    num_rows, half, no_bias = x.shape[0], h.shape[1] // 2, np.empty(0, np.float32)
+    linear_rows(x, gate_up, no_bias, h[:num_rows], 0, len(gate_up))
+    for row in range(num_rows):
+        silu_product(h[row, :half], h[row, half:], activated[row])
+    linear_rows(activated[:num_rows], down, no_bias, out, 0, len(down))
+
+
+@declare("void(f4[:,::1], f4[:,:,::1], f4[:,:,::1], f4[:,::1])")  # type: ignore[untyped-decorator]
+def swiglu(x: Any, gate_up: Any, down: Any, out: Any) -> None:
+    """As `swiglu_rows`, for any number of rows."""
+    room = min(x.shape[0], ROWS)
+    h = np.empty((room, len(gate_up) * PANEL), np.float32)
+    activated = np.empty((room, down.shape[1]), np.float32)
+    for start in range(0, x.shape[0], ROWS):
+        stop = min(start + ROWS, x.shape[0])
+        swiglu_rows(x[start:stop], gate_up, down, h, activated, out[start:stop])
+
+
+def in_parts(work: Callable[[int, int], object], count: int, num_operations: int) -> None:
+    """Run `work(first, last)` over `range(count)`, on as many of torch's threads as it is worth.
+
+    Args:
+        num_operations: multiplications and additions of it all.
+    """
+    num_parts = max(1, min(torch.get_num_threads(), count, num_operations // _PART_OPERATIONS))
+    if num_parts == 1:
+        work(0, count)
+        return
+    bounds = [part * count // num_parts for part in range(num_parts + 1)]
+    others = [_threads().submit(work, *part) for part in itertools.pairwise(bounds[1:])]
+    work(0, bounds[1])
+    for other in others:
+        other.result()
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(torch.get_num_threads() - 1, thread_name_prefix="linear")

@@ -18,8 +18,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-PANEL = 16
-"""Columns of a tile: a cache line of fp32."""
+from model.linear import PANEL
 
 MAX_ROWS = 6
 """Rows of a tile: twelve sums, two weights and a factor fill the sixteen registers of AVX2."""
@@ -28,8 +27,11 @@ _DOT_WIDTH = 8
 
 _F32, _I1, _I32 = ir.FloatType(), ir.IntType(1), ir.IntType(32)
 _POINTER = types.CPointer(types.float32)
-_compile: Any = numba.njit(nogil=True, cache=True)
 _intrinsic: Any = intrinsic
+
+compiled: Any = numba.njit(nogil=True, cache=True)
+reordered: Any = numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
+"""Sums may be reordered, which is what vectorising them takes; NaN and infinity keep their meaning."""
 
 
 def declare(signature: str) -> Any:
@@ -145,47 +147,78 @@ def _prefetch(builder: ir.IRBuilder, address: Any) -> None:
     builder.call(function, [builder.bitcast(address, byte), _I32(0), _I32(3), _I32(1)])
 
 
-def _multiply_rows(rows: int, partial: bool) -> Any:
-    @_intrinsic  # type: ignore[untyped-decorator]
-    def multiply(
-        typing_context: Any,
-        x: Any,
-        x_stride: Any,
-        w: Any,
-        w_stride: Any,
-        depth: Any,
-        out: Any,
-        out_stride: Any,
-        columns: Any,
-        add: Any,
-        ahead: Any,
-        ahead_step: Any,
-    ) -> Any:
-        def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-            x, x_stride, w, w_stride, depth, out, out_stride, columns, add, ahead, ahead_step = arguments
-            emit = _Emitter(builder, PANEL)
-            sums = emit.variables(rows)
-            if partial:
-                emit.mask_after(columns)
-            xs = [builder.gep(x, [builder.mul(x_stride, depth.type(row))]) for row in range(rows)]
-            outs = [builder.gep(out, [builder.mul(out_stride, depth.type(row))]) for row in range(rows)]
-            with builder.if_then(cgutils.is_not_null(builder, add)):
-                for total, place in zip(sums, outs, strict=True):
-                    builder.store(emit.load(place), total)
-            with cgutils.for_range(builder, depth) as loop:
-                _prefetch(builder, builder.gep(ahead, [builder.mul(loop.index, ahead_step)]))
-                weights = emit.load(builder.gep(w, [builder.mul(loop.index, w_stride)]))
-                for total, row in zip(sums, xs, strict=True):
-                    emit.add_product(total, emit.broadcast(builder.gep(row, [loop.index])), weights)
-            for total, place in zip(sums, outs, strict=True):
-                emit.store(builder.load(total), place)
-            return context.get_dummy_value()
+@_intrinsic  # type: ignore[untyped-decorator]
+def multiply(
+    typing_context: Any,
+    rows: Any,
+    columns: Any,
+    depth: Any,
+    x: Any,
+    x_stride: Any,
+    w: Any,
+    w_stride: Any,
+    out: Any,
+    out_stride: Any,
+    add: Any,
+    ahead: Any,
+    ahead_step: Any,
+) -> Any:
+    """`out[r, c] = Σ_i x[r, i] · w[i, c]` for up to six rows and sixteen columns.
 
-        size = types.intp
-        kinds = (_POINTER, size, _POINTER, size, size, _POINTER, size, size, size, _POINTER, size)
-        return types.void(*kinds), generate
+    Args:
+        depth: how many `i`.
+        x_stride: elements from one row to the next; likewise of `w` and `out`.
+        add: 1 to add to `out`, 0 to overwrite it.
+        ahead: what will be needed next; prefetched `ahead_step` elements at a time while this is computed.
+    """
 
-    return multiply
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        rows, columns, *tile = arguments
+        whole = builder.icmp_signed("==", columns, columns.type(PANEL))
+        for count in range(1, MAX_ROWS + 1):
+            asked = builder.icmp_signed("==", rows, rows.type(count))
+            with builder.if_then(asked), builder.if_else(whole) as (then, otherwise):
+                with then:
+                    _tile(_Emitter(builder, PANEL), count, *tile)
+                with otherwise:
+                    emit = _Emitter(builder, PANEL)
+                    emit.mask_after(columns)
+                    _tile(emit, count, *tile)
+        return context.get_dummy_value()
+
+    size = types.intp
+    kinds = (size, size, size, _POINTER, size, _POINTER, size, _POINTER, size, size, _POINTER, size)
+    return types.void(*kinds), generate
+
+
+def _tile(
+    emit: _Emitter,
+    rows: int,
+    depth: Any,
+    x: Any,
+    x_stride: Any,
+    w: Any,
+    w_stride: Any,
+    out: Any,
+    out_stride: Any,
+    add: Any,
+    ahead: Any,
+    ahead_step: Any,
+) -> None:
+    """The code for so many rows."""
+    builder, sums = emit.builder, emit.variables(rows)
+    xs = [builder.gep(x, [builder.mul(x_stride, depth.type(row))]) for row in range(rows)]
+    outs = [builder.gep(out, [builder.mul(out_stride, depth.type(row))]) for row in range(rows)]
+    with builder.if_then(cgutils.is_not_null(builder, add)):
+        for total, place in zip(sums, outs, strict=True):
+            builder.store(emit.load(place), total)
+    with cgutils.for_range(builder, depth) as loop:
+        _prefetch(builder, builder.gep(ahead, [builder.mul(loop.index, ahead_step)]))
+        weights = emit.load(builder.gep(w, [builder.mul(loop.index, w_stride)]))
+        for total, row in zip(sums, xs, strict=True):
+            emit.add_product(total, emit.broadcast(builder.gep(row, [loop.index])), weights)
+    for total, place in zip(sums, outs, strict=True):
+        emit.store(builder.load(total), place)
 
 
 @_intrinsic  # type: ignore[untyped-decorator]
@@ -226,56 +259,3 @@ def dot(
 
     size, number = types.intp, types.float32
     return types.void(*[_POINTER] * 5, size, number, _POINTER), generate
-
-
-_1, _2, _3, _4, _5, _6 = (_multiply_rows(rows, partial=False) for rows in range(1, MAX_ROWS + 1))
-_1p, _2p, _3p, _4p, _5p, _6p = (_multiply_rows(rows, partial=True) for rows in range(1, MAX_ROWS + 1))
-
-
-@_compile  # type: ignore[untyped-decorator]
-def multiply(
-    rows: Any,
-    x: Any,
-    x_stride: Any,
-    w: Any,
-    w_stride: Any,
-    depth: Any,
-    out: Any,
-    out_stride: Any,
-    columns: Any,
-    add: Any,
-    ahead: Any,
-    ahead_step: Any,
-) -> None:
-    """`out[r, c] = Σ_i x[r, i] · w[i, c]` for up to six rows and sixteen columns.
-
-    Args:
-        x_stride: elements from one row to the next; likewise of `w` and `out`.
-        add: 1 to add to `out`, 0 to overwrite it.
-        ahead: what will be needed next; prefetched `ahead_step` elements at a time while this is computed.
-    """
-    if columns == PANEL:
-        if rows == 6:
-            _6(x, x_stride, w, w_stride, depth, out, out_stride, columns, add, ahead, ahead_step)
-        elif rows == 5:
-            _5(x, x_stride, w, w_stride, depth, out, out_stride, columns, add, ahead, ahead_step)
-        elif rows == 4:
-            _4(x, x_stride, w, w_stride, depth, out, out_stride, columns, add, ahead, ahead_step)
-        elif rows == 3:
-            _3(x, x_stride, w, w_stride, depth, out, out_stride, columns, add, ahead, ahead_step)
-        elif rows == 2:
-            _2(x, x_stride, w, w_stride, depth, out, out_stride, columns, add, ahead, ahead_step)
-        else:
-            _1(x, x_stride, w, w_stride, depth, out, out_stride, columns, add, ahead, ahead_step)
-    elif rows == 6:
-        _6p(x, x_stride, w, w_stride, depth, out, out_stride, columns, add, ahead, ahead_step)
-    elif rows == 5:
-        _5p(x, x_stride, w, w_stride, depth, out, out_stride, columns, add, ahead, ahead_step)
-    elif rows == 4:
-        _4p(x, x_stride, w, w_stride, depth, out, out_stride, columns, add, ahead, ahead_step)
-    elif rows == 3:
-        _3p(x, x_stride, w, w_stride, depth, out, out_stride, columns, add, ahead, ahead_step)
-    elif rows == 2:
-        _2p(x, x_stride, w, w_stride, depth, out, out_stride, columns, add, ahead, ahead_step)
-    else:
-        _1p(x, x_stride, w, w_stride, depth, out, out_stride, columns, add, ahead, ahead_step)

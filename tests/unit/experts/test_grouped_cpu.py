@@ -31,10 +31,9 @@ def grouped(
     x_UH: torch.Tensor, slots_UK: torch.Tensor, weights_UK: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
 ) -> tuple[torch.Tensor, list[int]]:
     y_UH, counts_S = torch.full_like(x_UH, torch.nan), np.zeros(len(gate_up), np.int64)
-    held_S = np.ones(len(gate_up), bool)
-    panels = [part.numpy() for part in packed(gate_up, down)]
-    rows = (x_UH.numpy(), slots_UK.numpy(), weights_UK.numpy())
-    assert grouped_cpu().grouped_swiglu(*rows, *panels, held_S, counts_S, y_UH.numpy()) == -1
+    assert grouped_cpu().count_rows(slots_UK.numpy(), np.ones(len(gate_up), bool), counts_S) == -1
+    arguments = (x_UH, slots_UK, weights_UK, *packed(gate_up, down))
+    grouped_cpu().grouped_swiglu(*(x.numpy() for x in arguments), 0, len(gate_up), y_UH.numpy())
     return y_UH, counts_S.tolist()
 
 
@@ -93,6 +92,5 @@ def test_an_array_of_another_layout_is_refused() -> None:
     panels = [part.numpy() for part in packed(torch.ones(1, 2 * PANEL, 8), torch.ones(1, 8, PANEL))]
     strided = np.ones((2, 16), np.float32)[:, ::2]
     rows = (strided, np.zeros((2, 1), np.int32), np.ones((2, 1), np.float32))
-    counters = (np.ones(1, bool), np.zeros(1, np.int64), np.ones((2, 8), np.float32))
     with pytest.raises(TypeError, match="No matching definition"):
-        grouped_cpu().grouped_swiglu(*rows, *panels, *counters)
+        grouped_cpu().grouped_swiglu(*rows, *panels, 0, 1, np.ones((2, 8), np.float32))
