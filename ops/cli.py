@@ -205,6 +205,14 @@ def bench_longcontext() -> None:
     run()
 
 
+@bench.command("speculation")
+def bench_speculation(threads: Annotated[int, typer.Option(min=1)] = 1) -> None:
+    """What a decode step with drafts of an MTP head costs, in one process."""
+    from ops.bench.speculation import bench_speculation as run
+
+    run(threads)
+
+
 @bench.command("oversubscription")
 def bench_oversubscription(
     streams: Annotated[int, typer.Option(min=1, help="Sequences that the KV pages are enough for.")] = 8,

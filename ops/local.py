@@ -6,6 +6,7 @@ with.
 
 from __future__ import annotations
 
+import itertools
 import pathlib
 import threading
 import time
@@ -28,7 +29,18 @@ from model.transformer import Transformer
 from model.weights import AttentionWeights, MtpWeights, gates_of, load_attention_weights, load_mtp_weights
 from octet.config import DecodeConfig, PrefillConfig, SpeculationConfig
 from octet.ids import Epoch, RequestId, WorkerId
-from octet.messages import Evicted, Failed, KvPull, Message, PrefillRequest, StepReport, TokenEvent, WorkerLoad
+from octet.messages import (
+    Evicted,
+    Failed,
+    KvPull,
+    Message,
+    PrefillRequest,
+    StepReport,
+    TokenEvent,
+    WorkerLoad,
+    pack_ids,
+)
+from octet.request import Output, Sampling, Stopping
 from prefill.engine import PrefillEngine
 from prefill.handoff import KvSender
 from prefill.leases import LeaseTable
@@ -40,6 +52,7 @@ from router.routed_experts import RoutedExperts
 PREFILL, DECODE, CALLER = WorkerId("prefill-0"), WorkerId("decode-0"), WorkerId("frontend-0")
 _EPOCH = Epoch(1)
 _TRANSFER_S = 30.0
+_numbers = itertools.count()
 
 
 class LocalEngine:
@@ -169,6 +182,32 @@ class LocalEngine:
                     self._prefill.handle(again)
             case Failed(reason=reason):
                 self._failures[event.request_id] = reason
+
+
+def make_request(
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    choices: tuple[int, ...] = (0,),
+    sampling: Sampling | None = None,
+    stop_token_ids: tuple[int, ...] = (),
+) -> PrefillRequest:
+    """A request to a `LocalEngine`, later than all before it."""
+    number = next(_numbers)
+    return PrefillRequest(
+        request_id=RequestId(f"request-{number}"),
+        attempt=0,
+        choices=choices,
+        token_ids=pack_ids(prompt),
+        num_prompt_tokens=len(prompt),
+        sampling=sampling or Sampling(),
+        stopping=Stopping(max_new_tokens=max_new_tokens, stop_token_ids=stop_token_ids),
+        output=Output(),
+        priority=0,
+        arrival_s=float(number),
+        decode_worker=DECODE,
+        frontend=CALLER,
+    )
 
 
 def load_slots(

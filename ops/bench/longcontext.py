@@ -14,16 +14,12 @@ import pathlib
 import random
 import tempfile
 import time
-import uuid
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-from octet.ids import RequestId, WorkerId
-from octet.messages import PrefillRequest, pack_ids
-from octet.request import Output, Sampling, Stopping
 from ops.bench.checkpoints import BENCH, write_checkpoint
 
 if TYPE_CHECKING:
@@ -31,6 +27,7 @@ if TYPE_CHECKING:
 
 _CONTEXT, _PAGE_SIZE, _NEW_TOKENS = 32768, 16, 8
 _LENGTHS = (2048, 8192, _CONTEXT)
+_DEADLINE_S = 600.0
 SMALL: dict[str, Any] = {
     **BENCH,
     "vocab_size": 1024,
@@ -120,33 +117,20 @@ def _measure(model_dir: str, lengths: Sequence[int]) -> Measured:
 
 def _sequence(engine: LocalEngine, num_tokens: int) -> Point:
     """A prompt of random tokens and an answer, `num_tokens` together."""
+    from ops.local import make_request
+
     prompt = random.choices(range(engine.config.vocab_size), k=num_tokens - _NEW_TOKENS)
     before = _resident(reset_peak=True)
     start_s = time.perf_counter()
-    journal = engine.submit(_request(prompt))
-    while not engine.step():
-        pass
-    ttft_s = time.perf_counter() - start_s
+    journal = engine.submit(make_request(prompt, max_new_tokens=_NEW_TOKENS))
+    ttft_s = None
     while not journal.ended:
-        engine.step()
+        committed = engine.step()
+        passed_s = time.perf_counter() - start_s
+        assert passed_s < _DEADLINE_S, f"{num_tokens} tokens are computed in time"
+        ttft_s = passed_s if committed and ttft_s is None else ttft_s
+    assert ttft_s is not None, "an answer has a first token"
     return Point(num_tokens=num_tokens, ttft_s=ttft_s, peak_bytes=_resident("VmHWM") - before)
-
-
-def _request(prompt: Sequence[int]) -> PrefillRequest:
-    return PrefillRequest(
-        request_id=RequestId(uuid.uuid4().hex),
-        attempt=0,
-        choices=(0,),
-        token_ids=pack_ids(prompt),
-        num_prompt_tokens=len(prompt),
-        sampling=Sampling(),
-        stopping=Stopping(max_new_tokens=_NEW_TOKENS),
-        output=Output(),
-        priority=0,
-        arrival_s=time.monotonic(),
-        decode_worker=WorkerId("decode-0"),
-        frontend=WorkerId("frontend-0"),
-    )
 
 
 def _resident(field: str = "VmRSS", *, reset_peak: bool = False) -> int:

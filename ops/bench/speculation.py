@@ -1,4 +1,4 @@
-"""What drafts cost: `python -m ops.bench.speculation`. A random head is never right, so every step brings one token.
+"""`octet bench speculation`: what drafts cost. A random head is never right, so every step brings one token.
 
 A step with `k` drafts that takes `c` times a step without them pays as soon as it brings more than `c` tokens per
 sequence. Measured on the one-process engine with the benchmark's random checkpoint plus an MTP layer.
@@ -18,17 +18,15 @@ from rich.console import Console
 from rich.table import Table
 
 from octet.config import SpeculationConfig
-from octet.ids import RequestId
-from octet.messages import PrefillRequest, pack_ids
-from octet.request import Output, Sampling, Stopping
 from ops.bench.checkpoints import BENCH, write_checkpoint
-from ops.local import CALLER, DECODE, LocalEngine
+from ops.local import DECODE, LocalEngine, make_request
 
 _PROMPT_TOKENS, _WARM_UP, _STEPS, _ROUNDS = 128, 3, 12, 5
 _LENGTHS = (0, 1, 2, 3)
+_DEADLINE_S = 120.0
 
 
-def bench_speculation(num_threads: int = 2) -> None:
+def bench_speculation(num_threads: int) -> None:
     """Print the median step of each number of drafts, relative to none. Rounds alternate between them."""
     torch.set_num_threads(num_threads)
     table = Table(box=None, pad_edge=False)
@@ -52,9 +50,12 @@ def bench_speculation(num_threads: int = 2) -> None:
 def _step_s(model_dir: pathlib.Path, num_sequences: int, length: int) -> float:
     speculation = SpeculationConfig(num_speculative_tokens=length, adaptive=False)
     with contextlib.closing(LocalEngine(model_dir, num_pages=128, speculation=speculation)) as engine:
-        for number in range(num_sequences):
-            engine.submit(_request(number, engine.config.vocab_size))
+        for _ in range(num_sequences):
+            prompt = random.choices(range(engine.config.vocab_size), k=_PROMPT_TOKENS)
+            engine.submit(make_request(prompt, max_new_tokens=1000))
+        deadline_s = time.monotonic() + _DEADLINE_S
         while engine.load()[DECODE].running < num_sequences:
+            assert time.monotonic() < deadline_s, "the prompts are computed in time"
             engine.step()
         for _ in range(_WARM_UP):
             engine.step()
@@ -62,24 +63,3 @@ def _step_s(model_dir: pathlib.Path, num_sequences: int, length: int) -> float:
         for _ in range(_STEPS):
             engine.step()
         return (time.perf_counter() - start_s) / _STEPS
-
-
-def _request(number: int, vocab_size: int) -> PrefillRequest:
-    return PrefillRequest(
-        request_id=RequestId(f"r{number}"),
-        attempt=0,
-        choices=(0,),
-        token_ids=pack_ids(random.choices(range(vocab_size), k=_PROMPT_TOKENS)),
-        num_prompt_tokens=_PROMPT_TOKENS,
-        sampling=Sampling(),
-        stopping=Stopping(max_new_tokens=1000),
-        output=Output(),
-        priority=0,
-        arrival_s=float(number),
-        decode_worker=DECODE,
-        frontend=CALLER,
-    )
-
-
-if __name__ == "__main__":
-    bench_speculation()

@@ -1,4 +1,4 @@
-"""What the outcomes of a load, or the rounds of a comparison, come to."""
+"""What the outcomes of a load come to."""
 
 from __future__ import annotations
 
@@ -63,25 +63,3 @@ def percentiles(values: Sequence[float]) -> Percentiles:
         return Percentiles(p50=only, p95=only, p99=only)
     cuts = statistics.quantiles(values, n=100, method="inclusive")
     return Percentiles(p50=cuts[49], p95=cuts[94], p99=cuts[98])
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Spread:
-    """The same figure of several rounds."""
-
-    median: float
-    low: float
-    high: float
-
-    @staticmethod
-    def of(rounds: Sequence[float]) -> Spread:
-        return Spread(median=statistics.median(rounds), low=min(rounds), high=max(rounds))
-
-    @staticmethod
-    def of_ratios(numerators: Sequence[float], denominators: Sequence[float]) -> Spread:
-        """Round by round: what slows the machine for a while slows both."""
-        return Spread.of([above / below for above, below in zip(numerators, denominators, strict=True)])
-
-    def text(self, digits: int) -> str:
-        """`median (low–high)`."""
-        return f"{self.median:,.{digits}f} ({self.low:,.{digits}f}–{self.high:,.{digits}f})"

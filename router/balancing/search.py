@@ -83,15 +83,9 @@ def _search(
         shard = slot // per_shard
         offers[shard] |= expert >= EMPTY
         if expert >= 0:
-            held[expert, shard] = True
-            shards_of[expert, count[expert]] = shard
-            on_node[expert, nodes[shard]] += 1
-            count[expert] += 1
-    share = load_e / np.maximum(count, 1)
-    loads_x = np.zeros(num_shards)
-    for slot, expert in enumerate(table):
-        if expert >= 0:
-            loads_x[slot // per_shard] += share[expert]
+            _put(shard, expert, nodes, count, held, shards_of, on_node)
+    share, loads_x = np.zeros(num_experts), np.zeros(num_shards)
+    _add_up(load_e, count, shards_of, share, loads_x)
     mean = load_e.sum() / max(offers.sum(), 1)
     filled, step = 0, 0
     while step < len(peaks) and filled < max_moves:
@@ -113,29 +107,47 @@ def _search(
         else:
             edits[step, 0], edits[step, 1], edits[step, 2] = slot, expert, -1
             filled += 1
-        for change in range(0, 4, 2):
-            if edits[step, change] >= 0:
-                old = table[edits[step, change]]
-                if old != EMPTY:
-                    _remove(edits[step, change] // per_shard, old, nodes, count, held, shards_of, on_node)
-                table[edits[step, change]] = EMPTY
-        for change in range(0, 4, 2):
-            new = edits[step, change + 1]
-            if edits[step, change] >= 0 and new != EMPTY:
-                shard = edits[step, change] // per_shard
-                table[edits[step, change]] = new
-                held[new, shard] = True
-                shards_of[new, count[new]] = shard
-                on_node[new, nodes[shard]] += 1
-                count[new] += 1
-        loads_x[:] = 0
-        for other in range(num_experts):
-            share[other] = load_e[other] / max(count[other], 1)
-            for replica in range(count[other]):
-                loads_x[shards_of[other, replica]] += share[other]
+        _apply(edits[step], table, per_shard, nodes, count, held, shards_of, on_node)
+        _add_up(load_e, count, shards_of, share, loads_x)
         moves[step], peaks[step] = filled, loads_x.max()
         step += 1
     return step
+
+
+@compiled  # type: ignore[untyped-decorator]
+def _apply(
+    edit: Any, table: Any, per_shard: Any, nodes: Any, count: Any, held: Any, shards_of: Any, on_node: Any
+) -> None:
+    """Make an edit: all of its slots are emptied before one is filled."""
+    for change in range(0, 4, 2):
+        if edit[change] >= 0:
+            old = table[edit[change]]
+            if old != EMPTY:
+                _remove(edit[change] // per_shard, old, nodes, count, held, shards_of, on_node)
+            table[edit[change]] = EMPTY
+    for change in range(0, 4, 2):
+        new = edit[change + 1]
+        if edit[change] >= 0 and new != EMPTY:
+            table[edit[change]] = new
+            _put(edit[change] // per_shard, new, nodes, count, held, shards_of, on_node)
+
+
+@compiled  # type: ignore[untyped-decorator]
+def _add_up(load_e: Any, count: Any, shards_of: Any, share: Any, loads_x: Any) -> None:
+    """What each replica and each shard carries."""
+    loads_x[:] = 0
+    for expert in range(len(load_e)):
+        share[expert] = load_e[expert] / max(count[expert], 1)
+        for replica in range(count[expert]):
+            loads_x[shards_of[expert, replica]] += share[expert]
+
+
+@compiled  # type: ignore[untyped-decorator]
+def _put(shard: Any, expert: Any, nodes: Any, count: Any, held: Any, shards_of: Any, on_node: Any) -> None:
+    held[expert, shard] = True
+    shards_of[expert, count[expert]] = shard
+    on_node[expert, nodes[shard]] += 1
+    count[expert] += 1
 
 
 @compiled  # type: ignore[untyped-decorator]

@@ -7,31 +7,13 @@ import random
 import torch
 
 from cluster.planning import EMBEDDED_MODEL
-from octet.ids import RequestId
-from octet.messages import PrefillRequest, pack_ids
-from octet.request import Output, Sampling, Stopping
-from ops.local import CALLER, DECODE, LocalEngine
+from octet.messages import PrefillRequest
+from ops.local import LocalEngine, make_request
 
 
 def _requests() -> list[PrefillRequest]:
     prompts = [[random.randrange(1000) for _ in range(length)] for length in (1, 2, 63, 64, 65, 300)]
-    return [
-        PrefillRequest(
-            request_id=RequestId(str(number)),
-            attempt=0,
-            choices=(0,),
-            token_ids=pack_ids(prompt),
-            num_prompt_tokens=len(prompt),
-            sampling=Sampling(),
-            stopping=Stopping(max_new_tokens=32),
-            output=Output(),
-            priority=0,
-            arrival_s=float(number),
-            decode_worker=DECODE,
-            frontend=CALLER,
-        )
-        for number, prompt in enumerate(prompts)
-    ]
+    return [make_request(prompt, max_new_tokens=32) for prompt in prompts]
 
 
 def test_greedy_tokens_in_fp32_equal_the_cpus() -> None:

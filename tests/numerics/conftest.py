@@ -6,7 +6,6 @@ Shapes: `T` tokens, `E` experts, `K` experts per token, `G` groups, `V` vocabula
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import pathlib
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -16,11 +15,6 @@ import pytest
 import torch
 import transformers
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
-
-from octet.ids import RequestId
-from octet.messages import PrefillRequest, pack_ids
-from octet.request import Output, Sampling, Stopping
-from ops.local import CALLER, DECODE
 
 ROUTING_MARGIN = 5e-6
 """With random weights some decisions are ties but for rounding: two orders of summation, both right, then choose
@@ -159,33 +153,6 @@ def _gap(scores: torch.Tensor, k: int) -> float:
 
 
 MakeReference = Callable[..., Reference]
-_numbers = itertools.count()
-
-
-def make_request(
-    prompt: Sequence[int],
-    *,
-    max_new_tokens: int,
-    choices: tuple[int, ...] = (0,),
-    sampling: Sampling | None = None,
-    stop_token_ids: tuple[int, ...] = (),
-) -> PrefillRequest:
-    """A request to a `LocalEngine`, later than all before it."""
-    number = next(_numbers)
-    return PrefillRequest(
-        request_id=RequestId(f"request-{number}"),
-        attempt=0,
-        choices=choices,
-        token_ids=pack_ids(prompt),
-        num_prompt_tokens=len(prompt),
-        sampling=sampling or Sampling(),
-        stopping=Stopping(max_new_tokens=max_new_tokens, stop_token_ids=stop_token_ids),
-        output=Output(),
-        priority=0,
-        arrival_s=float(number),
-        decode_worker=DECODE,
-        frontend=CALLER,
-    )
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -14,14 +14,13 @@ import torch
 from model.sampler import filtered_probabilities, uniform
 from octet.messages import PrefillRequest
 from octet.request import Sampling
-from ops.local import LocalEngine
+from ops.local import LocalEngine, make_request
 from tests.numerics.conftest import (
     ARGMAX_MARGIN,
     MAX_DRAWS,
     ROUTING_MARGIN,
     Reference,
     argmax_margin,
-    make_request,
     random_prompt,
 )
 

@@ -10,8 +10,8 @@ import pytest
 from octet.config import PrefillConfig
 from ops.bench.checkpoints import write_checkpoint
 from ops.bench.longcontext import SMALL, measure
-from ops.local import DECODE, PREFILL, LocalEngine
-from tests.numerics.conftest import MAX_DRAWS, MakeReference, Reference, argmax_margin, make_request, random_prompt
+from ops.local import DECODE, PREFILL, LocalEngine, make_request
+from tests.numerics.conftest import MAX_DRAWS, MakeReference, Reference, argmax_margin, random_prompt
 
 CONTEXT, PAGE_SIZE = 32768, 16
 CLEAR = 1e-2

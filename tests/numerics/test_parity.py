@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from model.batch import Span
-from ops.local import LocalEngine
-from tests.numerics.conftest import Case, MakeReference, Reference, make_request
+from ops.local import LocalEngine, make_request
+from tests.numerics.conftest import Case, MakeReference, Reference
 
 LENGTHS = (1, 2, 63, 64, 65, 300)
 NUM_NEW_TOKENS = 64

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ops.bench.load import Outcome
-from ops.bench.summary import Percentiles, Spread, percentiles, summarize
+from ops.bench.summary import Percentiles, percentiles, summarize
 
 
 def outcome(*times_s: float, error: str = "", sent_s: float = 0.0) -> Outcome:
@@ -43,8 +43,3 @@ def test_percentiles_are_numpys() -> None:
     values = [random.expovariate(1.0) for _ in range(random.randint(2, 500))]
     found = percentiles(values)
     assert [found.p50, found.p95, found.p99] == pytest.approx(np.percentile(values, [50, 95, 99]).tolist())
-
-
-def test_ratios_are_taken_round_by_round() -> None:
-    slow_machine, usual = [1.0, 2.0], [10.0, 20.0]
-    assert Spread.of_ratios([*usual, 30.0], [*slow_machine, 10.0]) == Spread(median=10.0, low=3.0, high=10.0)
