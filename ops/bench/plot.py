@@ -106,7 +106,7 @@ def _distribution(
         right = max(right, slo_s * 1080)
         axis.axvline(slo_s * 1000, color=_AMBER, linestyle="--", linewidth=1.4)
         axis.annotate(
-            f"SLO {slo_s * 1000:,.0f}", (slo_s * 1000, 30), xytext=(-4, 0), textcoords="offset points", rotation=90,
+            f"SLO {slo_s * 1000:,.0f}", (slo_s * 1000, 65), xytext=(-4, 0), textcoords="offset points", rotation=90,
             ha="right", va="center", color=_AMBER,
         )  # fmt: skip
     axis.set_xlim(0, right)

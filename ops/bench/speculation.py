@@ -24,6 +24,8 @@ from ops.local import DECODE, LocalEngine, make_request
 _PROMPT_TOKENS, _WARM_UP, _STEPS, _ROUNDS = 128, 3, 12, 5
 _LENGTHS = (0, 1, 2, 3)
 _DEADLINE_S = 120.0
+_MAX_NEW_TOKENS, _NUM_PAGES = 100, 256
+"""Pages for eight whole answers, or some would not be let in."""
 
 
 def bench_speculation(num_threads: int) -> None:
@@ -49,10 +51,10 @@ def bench_speculation(num_threads: int) -> None:
 
 def _step_s(model_dir: pathlib.Path, num_sequences: int, length: int) -> float:
     speculation = SpeculationConfig(num_speculative_tokens=length, adaptive=False)
-    with contextlib.closing(LocalEngine(model_dir, num_pages=128, speculation=speculation)) as engine:
+    with contextlib.closing(LocalEngine(model_dir, num_pages=_NUM_PAGES, speculation=speculation)) as engine:
         for _ in range(num_sequences):
             prompt = random.choices(range(engine.config.vocab_size), k=_PROMPT_TOKENS)
-            engine.submit(make_request(prompt, max_new_tokens=1000))
+            engine.submit(make_request(prompt, max_new_tokens=_MAX_NEW_TOKENS))
         deadline_s = time.monotonic() + _DEADLINE_S
         while engine.load()[DECODE].running < num_sequences:
             assert time.monotonic() < deadline_s, "the prompts are computed in time"
