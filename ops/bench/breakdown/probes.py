@@ -1,0 +1,228 @@
+"""Times an attention worker and a shard from outside: functions of the product are wrapped in place, in one process.
+
+A probe costs about a microsecond, and a step of the benchmark model passes some hundreds; the bench measures steps
+with and without them, and prints what they cost.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import pkgutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from model.batch import Span
+from ops.bench.breakdown.records import Round, ShardCall, Step
+from ops.bench.breakdown.stopwatch import Stopwatch
+from router.exchange import Exchange, ExpertRows, Ticket
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Probe:
+    owner: str
+    """A module, or `module:Class`."""
+    attribute: str
+    part: str
+
+
+PROBES = (
+    Probe("model.attention", "linear", "attention_linear"),
+    Probe("model.attention:Attention", "_prepare", "attention"),
+    Probe("model.attention:Attention", "_decode", "attention"),
+    Probe("model.attention:Attention", "_prefill", "attention"),
+    Probe("model.transformer:Transformer", "norm", "norm"),
+    Probe("model.transformer", "swiglu", "mlp_linear"),
+    Probe("model.transformer:Transformer", "logits", "head_linear"),
+    Probe("model.transformer:Transformer", "forward", "forward"),
+    Probe("model.runner", "build_batch", "batch"),
+    Probe("router.gate", "linear", "gate_linear"),
+    Probe("router.routed_experts", "select_experts", "gate"),
+    Probe("router.plan:Planner", "plan", "plan"),
+    Probe("router.routed_experts:RoutedExperts", "dispatch", "dispatch"),
+    Probe("router.frames:FrameLayout", "write_call", "pack"),
+    Probe("router.group:Transfer", "wait", "exchange_wait"),
+    Probe("router.routed_experts:RoutedExperts", "combine", "combine"),
+    Probe("decode.engine", "sample", "sample"),
+    Probe("prefill.engine", "sample", "sample"),
+    Probe("octet.mailbox:Mailbox", "receive", "messages"),
+    Probe("octet.mailbox:Mailbox", "send", "messages"),
+)
+"""Besides these, `StepRecorder` charges `engine`, `send` and `unpack`."""
+
+_ENGINES = ("decode.engine:DecodeEngine", "prefill.engine:PrefillEngine")
+
+
+class StepRecorder:
+    """Records the steps of the attention worker of this process. Install it before the worker connects."""
+
+    def __init__(self) -> None:
+        self._stopwatch = Stopwatch()
+        self._steps: list[Step] = []
+        self._rounds: list[Round] = []
+        self._spans: list[Span] = []
+        self._restore: list[Callable[[], None]] = []
+        self._exchange: _RecordedExchange | None = None
+
+    def install(self) -> None:
+        """Record steps, forward passes and rounds from now on, without taking steps apart."""
+        for engine in _ENGINES:
+            _replace(engine, "step", self._begin_step)
+        _replace("model.runner:ModelRunner", "run", self._note_run)
+        _replace("cluster.attention_worker", "open_exchange", self._record_exchange)
+
+    def probe(self, on: bool) -> None:
+        """Take steps apart, or no longer. Call it only while the worker is idle."""
+        while self._restore:
+            self._restore.pop()()
+        if on:
+            wrappers = [(p.owner, p.attribute, p.part) for p in PROBES]
+            wrappers += [(engine, "step", "engine") for engine in _ENGINES]
+            for owner, attribute, part in wrappers:
+                wrap = functools.partial(self._stopwatch.wrap, part=part)
+                self._restore.append(_replace(owner, attribute, wrap))
+        assert self._exchange is not None, "the worker is connected"
+        self._exchange.probe(self._stopwatch if on else None)
+
+    def take(self) -> list[Step]:
+        """The steps since the last call."""
+        steps, self._steps = self._steps, []
+        return steps
+
+    def _begin_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(step)
+        def begun(*args: Any) -> Any:
+            lap = self._stopwatch.lap()
+            spans, rounds = self._spans, tuple(self._rounds)
+            self._spans, self._rounds = [], []
+            if lap is not None and spans:
+                self._steps.append(
+                    Step(
+                        lap=lap,
+                        num_sequences=len(spans),
+                        num_tokens=sum(span.stop - span.start for span in spans),
+                        num_attended=sum(map(_attended, spans)),
+                        rounds=rounds,
+                    )
+                )
+            return step(*args)
+
+        return begun
+
+    def _note_run(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(run)
+        def noted(runner: Any, spans: Sequence[Span]) -> Any:
+            self._spans += spans
+            return run(runner, spans)
+
+        return noted
+
+    def _record_exchange(self, open_exchange: Callable[..., Exchange]) -> Callable[..., Exchange]:
+        @functools.wraps(open_exchange)
+        def opened(*args: Any) -> Exchange:
+            self._exchange = _RecordedExchange(open_exchange(*args), lambda: self._rounds)
+            return self._exchange
+
+        return opened
+
+
+class _RecordedExchange:
+    """An `Exchange` that notes its rounds."""
+
+    def __init__(self, exchange: Exchange, rounds: Callable[[], list[Round]]) -> None:
+        self._exchange, self._rounds = exchange, rounds
+        self._open: collections.deque[tuple[int, float]] = collections.deque()
+        self.probe(None)
+
+    def probe(self, stopwatch: Stopwatch | None) -> None:
+        exchange = self._exchange
+        self._send = stopwatch.wrap(exchange.send, "send") if stopwatch else exchange.send
+        self._receive = stopwatch.wrap(exchange.receive, "unpack") if stopwatch else exchange.receive
+
+    @property
+    def num_shards(self) -> int:
+        return self._exchange.num_shards
+
+    def send(self, layer: int, rows: Sequence[ExpertRows | None]) -> Ticket:
+        sent_s = time.perf_counter()
+        ticket = self._send(layer, rows)
+        self._open.append((sum(_bytes(part) for part in rows if part is not None), sent_s))
+        return ticket
+
+    def receive(self, ticket: Ticket) -> list[torch.Tensor | None]:
+        wait_s = time.perf_counter()
+        replies = self._receive(ticket)
+        num_bytes, sent_s = self._open.popleft()
+        received_s = time.perf_counter()
+        self._rounds().append(
+            Round(layer=ticket.layer, num_bytes=num_bytes, sent_s=sent_s, wait_s=wait_s, received_s=received_s)
+        )
+        return replies
+
+    def heartbeat(self) -> None:
+        self._exchange.heartbeat()
+
+    def close(self) -> None:
+        self._exchange.close()
+
+
+def _attended(span: Span) -> int:
+    """Each token sees all before it and itself."""
+    return (span.stop * (span.stop + 1) - span.start * (span.start + 1)) // 2
+
+
+def _bytes(rows: ExpertRows) -> int:
+    """There and back: the sums that return are as large as the rows."""
+    return 2 * rows.x_UH.nbytes + rows.slots_UK.nbytes + rows.weights_UK.nbytes
+
+
+class CallRecorder:
+    """Records the calls of the shard of this process."""
+
+    def __init__(self) -> None:
+        self._calls: list[tuple[int, torch.Tensor, float, float]] = []
+
+    def install(self) -> None:
+        _replace("experts.shard:ExpertShard", "serve", self._record)
+
+    def take(self) -> list[ShardCall]:
+        """The calls since the last call of this."""
+        calls, self._calls = self._calls, []
+        return list(_described(calls))
+
+    def _record(self, serve: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        @functools.wraps(serve)
+        def recorded(shard: Any, layer: int, rows: ExpertRows) -> torch.Tensor:
+            start_s = time.perf_counter()
+            y_UH = serve(shard, layer, rows)
+            stop_s = time.perf_counter()
+            # A copy: the frame is a buffer that the next one overwrites. What it says is worked out later.
+            self._calls.append((layer, rows.slots_UK.clone(), start_s, stop_s))
+            return y_UH
+
+        return recorded
+
+
+def _described(calls: Sequence[tuple[int, torch.Tensor, float, float]]) -> Iterator[ShardCall]:
+    for layer, slots_UK, start_s, stop_s in calls:
+        asked = slots_UK[slots_UK >= 0]
+        yield ShardCall(
+            layer=layer,
+            num_rows=len(slots_UK),
+            num_pairs=len(asked),
+            num_experts=len(asked.unique()),
+            start_s=start_s,
+            stop_s=stop_s,
+        )
+
+
+def _replace(owner_name: str, attribute: str, wrap: Callable[[Any], Any]) -> Callable[[], None]:
+    """Put `wrap(what is there)` in its place. Returns: a function that puts it back."""
+    owner = pkgutil.resolve_name(owner_name)
+    original = getattr(owner, attribute)
+    setattr(owner, attribute, wrap(original))
+    return functools.partial(setattr, owner, attribute, original)

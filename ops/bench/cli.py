@@ -1,0 +1,187 @@
+"""The command line of the benchmarks: `octet bench …`. What a command needs is imported when it runs."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Annotated
+
+import typer
+
+bench = typer.Typer(no_args_is_help=True, help="Measure; every command prints ratios taken in one run.")
+
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+Address = Annotated[str, typer.Option("--grpc", help="host:port of a frontend.")]
+_JsonFile = Annotated[pathlib.Path | None, typer.Option("--json", help="Write the numbers to this file.")]
+
+
+@bench.command("memory")
+def bench_memory(
+    model_dir: Annotated[pathlib.Path | None, typer.Argument(help="Default: a random checkpoint of 111 M.")] = None,
+    experts: Annotated[int, typer.Option(min=1, help="Shards.")] = 2,
+) -> None:
+    """Resident memory of an expert shard, against its experts' weights."""
+    from ops.bench.memory import bench_memory as run
+
+    run(model_dir, experts)
+
+
+@bench.command("serve")
+def bench_serve(
+    grpc: Address = DEFAULT_ADDRESS,
+    streams: Annotated[int | None, typer.Option(min=1, help="Closed loop: so many users at once.")] = None,
+    rate: Annotated[float | None, typer.Option(min=0.001, help="Open loop: Poisson arrivals per second.")] = None,
+    trace: Annotated[pathlib.Path | None, typer.Option(help="Open loop: a Mooncake trace, as JSON lines.")] = None,
+    requests: Annotated[int, typer.Option(min=1)] = 64,
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    new_tokens: Annotated[int, typer.Option(min=1)] = 32,
+    time_scale: Annotated[float, typer.Option(min=0.001, help="Of a trace; 2 is twice as fast.")] = 1.0,
+    length_scale: Annotated[float, typer.Option(min=0.0001, help="Of a trace's prompts and answers.")] = 1.0,
+    slo_ttft: Annotated[float, typer.Option(help="Goodput: seconds to the first token.")] = 2.0,
+    slo_tpot: Annotated[float, typer.Option(help="Goodput: seconds per token after it.")] = 0.2,
+    seed: int = 0,
+    json_file: _JsonFile = None,
+    plot: Annotated[
+        pathlib.Path | None, typer.Option(metavar="FILE.png", help="Draw the load (needs the extra 'bench').")
+    ] = None,
+) -> None:
+    """TTFT, TPOT, ITL, throughput and goodput of a running cluster under load."""
+    from ops.bench.serve import LoadOptions
+    from ops.bench.serve import bench_serve as run
+
+    options = LoadOptions(
+        streams=streams,
+        rate=rate,
+        trace=trace,
+        requests=requests,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        time_scale=time_scale,
+        length_scale=length_scale,
+        slo_ttft_s=slo_ttft,
+        slo_tpot_s=slo_tpot,
+        seed=seed,
+    )
+    run(grpc, options, json_file, plot)
+
+
+@bench.command("prefix")
+def bench_prefix(
+    grpc: Address = DEFAULT_ADDRESS,
+    prefix_tokens: Annotated[int, typer.Option(min=1)] = 2000,
+    repeats: Annotated[int, typer.Option(min=1)] = 7,
+) -> None:
+    """Time to the first token with a cached prefix, against without, on a running cluster."""
+    from ops.bench.prefix import bench_prefix as run
+
+    run(grpc, prefix_tokens, repeats)
+
+
+@bench.command("longcontext")
+def bench_longcontext() -> None:
+    """Memory and time to the first token of prompts of 2K, 8K and 32K tokens."""
+    from ops.bench.longcontext import bench_longcontext as run
+
+    run()
+
+
+@bench.command("speculation")
+def bench_speculation(threads: Annotated[int, typer.Option(min=1)] = 1) -> None:
+    """What a decode step with drafts of an MTP head costs, in one process."""
+    from ops.bench.speculation import bench_speculation as run
+
+    run(threads)
+
+
+@bench.command("oversubscription")
+def bench_oversubscription(
+    streams: Annotated[int, typer.Option(min=1, help="Sequences that the KV pages are enough for.")] = 8,
+    factor: Annotated[int, typer.Option(min=2, help="So many times as many are asked for at once.")] = 4,
+    repeats: Annotated[int, typer.Option(min=1)] = 3,
+) -> None:
+    """Throughput of a cluster of its own when it is asked for more sequences than its KV pages hold."""
+    from ops.bench.oversubscription import bench_oversubscription as run
+
+    run(streams, factor, repeats)
+
+
+@bench.command("soak")
+def bench_soak(
+    minutes: Annotated[float, typer.Option(min=0.5)] = 10.0,
+    users: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 16,
+    json_file: Annotated[pathlib.Path | None, typer.Option("--json", help="Write every sample to this file.")] = None,
+) -> None:
+    """Mixed random load on a cluster of its own; fails if memory grows, a request fails, or a page is lost."""
+    from ops.bench.soak import bench_soak as run
+
+    raise typer.Exit(run(minutes * 60, users, json_file))
+
+
+@bench.command("checkpoint")
+def bench_checkpoint(model_dir: pathlib.Path) -> None:
+    """Write the random checkpoint of 111 M parameters that benchmarks serve."""
+    from ops.bench.checkpoints import BENCH, write_checkpoint
+
+    write_checkpoint(model_dir, BENCH)
+
+
+@bench.command("linear")
+def bench_linear() -> None:
+    """Linear layers over packed panels, beside torch's operator."""
+    from ops.bench.linear import bench_linear as run
+
+    run()
+
+
+@bench.command("balance")
+def bench_balance() -> None:
+    """How level the balancer, and the choice of replicas per batch, make the loads of a large model, and how fast."""
+    from ops.bench.balance import bench_balance as run
+
+    run()
+
+
+@bench.command("lane")
+def bench_lane() -> None:
+    """A dispatch and combine without experts, against gloo's own all-to-all."""
+    from ops.bench.lane import bench_lane as run
+
+    run()
+
+
+@bench.command("breakdown")
+def bench_breakdown(
+    model_dir: Annotated[pathlib.Path | None, typer.Argument(help="Default: a random checkpoint of 111 M.")] = None,
+    streams: Annotated[str, typer.Option(help="Numbers of sequences, separated by commas.")] = "1,8,32",
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    long_prompt_tokens: Annotated[int, typer.Option(min=1, help="Eight more, to learn what a context costs.")] = 1024,
+    new_tokens: Annotated[int, typer.Option(min=4)] = 24,
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    experts: Annotated[int, typer.Option(min=1, help="Shards.")] = 2,
+    json_file: _JsonFile = None,
+) -> None:
+    """Where a decode step's time goes, the least it could take, and what steps cost by their size."""
+    from ops.bench.breakdown.command import BreakdownOptions
+    from ops.bench.breakdown.command import bench_breakdown as run
+
+    options = BreakdownOptions(
+        streams=_numbers("--streams", streams),
+        prompt_tokens=prompt_tokens,
+        long_prompt_tokens=long_prompt_tokens,
+        new_tokens=new_tokens,
+        rounds=rounds,
+        shards=experts,
+    )
+    run(model_dir, options, json_file)
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    """Raises: typer.BadParameter."""
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        raise typer.BadParameter(
+            f"found {text!r}, expected whole numbers from 1, separated by commas", param_hint=option
+        )
+    return numbers

@@ -1,0 +1,93 @@
+"""The machine that a figure was taken on: what it is, and how fast it streams memory and multiplies matrices."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+import pathlib
+import platform
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+_STREAM_BYTES, _MATMUL_SIZE, _REPEATS = 256 * 2**20, 1024, 7
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    cpu: str
+    cores: int
+    memory_gib: int
+    gpu: str
+    """Empty where there is none."""
+    python: str
+    torch: str
+    date: str
+    """Of the measurement, ISO 8601, UTC."""
+    load: float
+    """Runnable processes when it began, averaged over a minute: above 0.5 the machine was not quiet."""
+
+    @property
+    def line(self) -> str:
+        gpu = f", {self.gpu}" if self.gpu else ""
+        return (
+            f"{self.date}: {self.cpu}, {self.cores} cores, {self.memory_gib} GiB{gpu}; "
+            f"Python {self.python}, torch {self.torch}; load {self.load:.1f}"
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """What so many threads reach together."""
+
+    threads: int
+    bytes_per_s: float
+    flops_per_s: float
+
+    def share(self, parts: int) -> Rates:
+        """Of one of `parts` that work at the same time."""
+        return Rates(
+            threads=self.threads // parts, bytes_per_s=self.bytes_per_s / parts, flops_per_s=self.flops_per_s / parts
+        )
+
+
+def describe() -> Machine:
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Machine(
+        cpu=names[0] if names else platform.processor() or platform.machine(),
+        cores=len(os.sched_getaffinity(0)),
+        memory_gib=round(memory / 2**30),
+        gpu=torch.cuda.get_device_name(0) if torch.cuda.is_available() else "",
+        python=platform.python_version(),
+        torch=torch.__version__,
+        date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+        load=os.getloadavg()[0],
+    )
+
+
+def cpu_rates(threads: int) -> Rates:
+    """The best of several, in fp32: reading memory that no cache holds, and 1024³ products. Sets torch's threads."""
+    parts = torch.ones(threads, _STREAM_BYTES // 4 // threads)
+    torch.set_num_threads(1)
+    with ThreadPoolExecutor(threads) as pool:
+        stream_s = _best(lambda: list(pool.map(lambda part: torch.dot(part, part), parts)))
+    torch.set_num_threads(threads)
+    x = torch.rand(_MATMUL_SIZE, _MATMUL_SIZE)
+    matmul_s = _best(lambda: x @ x)
+    return Rates(threads=threads, bytes_per_s=parts.nbytes / stream_s, flops_per_s=2 * _MATMUL_SIZE**3 / matmul_s)
+
+
+def _best(run: Callable[[], object]) -> float:
+    run()
+    times = []
+    for _ in range(_REPEATS):
+        start_s = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start_s)
+    return min(times)
