@@ -31,6 +31,7 @@ from model.pages import PagePool
 from model.runner import ModelRunner
 from model.transformer import Transformer
 from model.weights import AttentionWeights, MtpWeights, gates_of, load_attention_weights, load_mtp_weights
+from octet.counters import StepCounters
 from octet.errors import LaneError, UnavailableError
 from octet.ids import WorkerId
 from octet.mailbox import Mailbox
@@ -42,6 +43,7 @@ from router.channel import GroupChannel, KvChannel
 from router.exchange import Exchange
 from router.group import Group, GroupStore
 from router.routed_experts import RoutedExperts
+from router.telemetry_samples import WorkerSample
 
 _log = logging.getLogger(__name__)
 
@@ -62,7 +64,8 @@ class Engine(Protocol):
 
 
 class AttentionWorker:
-    """Called in this order: `endpoint`, `load`, `connect`, `start`; `status` and `progress` at any time; `stop`."""
+    """Called in this order: `endpoint`, `load`, `connect`, `start`; `status`, `telemetry` and `progress` at any time;
+    `stop`."""
 
     def __init__(self, worker_id: WorkerId, role: Role, plan: ServingPlan, host: str, node_id: str) -> None:
         torch.set_num_threads(plan.threads[role])
@@ -82,7 +85,10 @@ class AttentionWorker:
         self._mtp_weights: MtpWeights | None = None
         self._engine: Engine | None = None
         self._exchange: Exchange | None = None
+        self._routed: RoutedExperts | None = None
         self._thread: threading.Thread | None = None
+        self._incarnation, self._serving_since_s = time.time_ns(), 0.0
+        self._num_steps, self._step_s = 0, 0.0
 
     def endpoint(self) -> Endpoint:
         return Endpoint(worker_id=self._worker_id, mailbox=self._mailbox.address, store=self._store.address)
@@ -114,6 +120,7 @@ class AttentionWorker:
         self._engine = self._build_engine(self._exchange, kv_channels)
 
     def start(self) -> None:
+        self._serving_since_s = time.perf_counter()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
         self._state = "READY"
@@ -127,6 +134,22 @@ class AttentionWorker:
             state=self._state,
             load=self._engine.load() if self._engine is not None else None,
             reason=self._reason,
+        )
+
+    def telemetry(self) -> WorkerSample | None:
+        """What was counted so far; None before it serves."""
+        if self._state != "READY" or self._engine is None or self._routed is None:
+            return None
+        load = self._engine.load()
+        return WorkerSample(
+            worker_id=self._worker_id,
+            incarnation=self._incarnation,
+            uptime_s=time.perf_counter() - self._serving_since_s,
+            role=self._role,
+            steps=StepCounters(
+                steps=self._num_steps, step_s=self._step_s, combine_s=self._routed.combine_s, tokens=load.tokens
+            ),
+            load=load,
         )
 
     def stop(self, timeout_s: float = 5.0) -> None:
@@ -158,9 +181,10 @@ class AttentionWorker:
         num_pages = plan.prefill_pages if self._role == "prefill" else plan.decode_pages
         cache = KvCache(plan.model, num_pages, page_size, self._dtype, self._device, speculation.num_draft_layers)
         transformer = Transformer(plan.model, weights, cache, plan.max_model_len)
+        self._routed = RoutedExperts(plan.model, gates_of(weights, mtp), plan.placement, exchange, self._device)
         runner = ModelRunner(
             transformer,
-            RoutedExperts(plan.model, gates_of(weights, mtp), plan.placement, exchange, self._device),
+            self._routed,
             PagePool(num_pages, page_size),
             cache,
             self._device,
@@ -190,7 +214,7 @@ class AttentionWorker:
                 for message in self._mailbox.receive(0.0 if engine.busy else _IDLE_WAIT_S):
                     engine.handle(message)
                 last_step_s = self._keep_lane(engine, last_step_s)
-                self._send(engine.step(time.monotonic()))
+                self._send(self._step(engine))
         except Exception as error:
             expected = isinstance(error, LaneError)
             _log.log(
@@ -204,6 +228,16 @@ class AttentionWorker:
             engine.fail_all(f"{self._worker_id} failed: {self._reason}")
             self._send(engine.flush())
             self._refuse_until_stopped(engine)
+
+    def _step(self, engine: Engine) -> list[tuple[WorkerId, Message]]:
+        """One step, timed if there is anything to compute."""
+        if not engine.busy:
+            return engine.step(time.monotonic())
+        begun_s = time.perf_counter()
+        outgoing = engine.step(time.monotonic())
+        self._step_s += time.perf_counter() - begun_s
+        self._num_steps += 1
+        return outgoing
 
     def _keep_lane(self, engine: Engine, last_step_s: float) -> float:
         """A lane that carries no step carries heartbeats."""

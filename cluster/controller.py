@@ -20,6 +20,7 @@ from cluster.router_actor import Router
 from octet.config import PoolConfig
 from octet.errors import OctetError, StartupError
 from octet.ids import WorkerId
+from router.telemetry_window import TelemetryWindow
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -104,7 +105,7 @@ class Controller:
         await self._connect({FRONTEND: frontend_mailbox}, endpoints)
         workers = [*self._pool("prefill"), *self._pool("decode")]
         await self._all([member.actor.start.remote() for member in workers], workers)
-        await self._router.watch.remote([member.actor for member in self._pool("experts")])
+        await self._router.watch.remote({member.worker_id: member.actor for member in self._members})
         mailboxes = {pool: {e.worker_id: e.mailbox for e in endpoints[pool]} for pool in ("prefill", "decode")}
         await self._frontend.serve.remote(mailboxes["prefill"], mailboxes["decode"])
         self._state, self._phase = "READY", "ready"
@@ -140,8 +141,19 @@ class Controller:
         answers = await asyncio.gather(*(self._member_status(member) for member in self._members))
         for member, status in zip(self._members, answers, strict=True):
             members[member.pool].append(status)
-        layers = await self._router.layer_loads.remote() if self._router is not None else []
-        return ClusterStatus(state=self._state, reason=self._reason, members=members, layers=layers)
+        telemetry = await self._telemetry()
+        return ClusterStatus(state=self._state, reason=self._reason, members=members, telemetry=telemetry)
+
+    async def _telemetry(self) -> TelemetryWindow | None:
+        """Up to now; None where the router service does not answer, of which the watch takes care."""
+        if self._router is None:
+            return None
+        try:
+            window: TelemetryWindow = await asyncio.wait_for(self._router.telemetry.remote(fresh=True), _ANSWER_S)
+        except (TimeoutError, ray.exceptions.RayError) as error:
+            _log.warning("no telemetry: %s", error)
+            return None
+        return window
 
     async def drain(self) -> None:
         """Let live requests end, admit no more."""
@@ -153,14 +165,12 @@ class Controller:
         """Take everything down, whatever state it is in."""
         if self._watcher is not None:
             self._watcher.cancel()
-        actors: list[Any] = [
-            *([self._frontend] if self._frontend is not None else []),
-            *(m.actor for m in self._members),
-        ]
+        services = [service for service in (self._router, self._frontend) if service is not None]
+        actors: list[Any] = [*services, *(m.actor for m in self._members)]
         stops = [asyncio.wait_for(actor.stop.remote(), _STOP_S) for actor in actors]
         # Whoever does not stop in time is killed with the rest.
         await asyncio.gather(*stops, return_exceptions=True)
-        for actor in (*actors, *([self._router] if self._router is not None else [])):
+        for actor in actors:
             ray.kill(actor)
         for group in self._groups:
             remove_placement_group(group)

@@ -15,12 +15,13 @@ from cluster.frontend import Frontend
 from cluster.grpc_service import ClusterService, GenerationService, GrpcServer
 from cluster.members import POOLS, MemberStatus
 from cluster.plan import ServingPlan
+from cluster.status_telemetry import add_telemetry
 from model.tokenizer import Tokenizer
 from octet.errors import UnavailableError
 from octet.ids import WorkerId
 from octet.messages import WorkerLoad
 from octet.v1 import octet_pb2 as pb
-from router.service import LayerLoad
+from router.telemetry_window import TelemetryWindow
 
 _STATUS_S = 10.0
 _NO_LOAD = WorkerLoad(kv_pages_total=0, kv_pages_free=0, running=0, waiting=0, tokens=0)
@@ -33,7 +34,7 @@ class ClusterStatus:
     state: str
     reason: str
     members: Mapping[str, list[MemberStatus]]
-    layers: list[LayerLoad]
+    telemetry: TelemetryWindow | None
 
 
 class FrontendActor:
@@ -83,7 +84,7 @@ class FrontendActor:
         except (TimeoutError, ray.exceptions.RayError) as error:
             raise UnavailableError(f"the controller did not answer within {_STATUS_S} s: {error}") from error
         totals = self._frontend.totals
-        return pb.GetStatusResponse(
+        answer = pb.GetStatusResponse(
             state=status.state,
             reason=status.reason,
             pools=[pb.Pool(name=name, members=map(_member, status.members.get(name, []))) for name in POOLS],
@@ -94,12 +95,11 @@ class FrontendActor:
             requests_finished=totals.finished,
             requests_failed=totals.failed,
             requests_cancelled=totals.cancelled,
-            expert_counts=[
-                pb.ExpertCounts(layer=load.layer, tokens=load.tokens_E, balancedness=load.balancedness)
-                for load in status.layers
-            ],
             uptime_s=time.monotonic() - self._started_s,
         )
+        if status.telemetry is not None:
+            add_telemetry(answer, status.telemetry)
+        return answer
 
 
 def _member(status: MemberStatus) -> pb.Member:

@@ -17,10 +17,8 @@ from cluster.plan import ServingPlan
 from octet.ids import WorkerId
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
     from model.checkpoint import LoadSnapshot
+    from router.telemetry_samples import ShardSample, WorkerSample
 
 
 class _AttentionActor:
@@ -51,6 +49,9 @@ class _AttentionActor:
     def status(self) -> MemberStatus:
         return self._worker.status()
 
+    def telemetry(self) -> WorkerSample | None:
+        return self._worker.telemetry()
+
     def stop(self) -> None:
         self._worker.stop()
 
@@ -80,8 +81,8 @@ class ExpertShard:
     def connect(self, workers: Sequence[tuple[Role, Endpoint]]) -> None:
         self._worker.connect(workers)
 
-    def counts(self) -> dict[int, npt.NDArray[np.int64]]:
-        return self._worker.counts()
+    def telemetry(self) -> ShardSample | None:
+        return self._worker.telemetry()
 
     def status(self) -> MemberStatus:
         return self._worker.status()

@@ -1,26 +1,47 @@
-"""The router service as a Ray actor: it asks the shards for their counts, and answers for the whole cluster."""
+"""The router service as a Ray actor: it reads every member's counters, step by step, and answers for all of them."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import logging
+import time
+from collections.abc import Mapping
 from typing import Any
 
 from cluster.plan import ServingPlan
+from octet.ids import WorkerId
 from router.placement import Placement
-from router.service import LayerLoad, RouterService
+from router.service import RouterService
+from router.telemetry_window import TelemetryWindow
 
-_ASK_S = 5.0
+_log = logging.getLogger(__name__)
+
+_FRESH_S = 5.0
+"""How long whoever asks for fresh telemetry waits for a member that is slow to answer."""
 
 
 class Router:
-    def __init__(self, plan: ServingPlan) -> None:
-        self._service = RouterService(plan.placement, plan.epoch)
-        self._shards: Sequence[Any] = ()
+    """An async Ray actor. `watch` whenever members have joined or left."""
 
-    async def watch(self, shards: Sequence[Any]) -> None:
-        """Take telemetry from these `ExpertShard` handles, in order of shard."""
-        self._shards = shards
+    def __init__(self, plan: ServingPlan) -> None:
+        self._config = plan.config.telemetry
+        self._service = RouterService(
+            plan.placement, plan.epoch, plan.model.num_experts_per_tok, self._config, time.monotonic()
+        )
+        self._members: Mapping[WorkerId, Any] = {}
+        self._reading = asyncio.Lock()
+        self._num_readings = 0
+        self._reader: asyncio.Task[None] | None = None
+
+    async def watch(self, members: Mapping[WorkerId, Any]) -> None:
+        """Take telemetry from these actors, of all three pools, and from no others."""
+        if self._members.keys() - members.keys():
+            # What the members that leave have counted last.
+            await self._read(self._config.step_s)
+        self._members = dict(members)
+        self._service.telemetry.keep(self._members)
+        if self._reader is None:
+            self._reader = asyncio.get_running_loop().create_task(self._read_steps())
 
     async def ping(self) -> None:
         """Answered as long as the service's event loop runs."""
@@ -28,10 +49,37 @@ class Router:
     async def placement(self) -> Placement:
         return self._service.placement
 
-    async def layer_loads(self) -> list[LayerLoad]:
-        """Tokens by layer and expert. A shard that does not answer in time counts as it last did."""
-        asked = [asyncio.wait_for(shard.counts.remote(), _ASK_S) for shard in self._shards]
-        for number, counts in enumerate(await asyncio.gather(*asked, return_exceptions=True)):
-            if isinstance(counts, dict):
-                self._service.record(number, counts)
-        return self._service.layer_loads()
+    async def telemetry(self, fresh: bool = False) -> TelemetryWindow:
+        """The window up to the last step, or, if it shall be fresh, up to now: members are then asked first."""
+        if fresh:
+            await self._read(_FRESH_S)
+        return self._service.telemetry.window(time.monotonic())
+
+    async def stop(self) -> None:
+        """Read no more."""
+        if self._reader is not None:
+            self._reader.cancel()
+
+    async def _read_steps(self) -> None:
+        next_s = time.monotonic()
+        while True:
+            next_s = max(next_s + self._config.step_s, time.monotonic())
+            await asyncio.sleep(next_s - time.monotonic())
+            try:
+                await self._read(self._config.step_s)
+            except Exception:
+                # Serving does not depend on it, and the next step makes up for this one.
+                _log.exception("the members' counters could not be read")
+
+    async def _read(self, deadline_s: float) -> None:
+        """Read every member's counters once. Whoever waits for a reading that began later shares it."""
+        asked = self._num_readings
+        async with self._reading:
+            if self._num_readings > asked:
+                return
+            self._num_readings += 1
+            calls = [asyncio.wait_for(actor.telemetry.remote(), deadline_s) for actor in self._members.values()]
+            answers = await asyncio.gather(*calls, return_exceptions=True)
+            # Members that are slow, lost or not ready yet are made up for by their next answer, or age out.
+            samples = [answer for answer in answers if answer is not None and not isinstance(answer, BaseException)]
+            self._service.telemetry.record(time.monotonic(), samples)

@@ -20,10 +20,12 @@ from experts.shard import ExpertShard
 from experts.slots import ExpertSlots
 from model.checkpoint import Checkpoint, LoadProgress, LoadSnapshot
 from octet.ids import WorkerId
+from router.placement import EMPTY
+from router.telemetry_samples import ShardSample
 
 
 class ShardWorker:
-    """Called in this order: `load`, `connect`; `status`, `counts` and `progress` at any time; `stop`."""
+    """Called in this order: `load`, `connect`; `status`, `telemetry` and `progress` at any time; `stop`."""
 
     def __init__(self, worker_id: WorkerId, shard: int, plan: ServingPlan, host: str, node_id: str) -> None:
         torch.set_num_threads(plan.threads["experts"])
@@ -33,6 +35,7 @@ class ShardWorker:
         self._state = "STARTING"
         self._shard: ExpertShard | None = None
         self._loop: ShardLoop | None = None
+        self._incarnation, self._serving_since_s = time.time_ns(), 0.0
 
     def progress(self) -> LoadSnapshot:
         return self._progress.snapshot(time.monotonic())
@@ -58,11 +61,32 @@ class ShardWorker:
         for role, peer in workers:
             port = open_port(peer, role, self._number, self._plan, self._host)
             self._loop.add(peer.worker_id, port, DECODE_FIRST if role == "decode" else PREFILL_AFTER)
+        self._serving_since_s = time.perf_counter()
         self._state = "READY"
 
-    def counts(self) -> dict[int, npt.NDArray[np.int64]]:
-        """Tokens served by layer and slot."""
-        return self._shard.counts() if self._shard is not None else {}
+    def telemetry(self) -> ShardSample | None:
+        """What was counted so far; None before it serves."""
+        if self._shard is None or self._loop is None or self._state != "READY":
+            return None
+        frames, lanes = self._loop.counters()
+        return ShardSample(
+            worker_id=self._worker_id,
+            incarnation=self._incarnation,
+            uptime_s=time.perf_counter() - self._serving_since_s,
+            tokens_LE=self._tokens(self._shard),
+            activated=self._shard.num_activated,
+            frames=frames,
+            lanes=lanes,
+            waiting=self._loop.num_waiting,
+        )
+
+    def _tokens(self, shard: ExpertShard) -> npt.NDArray[np.int64]:
+        """Token rows `[L, E]` by logical expert."""
+        placement, counts = self._plan.placement, shard.counts()
+        tokens_LE = np.zeros((len(placement.layers), placement.num_experts), dtype=np.int64)
+        for tokens_E, layer, held_S in zip(tokens_LE, placement.layers, placement.held_by(self._number), strict=True):
+            np.add.at(tokens_E, held_S[held_S != EMPTY], counts[layer][held_S != EMPTY])
+        return tokens_LE
 
     def status(self) -> MemberStatus:
         return MemberStatus(

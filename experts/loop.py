@@ -11,12 +11,15 @@ import heapq
 import itertools
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
 
+from experts.meter import FrameMeter
 from experts.shard import ExpertShard, Rows
+from octet.counters import FrameCounters
 from octet.errors import LaneError
 
 _log = logging.getLogger(__name__)
@@ -50,6 +53,8 @@ class ShardLoop:
         self._turns = _Turns()
         self._lanes: dict[str, LaneEnd] = {}
         self._threads: dict[str, threading.Thread] = {}
+        self._total = FrameMeter()
+        self._meters: dict[str, FrameMeter] = {}
 
     @property
     def lanes(self) -> list[str]:
@@ -61,9 +66,14 @@ class ShardLoop:
         """Frames that are received and wait for their turn."""
         return self._turns.num_waiting
 
+    def counters(self) -> tuple[FrameCounters, dict[str, FrameCounters]]:
+        """What was served on all lanes since the start, and on each lane that is open, since it opened."""
+        return self._total.read(), {name: meter.read() for name, meter in list(self._meters.items())}
+
     def add(self, name: str, lane: LaneEnd, priority: int) -> None:
         """Serve a lane from now on, until it closes or fails."""
         self._lanes[name] = lane
+        self._meters[name] = FrameMeter()
         thread = threading.Thread(target=self._serve, args=(name, lane, priority), name=f"lane-{name}", daemon=True)
         self._threads[name] = thread
         thread.start()
@@ -75,10 +85,16 @@ class ShardLoop:
             thread.join(timeout_s)
 
     def _serve(self, name: str, lane: LaneEnd, priority: int) -> None:
+        meter = self._meters[name]
         try:
             while (call := lane.receive()) is not None:
+                received_s = time.perf_counter()
                 with self._turns.take(priority):
+                    begun_s = time.perf_counter()
                     self._answer(lane, call)
+                    noted = (len(call.rows.x_UH), begun_s - received_s, time.perf_counter() - begun_s)
+                    self._total.note(*noted)
+                    meter.note(*noted)
         except Exception as error:
             expected = isinstance(error, LaneError)
             level = logging.WARNING if expected else logging.ERROR
@@ -87,6 +103,7 @@ class ShardLoop:
             # The other end must notice at once, whatever the reason.
             lane.close()
             self._lanes.pop(name, None)
+            self._meters.pop(name, None)
 
     def _answer(self, lane: LaneEnd, call: LaneCall) -> None:
         try:

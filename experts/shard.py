@@ -36,6 +36,8 @@ class ExpertShard:
         }
         self._counts = {layer: np.zeros(len(experts), dtype=np.int64) for layer, experts in slots.held.items()}
         self.num_rows = 0
+        self.num_activated = 0
+        """Experts hit, summed over calls: what a call costs where reading weights is what takes time."""
         if slots.packed:
             # Compiled now, or loaded from where it was compiled before, so that no request waits for it.
             grouped_cpu()
@@ -58,9 +60,11 @@ class ExpertShard:
 
     def _compute_packed(self, layer: int, rows: Rows) -> torch.Tensor:
         slots_UK, holds_S = rows.slots_UK.numpy(), self._holds[layer]
-        missing = grouped_cpu().count_rows(slots_UK, holds_S, self._counts[layer])
+        counts_S = np.zeros(len(holds_S), dtype=np.int64)
+        missing = grouped_cpu().count_rows(slots_UK, holds_S, counts_S)
         if missing >= 0:
             raise self._missing(layer, missing)
+        self._note(layer, counts_S)
         gate_up, down = self._slots.gate_up[layer], self._slots.down[layer]
         parts: dict[int, torch.Tensor] = {}
 
@@ -83,8 +87,12 @@ class ExpertShard:
                 raise self._missing(layer, slot)
         gate_up, down = self._slots.gate_up[layer], self._slots.down[layer]
         y_UH = grouped_swiglu(rows.x_UH, rows.slots_UK, rows.weights_UK, gate_up, down, counts_S)
-        self._counts[layer] += counts_S
+        self._note(layer, counts_S)
         return y_UH.to(rows.x_UH.dtype)
+
+    def _note(self, layer: int, counts_S: npt.NDArray[np.int64]) -> None:
+        self._counts[layer] += counts_S
+        self.num_activated += int(np.count_nonzero(counts_S))
 
     def _missing(self, layer: int, slot: int) -> ExpertMissingError:
         return ExpertMissingError(f"layer {layer}: no expert in slot {slot} of {len(self._holds[layer])}")

@@ -129,6 +129,19 @@ class FrontendConfig(_Node):
     """How long live requests may go on after a stop is asked for."""
 
 
+class TelemetryConfig(_Node):
+    """How the router service looks at what members count. Counting itself is always on."""
+
+    step_s: float = pydantic.Field(1.0, ge=0.1)
+    """How often every member is asked; also the deadline of its answer."""
+    window_s: float = pydantic.Field(60.0, gt=0)
+    """Length of the sliding window, in whole steps."""
+    half_life_s: float = pydantic.Field(60.0, gt=0)
+    """Of the exponentially weighted means beside the window: after so long, a moment counts half."""
+    silent_s: float = pydantic.Field(10.0, gt=0)
+    """A member that has not answered for so long is left out, until it does again."""
+
+
 class RayConfig(_Node):
     address: str | None = None
     """A running Ray cluster (`auto` for this machine's); null starts one here and stops it at the end."""
@@ -148,6 +161,7 @@ class OctetConfig(_Node):
     lane: LaneConfig = LaneConfig()
     handoff: HandoffConfig = HandoffConfig()
     frontend: FrontendConfig = FrontendConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
     ray: RayConfig = RayConfig()
 
     @pydantic.model_validator(mode="after")
@@ -156,6 +170,16 @@ class OctetConfig(_Node):
             raise ValueError(
                 f"lane.heartbeat_s ({self.lane.heartbeat_s}) must be at most half of lane.timeout_s "
                 f"({self.lane.timeout_s}), or idle lanes are taken for dead ones"
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _a_window_has_steps(self) -> OctetConfig:
+        telemetry = self.telemetry
+        if telemetry.window_s < telemetry.step_s or telemetry.silent_s < 2 * telemetry.step_s:
+            raise ValueError(
+                f"telemetry.step_s ({telemetry.step_s}) must be at most telemetry.window_s ({telemetry.window_s}), and "
+                f"at most half of telemetry.silent_s ({telemetry.silent_s}), or answers come too late to count"
             )
         return self
 

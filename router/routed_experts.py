@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import time
 from collections.abc import Mapping
 
 import torch
@@ -44,6 +45,8 @@ class RoutedExperts:
         self._config, self._gates, self._exchange = config, gates, exchange
         self._planner = Planner(placement, device)
         self._under_way: collections.deque[Ticket] = collections.deque()
+        self.combine_s = 0.0
+        """Spent waiting for the experts' sums, since the start."""
 
     def dispatch(self, layer: int, x_TH: torch.Tensor) -> Dispatched:
         """Raises: LaneError."""
@@ -63,7 +66,9 @@ class RoutedExperts:
         """The sum over shards, `[T, H]` in fp32. Raises: LaneError."""
         ticket = self._under_way.popleft()
         assert ticket is dispatched.ticket, "combined in the order of the dispatches"
+        begun_s = time.perf_counter()
         replies = self._exchange.receive(ticket)
+        self.combine_s += time.perf_counter() - begun_s
         y_TH = torch.zeros(dispatched.x_TH.shape, dtype=torch.float32, device=dispatched.x_TH.device)
         for plan, y_UH in zip(dispatched.plans, replies, strict=True):
             if plan is not None and y_UH is not None:

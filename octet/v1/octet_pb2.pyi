@@ -263,7 +263,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Member(_message.Message):
-    __slots__ = ("worker_id", "node_id", "pid", "state", "kv_pages_total", "kv_pages_free", "running", "waiting", "tokens", "num_slots", "resident_bytes", "preemptions", "leases", "cached_tokens", "drafted_tokens", "accepted_tokens")
+    __slots__ = ("worker_id", "node_id", "pid", "state", "kv_pages_total", "kv_pages_free", "running", "waiting", "tokens", "num_slots", "resident_bytes", "preemptions", "leases", "cached_tokens", "drafted_tokens", "accepted_tokens", "load")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
@@ -280,6 +280,7 @@ class Member(_message.Message):
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DRAFTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     node_id: str
     pid: int
@@ -296,7 +297,52 @@ class Member(_message.Message):
     cached_tokens: int
     drafted_tokens: int
     accepted_tokens: int
-    def __init__(self, worker_id: _Optional[str] = ..., node_id: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[str] = ..., kv_pages_total: _Optional[int] = ..., kv_pages_free: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., tokens: _Optional[int] = ..., num_slots: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., preemptions: _Optional[int] = ..., leases: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., drafted_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ...) -> None: ...
+    load: MemberLoad
+    def __init__(self, worker_id: _Optional[str] = ..., node_id: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[str] = ..., kv_pages_total: _Optional[int] = ..., kv_pages_free: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., tokens: _Optional[int] = ..., num_slots: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., preemptions: _Optional[int] = ..., leases: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., drafted_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ..., load: _Optional[_Union[MemberLoad, _Mapping]] = ...) -> None: ...
+
+class MemberLoad(_message.Message):
+    __slots__ = ("busy_share", "busy_ewma", "rows_per_s", "activated_experts", "queue_depth", "frames_per_s", "wait_s", "step_s", "wait_share", "wait_ewma", "kv_share", "lanes", "total_busy_s")
+    BUSY_SHARE_FIELD_NUMBER: _ClassVar[int]
+    BUSY_EWMA_FIELD_NUMBER: _ClassVar[int]
+    ROWS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    ACTIVATED_EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_DEPTH_FIELD_NUMBER: _ClassVar[int]
+    FRAMES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    STEP_S_FIELD_NUMBER: _ClassVar[int]
+    WAIT_SHARE_FIELD_NUMBER: _ClassVar[int]
+    WAIT_EWMA_FIELD_NUMBER: _ClassVar[int]
+    KV_SHARE_FIELD_NUMBER: _ClassVar[int]
+    LANES_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BUSY_S_FIELD_NUMBER: _ClassVar[int]
+    busy_share: float
+    busy_ewma: float
+    rows_per_s: float
+    activated_experts: float
+    queue_depth: float
+    frames_per_s: float
+    wait_s: float
+    step_s: float
+    wait_share: float
+    wait_ewma: float
+    kv_share: float
+    lanes: _containers.RepeatedCompositeFieldContainer[LaneLoad]
+    total_busy_s: float
+    def __init__(self, busy_share: _Optional[float] = ..., busy_ewma: _Optional[float] = ..., rows_per_s: _Optional[float] = ..., activated_experts: _Optional[float] = ..., queue_depth: _Optional[float] = ..., frames_per_s: _Optional[float] = ..., wait_s: _Optional[float] = ..., step_s: _Optional[float] = ..., wait_share: _Optional[float] = ..., wait_ewma: _Optional[float] = ..., kv_share: _Optional[float] = ..., lanes: _Optional[_Iterable[_Union[LaneLoad, _Mapping]]] = ..., total_busy_s: _Optional[float] = ...) -> None: ...
+
+class LaneLoad(_message.Message):
+    __slots__ = ("worker_id", "busy_share", "wait_s", "frames_per_s", "rows_per_s")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    BUSY_SHARE_FIELD_NUMBER: _ClassVar[int]
+    WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    FRAMES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    ROWS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    busy_share: float
+    wait_s: float
+    frames_per_s: float
+    rows_per_s: float
+    def __init__(self, worker_id: _Optional[str] = ..., busy_share: _Optional[float] = ..., wait_s: _Optional[float] = ..., frames_per_s: _Optional[float] = ..., rows_per_s: _Optional[float] = ...) -> None: ...
 
 class Pool(_message.Message):
     __slots__ = ("name", "members")
@@ -307,17 +353,33 @@ class Pool(_message.Message):
     def __init__(self, name: _Optional[str] = ..., members: _Optional[_Iterable[_Union[Member, _Mapping]]] = ...) -> None: ...
 
 class ExpertCounts(_message.Message):
-    __slots__ = ("layer", "tokens", "balancedness")
+    __slots__ = ("layer", "tokens", "balancedness", "window_tokens", "tokens_per_s")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     BALANCEDNESS_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     layer: int
     tokens: _containers.RepeatedScalarFieldContainer[int]
     balancedness: float
-    def __init__(self, layer: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., balancedness: _Optional[float] = ...) -> None: ...
+    window_tokens: _containers.RepeatedScalarFieldContainer[int]
+    tokens_per_s: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, layer: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., balancedness: _Optional[float] = ..., window_tokens: _Optional[_Iterable[int]] = ..., tokens_per_s: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class HotExpert(_message.Message):
+    __slots__ = ("layer", "expert", "tokens", "ratio")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RATIO_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    expert: int
+    tokens: int
+    ratio: float
+    def __init__(self, layer: _Optional[int] = ..., expert: _Optional[int] = ..., tokens: _Optional[int] = ..., ratio: _Optional[float] = ...) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("state", "pools", "epoch", "placement_version", "live_requests", "tokens_served", "requests_finished", "requests_failed", "requests_cancelled", "expert_counts", "uptime_s", "reason")
+    __slots__ = ("state", "pools", "epoch", "placement_version", "live_requests", "tokens_served", "requests_finished", "requests_failed", "requests_cancelled", "expert_counts", "uptime_s", "reason", "window_s", "balancedness", "hottest", "window_tokens_per_s")
     STATE_FIELD_NUMBER: _ClassVar[int]
     POOLS_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -330,6 +392,10 @@ class GetStatusResponse(_message.Message):
     EXPERT_COUNTS_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_S_FIELD_NUMBER: _ClassVar[int]
+    BALANCEDNESS_FIELD_NUMBER: _ClassVar[int]
+    HOTTEST_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     state: str
     pools: _containers.RepeatedCompositeFieldContainer[Pool]
     epoch: int
@@ -342,4 +408,8 @@ class GetStatusResponse(_message.Message):
     expert_counts: _containers.RepeatedCompositeFieldContainer[ExpertCounts]
     uptime_s: float
     reason: str
-    def __init__(self, state: _Optional[str] = ..., pools: _Optional[_Iterable[_Union[Pool, _Mapping]]] = ..., epoch: _Optional[int] = ..., placement_version: _Optional[int] = ..., live_requests: _Optional[int] = ..., tokens_served: _Optional[int] = ..., requests_finished: _Optional[int] = ..., requests_failed: _Optional[int] = ..., requests_cancelled: _Optional[int] = ..., expert_counts: _Optional[_Iterable[_Union[ExpertCounts, _Mapping]]] = ..., uptime_s: _Optional[float] = ..., reason: _Optional[str] = ...) -> None: ...
+    window_s: float
+    balancedness: float
+    hottest: _containers.RepeatedCompositeFieldContainer[HotExpert]
+    window_tokens_per_s: float
+    def __init__(self, state: _Optional[str] = ..., pools: _Optional[_Iterable[_Union[Pool, _Mapping]]] = ..., epoch: _Optional[int] = ..., placement_version: _Optional[int] = ..., live_requests: _Optional[int] = ..., tokens_served: _Optional[int] = ..., requests_finished: _Optional[int] = ..., requests_failed: _Optional[int] = ..., requests_cancelled: _Optional[int] = ..., expert_counts: _Optional[_Iterable[_Union[ExpertCounts, _Mapping]]] = ..., uptime_s: _Optional[float] = ..., reason: _Optional[str] = ..., window_s: _Optional[float] = ..., balancedness: _Optional[float] = ..., hottest: _Optional[_Iterable[_Union[HotExpert, _Mapping]]] = ..., window_tokens_per_s: _Optional[float] = ...) -> None: ...

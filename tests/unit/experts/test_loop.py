@@ -183,6 +183,41 @@ def test_a_lane_that_broke_is_logged_with_its_reason(loop: ShardLoop, caplog: py
     assert "its process is gone" in caplog.text
 
 
+def test_frames_are_counted_in_total_and_by_lane(loop: ShardLoop) -> None:
+    lanes = {"prefill-0": FakeLane(1, 2), "decode-0": FakeLane(3)}
+    for name, lane in lanes.items():
+        loop.add(name, lane, DECODE_FIRST)
+    until(lambda: loop.counters()[0].frames == 3)
+    until(lambda: {name: lane.frames for name, lane in loop.counters()[1].items()} == {"prefill-0": 2, "decode-0": 1})
+    total, _ = loop.counters()
+    assert total.rows == 3
+    assert total.busy_s > 0
+
+
+def test_time_at_work_and_time_in_the_queue_are_counted_apart(loop: ShardLoop, shard: FakeShard) -> None:
+    shard.may_go_on.clear()
+    loop.add("decode-0", FakeLane(1), DECODE_FIRST)
+    assert shard.at_work.wait(PATIENT_S)
+    loop.add("prefill-0", FakeLane(2), PREFILL_AFTER)
+    until(lambda: loop.num_waiting == 1)
+    threading.Event().wait(0.2)
+    shard.may_go_on.set()
+    until(lambda: loop.counters()[0].frames == 2)
+    _, lanes = loop.counters()
+    assert lanes["decode-0"].busy_s >= 0.2 > lanes["decode-0"].wait_s
+    assert lanes["prefill-0"].wait_s >= 0.2 > lanes["prefill-0"].busy_s
+
+
+def test_a_closed_lane_stays_in_the_total_only(loop: ShardLoop) -> None:
+    lane = FakeLane(1)
+    loop.add("decode-0", lane, DECODE_FIRST)
+    until(lambda: loop.counters()[0].frames == 1)
+    lane.end(None)
+    until(lambda: loop.lanes == [])
+    until(lambda: loop.counters()[1] == {})
+    assert loop.counters()[0].frames == 1
+
+
 def test_closing_closes_every_lane(shard: FakeShard) -> None:
     loop = ShardLoop(cast(ExpertShard, shard))
     lanes = [FakeLane(), FakeLane()]

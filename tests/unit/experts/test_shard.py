@@ -120,10 +120,16 @@ def test_rows_are_counted_once_however_many_experts_they_use(shard: ExpertShard,
     assert shard.num_rows == 2
 
 
+def test_experts_hit_are_counted_once_per_call(shard: ExpertShard, dtype: torch.dtype) -> None:
+    shard.serve(2, asking_for([0, 2], [2, 0], [-1, 2], dtype=dtype))
+    shard.serve(2, asking_for([1, 2], dtype=dtype))
+    assert shard.num_activated == 4
+
+
 def test_a_refused_call_counts_nothing(shard: ExpertShard, dtype: torch.dtype) -> None:
     with pytest.raises(ExpertMissingError):
         shard.serve(1, asking_for([0, 1], dtype=dtype))
-    assert shard.num_rows == 0
+    assert shard.num_rows == shard.num_activated == 0
     assert not shard.counts()[1].any()
 
 

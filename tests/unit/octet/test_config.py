@@ -154,6 +154,12 @@ def test_heartbeats_must_be_well_below_the_deadline_of_a_lane() -> None:
         load_config(None, ["lane.heartbeat_s=20"])
 
 
+@pytest.mark.parametrize("override", ["telemetry.window_s=0.5", "telemetry.silent_s=1.5"])
+def test_a_telemetry_window_has_room_for_its_steps(override: str) -> None:
+    with pytest.raises(ConfigError, match=r"telemetry\.step_s \(1\.0\)"):
+        load_config(None, [override])
+
+
 def test_the_tree_is_frozen() -> None:
     with pytest.raises(pydantic.ValidationError, match="frozen"):
         OctetConfig().kv.page_size = 3  # type: ignore[misc]

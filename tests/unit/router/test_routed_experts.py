@@ -171,3 +171,15 @@ def test_after_a_refusal_what_was_under_way_is_dropped_and_the_next_step_works(
     routed.drain()
     y_TH = routed.combine(routed.dispatch(LAYERS[0], x_TH))
     torch.testing.assert_close(y_TH, dense(checkpoint, LAYERS[0], x_TH, gates[LAYERS[0]]), rtol=1e-4, atol=1e-4)
+
+
+def test_time_spent_waiting_for_sums_is_counted(
+    checkpoint: Checkpoint, gates: dict[int, GateWeights], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    routed = routed_over(checkpoint, gates, place_evenly(LAYERS, NUM_EXPERTS, 2))
+    dispatched = routed.dispatch(1, torch.randn(NUM_TOKENS, HIDDEN_SIZE))
+    assert routed.combine_s == 0
+    readings_s = iter([10.0, 10.25])
+    monkeypatch.setattr("time.perf_counter", lambda: next(readings_s))
+    routed.combine(dispatched)
+    assert routed.combine_s == 0.25

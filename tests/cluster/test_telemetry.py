@@ -1,0 +1,82 @@
+"""What a real cluster's telemetry says, against what was asked of it."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from octet.client import Client
+from octet.v1 import octet_pb2 as pb
+from tests.cluster.conftest import Start
+
+TOP_K = 8
+STREAMS, PROMPT_TOKENS, NEW_TOKENS = 4, 40, 12
+
+
+@pytest.fixture(scope="module")
+def status(start: Start) -> pb.GetStatusResponse:
+    """Of a cluster of one prefill worker, one decode worker and three shards, after it has answered some requests."""
+    cluster = start("pools.experts.size=3", "prefill.prefix_cache=false", "telemetry.step_s=0.5")
+    with Client(cluster.address, timeout_s=60) as client:
+        vocab_size = client.model_info().vocab_size
+        for _ in range(STREAMS):
+            prompt = random.choices(range(vocab_size), k=PROMPT_TOKENS)
+            client.generate(prompt, max_new_tokens=NEW_TOKENS, ignore_eos=True)
+        return client.status()
+
+
+def loads_of(status: pb.GetStatusResponse, pool: str) -> list[pb.MemberLoad]:
+    members = next(found.members for found in status.pools if found.name == pool)
+    assert all(member.HasField("load") for member in members)
+    return [member.load for member in members]
+
+
+def test_the_window_has_every_token_eight_times_in_every_layer(status: pb.GetStatusResponse) -> None:
+    # The last token of an answer is sampled, but not computed.
+    computed = STREAMS * (PROMPT_TOKENS + NEW_TOKENS - 1)
+    for counts in status.expert_counts:
+        assert sum(counts.window_tokens) == sum(counts.tokens) == TOP_K * computed
+    assert 0 < status.window_s <= 60
+    assert status.window_tokens_per_s * status.window_s == pytest.approx(computed)
+
+
+def test_balancedness_is_of_the_rows_that_the_shards_served(status: pb.GetStatusResponse) -> None:
+    for counts in status.expert_counts:
+        # The first placement: contiguous runs.
+        by_shard = [run.sum() for run in np.array_split(np.array(counts.window_tokens), 3)]
+        assert counts.balancedness == pytest.approx(np.mean(by_shard) / max(by_shard))
+    assert status.balancedness == pytest.approx(np.mean([counts.balancedness for counts in status.expert_counts]))
+
+
+def test_the_hottest_expert_is_the_one_with_the_largest_share(status: pb.GetStatusResponse) -> None:
+    ratios = {
+        (counts.layer, expert): tokens / np.mean(counts.window_tokens)
+        for counts in status.expert_counts
+        for expert, tokens in enumerate(counts.window_tokens)
+    }
+    hottest = status.hottest[0]
+    assert hottest.ratio == pytest.approx(max(ratios.values()))
+    assert ratios[hottest.layer, hottest.expert] == hottest.ratio
+
+
+def test_shards_tell_how_busy_they_were_and_with_what(status: pb.GetStatusResponse) -> None:
+    for load in loads_of(status, "experts"):
+        assert 0 < load.busy_share < 1
+        assert load.rows_per_s >= load.frames_per_s > 0
+        assert 1 <= load.activated_experts <= 11
+        assert {lane.worker_id for lane in load.lanes} == {"prefill-0", "decode-0"}
+        assert sum(lane.busy_share for lane in load.lanes) == pytest.approx(load.busy_share)
+        assert sum(lane.rows_per_s for lane in load.lanes) == pytest.approx(load.rows_per_s)
+
+
+def test_attention_workers_tell_what_they_computed_and_how_they_waited(status: pb.GetStatusResponse) -> None:
+    prefill, decode = loads_of(status, "prefill")[0], loads_of(status, "decode")[0]
+    for load in (prefill, decode):
+        assert 0 < load.wait_share < 1
+        assert 0 < load.wait_s < load.step_s
+        assert 0 < load.busy_share < 1
+    # Both began to serve at about the same time.
+    expected = PROMPT_TOKENS / (NEW_TOKENS - 1)
+    assert prefill.rows_per_s / decode.rows_per_s == pytest.approx(expected, rel=0.2)
