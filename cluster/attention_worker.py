@@ -58,7 +58,7 @@ class Engine(Protocol):
     def busy(self) -> bool: ...
     def handle(self, message: Message) -> None: ...
     def step(self, now_s: float) -> list[tuple[WorkerId, Message]]: ...
-    def fail_all(self, reason: str) -> None: ...
+    def fail_all(self, reason: str, retryable: bool = False) -> None: ...
     def flush(self) -> list[tuple[WorkerId, Message]]: ...
     def load(self) -> WorkerLoad: ...
 
@@ -225,7 +225,7 @@ class AttentionWorker:
                 exc_info=not expected,
             )
             self._state, self._reason = "FAILED", f"{type(error).__name__}: {error}"
-            engine.fail_all(f"{self._worker_id} failed: {self._reason}")
+            engine.fail_all(f"{self._worker_id} failed: {self._reason}", retryable=True)
             self._send(engine.flush())
             self._refuse_until_stopped(engine)
 
@@ -255,7 +255,7 @@ class AttentionWorker:
         while not self._stopping.is_set():
             for message in self._mailbox.receive(_IDLE_WAIT_S):
                 engine.handle(message)
-            engine.fail_all(f"{self._worker_id} failed: {self._reason}")
+            engine.fail_all(f"{self._worker_id} failed: {self._reason}", retryable=True)
             self._send(engine.flush())
 
     def _send(self, outgoing: Sequence[tuple[WorkerId, Message]]) -> None:

@@ -1,4 +1,4 @@
-"""The frontend: journals, schedules and streams every request; independent of gRPC and Ray."""
+"""The frontend: journals and streams every request; independent of gRPC and Ray."""
 
 from __future__ import annotations
 
@@ -7,42 +7,29 @@ import contextlib
 import dataclasses
 import itertools
 import logging
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Collection, Mapping
 
-from cluster.answer import Answer, Piece, merge
-from cluster.journal import Journal
-from cluster.live_requests import Aborted, Event, LiveRequest, LiveRequests
+from cluster.dispatcher import Dispatcher
+from cluster.live_requests import Increment, LiveRequest, LiveRequests, Outcome, Reader
 from cluster.plan import ServingPlan
-from cluster.prefix_index import PrefixIndex
-from cluster.scheduler import Shed, schedule
+from cluster.scheduler import admit
 from cluster.validation import GenerateSpec, Limits
 from model.tokenizer import Tokenizer
-from octet.errors import QueueFullError, RequestExistsError, UnavailableError, WireError
+from octet.errors import (
+    DeadlineExceededError,
+    QueueFullError,
+    RequestExistsError,
+    UnavailableError,
+    WireError,
+)
 from octet.ids import RequestId, WorkerId
 from octet.mailbox import AsyncMailbox
-from octet.messages import Abort, Evicted, Failed, PrefillRequest, StepReport, TokenEvent, TokenLogprob, unpack_ids
+from octet.messages import Evicted, Failed, StepReport, TokenEvent
 
 _log = logging.getLogger(__name__)
 
 _ATTEMPTS = 2**20
 """Attempts that one admission may use: what is late of a request is never taken for a later one of the same id."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Usage:
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Increment:
-    """What a request's client learns at once."""
-
-    piece: Piece
-    prompt_logprobs: tuple[TokenLogprob, ...] = ()
-    usage: Usage | None = None
-    """In the request's last increment."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -59,14 +46,14 @@ class Frontend:
     """Belongs to one event loop."""
 
     def __init__(self, worker_id: WorkerId, plan: ServingPlan, tokenizer: Tokenizer | None, host: str) -> None:
-        self._worker_id, self._plan, self.tokenizer = worker_id, plan, tokenizer
+        self._worker_id, self._config, self.tokenizer = worker_id, plan.config.frontend, tokenizer
         self._mailbox = AsyncMailbox(host)
-        self._live = LiveRequests([], [], plan.config.kv.page_size)
-        self._prefixes = PrefixIndex([], plan.config.kv.page_size, 0)
+        self._live = LiveRequests()
+        self._dispatcher = Dispatcher(plan, self._mailbox, self._live, self._give_up)
         self._unavailable = "the pools are starting"
         self._idle = asyncio.Event()
         self._idle.set()
-        self._reader: asyncio.Task[None] | None = None
+        self._reading: asyncio.Task[None] | None = None
         self._first_attempts = itertools.count(0, _ATTEMPTS)
         self.totals = Totals()
         self.limits = Limits(
@@ -87,58 +74,56 @@ class Frontend:
 
     def serve(self, prefill: Mapping[WorkerId, str], decode: Mapping[WorkerId, str]) -> None:
         """Accept requests from now on. The mappings give the workers' mailbox addresses."""
-        self._mailbox.connect({**prefill, **decode})
-        self._live = LiveRequests(sorted(prefill), sorted(decode), self._plan.config.kv.page_size)
-        remembered = self._plan.prefill_pages if self._plan.config.prefill.prefix_cache else 0
-        self._prefixes = PrefixIndex(sorted(prefill), self._plan.config.kv.page_size, remembered)
-        self._reader = asyncio.get_running_loop().create_task(self._read())
+        self.set_workers(prefill, decode)
+        self._reading = asyncio.get_running_loop().create_task(self._read())
         self._unavailable = ""
 
-    async def generate(self, spec: GenerateSpec) -> AsyncGenerator[Increment, None]:
+    def set_workers(
+        self, prefill: Mapping[WorkerId, str], decode: Mapping[WorkerId, str], draining: Collection[WorkerId] = ()
+    ) -> None:
+        """The attention workers from now on, and their mailbox addresses. An id is one process for ever.
+
+        What was at a worker that is not among them starts again elsewhere; reports that it still sends are dropped.
+        Where a pool has nobody who may take them, requests wait up to their deadlines.
+
+        Args:
+            draining: of the workers, those that are given nothing more; what is there goes on.
+        """
+        self._dispatcher.set_workers(prefill, decode, draining)
+
+    async def generate(self, spec: GenerateSpec, timeout_s: float | None = None) -> AsyncGenerator[Increment, None]:
         """Stream a request's answer. Leaving the iterator early frees the request's work in every pool.
 
-        Raises: UnavailableError, QueueFullError, RequestExistsError.
+        Args:
+            timeout_s: the request's deadline; None takes `frontend.default_timeout_s`.
+
+        Raises: UnavailableError, QueueFullError, RequestExistsError, DeadlineExceededError.
         """
-        live = self._admit(spec)
-        answers = {
-            choice: Answer(choice, self.tokenizer, spec.request.stopping, spec.stop_strings)
-            for choice in spec.request.choices
-        }
-        first: TokenEvent | None = None
-        aborted = False
+        live = self._admit(spec, self._config.default_timeout_s if timeout_s is None else timeout_s)
+        reader = Reader(live)
+        live.readers.add(reader)
         try:
-            while not live.journal.ended:
-                events = await _next_events(live.events)
-                pieces = self._apply(events, live, answers)
-                first = first or next((event for event in events if isinstance(event, TokenEvent)), None)
-                for number, piece in enumerate(pieces):
-                    aborted |= piece.finish_reason == "aborted"
-                    opening = piece.offset == 0 and piece.choice == spec.request.choices[0]
-                    last = live.journal.ended and number == len(pieces) - 1
-                    yield Increment(
-                        piece=piece,
-                        prompt_logprobs=first.prompt_logprobs if opening and first is not None else (),
-                        usage=self._usage(live, first) if last else None,
-                    )
-            if aborted:
-                self.totals.cancelled += 1
-            else:
-                self.totals.finished += 1
-        except UnavailableError:
-            self.totals.failed += 1
-            raise
-        except BaseException:
-            # The client went away or its deadline passed; the handler was cancelled or the iterator closed.
-            self.totals.cancelled += 1
-            raise
+            while True:
+                reader.changed.clear()
+                for increment in reader.unread():
+                    yield increment
+                if live.outcome is not None and not reader.changed.is_set():
+                    break
+                await reader.changed.wait()
+            if live.outcome.error is not None:
+                raise live.outcome.error
         finally:
-            self._release(live)
+            live.readers.discard(reader)
+            if not live.readers:
+                # The client went away or its deadline passed: the handler was cancelled, or the iterator closed.
+                self._end(live, Outcome(kind="cancelled"))
 
     def abort(self, request_id: RequestId) -> None:
         """End a request with finish_reason "aborted". Idempotent."""
         live = self._live.get(request_id)
         if live is not None:
-            live.events.put_nowait(Aborted())
+            live.abort()
+            self._end(live, Outcome(kind="cancelled"))
 
     def stop_admitting(self, reason: str) -> None:
         """Answer new requests with UnavailableError; live ones go on."""
@@ -149,101 +134,57 @@ class Frontend:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), timeout_s)
         for live in self._live.all():
-            live.events.put_nowait(Aborted())
+            self.abort(live.request_id)
 
     def fail(self, reason: str) -> None:
         """The cluster cannot go on: fail every live request and admit no more."""
         self.stop_admitting(reason)
         for live in self._live.all():
-            for choice in live.journal.live_choices():
-                live.events.put_nowait(_failure(live, choice, reason))
+            self._give_up(live, reason)
 
     def close(self) -> None:
-        if self._reader is not None:
-            self._reader.cancel()
+        if self._reading is not None:
+            self._reading.cancel()
+        self._dispatcher.close()
         self._mailbox.close()
 
-    def _admit(self, spec: GenerateSpec) -> LiveRequest:
+    def _admit(self, spec: GenerateSpec, timeout_s: float) -> LiveRequest:
         if self._unavailable:
             raise UnavailableError(self._unavailable)
         if self._live.get(spec.request.request_id) is not None:
             raise RequestExistsError(f"request_id '{spec.request.request_id}' is live; use another, or abort it first")
+        shed = admit(len(self._live), self._config.max_requests)
+        if shed is not None:
+            raise QueueFullError(shed.reason)
         request = dataclasses.replace(spec.request, frontend=self._worker_id, attempt=next(self._first_attempts))
-        others = len(self._live)
-        live = self._live.add(Journal(request))
+        live = LiveRequest(spec, request, self.tokenizer)
+        self._live.add(live)
         self._idle.clear()
-        try:
-            self._start(live, request, others)
-        except BaseException:
-            self._release(live)
-            raise
+        live.deadline = asyncio.get_running_loop().call_later(_before(timeout_s), self._expire, live, timeout_s)
+        self._dispatcher.start(live, request)
         return live
 
-    def _start(self, live: LiveRequest, request: PrefillRequest, others: int = 0) -> None:
-        """Send a request, or an evicted choice of one, on its way.
-
-        Args:
-            others: live requests beside a new one. One that was admitted is never shed when it is computed again.
-        """
-        token_ids = unpack_ids(request.token_ids)
-        cached_tokens = self._prefixes.cached_tokens(token_ids)
-        prefill_views = self._live.prefill_views(cached_tokens)
-        max_requests = self._plan.config.frontend.max_requests
-        decision = schedule(others, max_requests, prefill_views, self._live.decode_views())
-        if isinstance(decision, Shed):
-            raise QueueFullError(decision.reason)
-        self._prefixes.sent(decision.prefill, token_ids)
-        self._live.assign(live, request.choices, len(token_ids), cached_tokens[decision.prefill], decision)
-        self._mailbox.send(decision.prefill, dataclasses.replace(request, decode_worker=decision.decode))
-
-    def _apply(self, events: list[Event | Aborted], live: LiveRequest, answers: Mapping[int, Answer]) -> list[Piece]:
-        """Commit events; the pieces that they add, one per choice."""
-        pieces: list[Piece] = []
-        for event in events:
-            match event:
-                case TokenEvent():
-                    if live.journal.commit(event):
-                        self._live.note_token(live, event)
-                        pieces.append(self._answer(event, live, answers[event.choice]))
-                case Evicted():
-                    again = live.journal.restart(event)
-                    if again is not None:
-                        self._start(live, again)
-                case Failed(choice=choice, attempt=attempt, reason=reason):
-                    if live.journal.is_live(choice, attempt):
-                        raise UnavailableError(reason)
-                case Aborted():
-                    for choice in live.journal.live_choices():
-                        pieces.append(answers[choice].abort())
-                        live.journal.end(choice)
-        return merge(pieces)
-
-    def _answer(self, event: TokenEvent, live: LiveRequest, answer: Answer) -> Piece:
-        self.totals.tokens += 1
-        piece = answer.push(event)
-        if piece.finish_reason is not None:
-            live.journal.end(event.choice)
-            stage = live.stages.pop(event.choice)
-            if event.finish_reason is None:
-                # A stop string: the worker does not know that the choice is over.
-                self._tell(stage.decode, Abort(request_id=live.request_id, choice=event.choice))
-        return piece
-
-    def _release(self, live: LiveRequest) -> None:
-        """Forget a request, and let every worker that still computes it do so too."""
+    def _end(self, live: LiveRequest, outcome: Outcome) -> None:
+        """The one place where a request ends, however; the first outcome counts."""
+        if live.outcome is not None:
+            return
+        setattr(self.totals, outcome.kind, getattr(self.totals, outcome.kind) + 1)
         self._live.remove(live)
+        self._dispatcher.forget(live)
+        live.end(outcome)
         if not len(self._live):
             self._idle.set()
-        workers = {worker for stage in live.stages.values() for worker in (stage.prefill, stage.decode)}
-        for worker_id in sorted(workers):
-            self._tell(worker_id, Abort(request_id=live.request_id))
 
-    def _usage(self, live: LiveRequest, first: TokenEvent | None) -> Usage:
-        return Usage(
-            prompt_tokens=live.journal.request.num_prompt_tokens,
-            completion_tokens=live.journal.num_completion_tokens,
-            cached_tokens=first.cached_tokens if first else 0,
-        )
+    def _give_up(self, live: LiveRequest, reason: str) -> None:
+        self._end(live, Outcome(kind="failed", error=UnavailableError(reason)))
+
+    def _expire(self, live: LiveRequest, timeout_s: float) -> None:
+        reason = self._dispatcher.waits_for(live)
+        if reason:
+            self._give_up(live, f"{reason}, and none came within {timeout_s:g} s")
+        else:
+            error = DeadlineExceededError(f"it was not complete within {timeout_s:g} s")
+            self._end(live, Outcome(kind="cancelled", error=error))
 
     async def _read(self) -> None:
         """Hand every event to the request that it belongs to."""
@@ -256,33 +197,33 @@ class Frontend:
             if not isinstance(message, StepReport):
                 _log.error("a %s is dropped: a frontend takes step reports only", type(message).__name__)
                 continue
-            self._live.loads[message.worker_id] = message.load
-            for event in message.events:
-                live = self._live.get(event.request_id)
-                goes_on = isinstance(event, TokenEvent) and event.finish_reason is None
-                if live is not None:
-                    live.events.put_nowait(event)
+            if self._dispatcher.report(message.worker_id, message.load):
+                for event in message.events:
+                    self._take(event, message.worker_id)
+
+    def _take(self, event: TokenEvent | Evicted | Failed, worker_id: WorkerId) -> None:
+        """Commit a token, or compute its choice again. What is not of a live attempt is dropped."""
+        live = self._live.get(event.request_id)
+        if live is None or not live.journal.is_live(event.choice, event.attempt):
+            if isinstance(event, TokenEvent) and event.finish_reason is None:
                 # An abort may overtake the hand-off: then it is said again to whoever computes the token now.
-                if goes_on and live is None:
-                    self._tell(message.worker_id, Abort(request_id=event.request_id))
-                elif goes_on and live is not None and live.journal.has_ended(event.choice):
-                    self._tell(message.worker_id, Abort(request_id=event.request_id, choice=event.choice))
-
-    def _tell(self, to: WorkerId, message: Abort) -> None:
-        try:
-            self._mailbox.send(to, message)
-        except UnavailableError as error:
-            _log.warning("an abort is lost: %s", error)
-
-
-async def _next_events(queue: asyncio.Queue[Event | Aborted]) -> list[Event | Aborted]:
-    """At least one event, and whatever else waits: a slow reader gets fewer, larger pieces."""
-    events = [await queue.get()]
-    while not queue.empty():
-        events.append(queue.get_nowait())
-    return events
+                self._dispatcher.abort(worker_id, event.request_id, event.choice, event.attempt)
+            return
+        match event:
+            case TokenEvent():
+                if live.commit(event):
+                    self.totals.tokens += 1
+                    self._dispatcher.note_token(live, event, worker_id)
+                    if live.journal.ended:
+                        self._end(live, Outcome(kind="finished"))
+            case Evicted():
+                self._dispatcher.evicted(live, event)
+            case Failed(reason=reason, retryable=True):
+                self._dispatcher.failed(live, event, worker_id)
+            case Failed(reason=reason):
+                self._give_up(live, reason)
 
 
-def _failure(live: LiveRequest, choice: int, reason: str) -> Failed:
-    attempt = live.journal.attempt(choice)
-    return Failed(request_id=live.request_id, choice=choice, attempt=attempt, reason=reason)
+def _before(timeout_s: float) -> float:
+    """A little earlier than the client's own clock runs out, so that it hears why."""
+    return timeout_s - min(0.2, timeout_s / 20)

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import ray.util
@@ -38,7 +38,7 @@ class ClusterStatus:
 
 
 class FrontendActor:
-    """Called in this order: `listen`, `serve`, `drain`, `stop`."""
+    """Called in this order: `listen`, `serve`, `drain`, `stop`; `set_workers` whenever they change after `serve`."""
 
     def __init__(self, worker_id: WorkerId, plan: ServingPlan, controller: Any) -> None:
         self._worker_id, self._plan, self._controller = worker_id, plan, controller
@@ -60,6 +60,12 @@ class FrontendActor:
     async def serve(self, prefill: Mapping[WorkerId, str], decode: Mapping[WorkerId, str]) -> None:
         self._frontend.serve(prefill, decode)
         await self._server.set_serving(True)
+
+    async def set_workers(
+        self, prefill: Mapping[WorkerId, str], decode: Mapping[WorkerId, str], draining: Collection[WorkerId] = ()
+    ) -> None:
+        """See `Frontend.set_workers`."""
+        self._frontend.set_workers(prefill, decode, draining)
 
     async def ping(self) -> None:
         """Answered as long as the frontend's event loop runs."""

@@ -15,12 +15,14 @@ from grpc_reflection.v1alpha import reflection
 from grpc_status import rpc_status
 
 from cluster.answer import MatchedStop, Piece
-from cluster.frontend import Frontend, Increment
+from cluster.frontend import Frontend
+from cluster.live_requests import Increment
 from cluster.validation import chat_messages, check_ids, parse_request, require_tokenizer
 from model.config import ARCHITECTURE
 from octet.config import FrontendConfig
 from octet.errors import (
     ConfigError,
+    DeadlineExceededError,
     OctetError,
     QueueFullError,
     RequestError,
@@ -40,6 +42,7 @@ _CODES: tuple[tuple[type[OctetError], Any], ...] = (
     (RequestExistsError, code_pb2.ALREADY_EXISTS),
     (QueueFullError, code_pb2.RESOURCE_EXHAUSTED),
     (UnavailableError, code_pb2.UNAVAILABLE),
+    (DeadlineExceededError, code_pb2.DEADLINE_EXCEEDED),
 )
 _FINISH = {"stop": pb.STOP, "length": pb.LENGTH, "aborted": pb.ABORTED, None: pb.FINISH_REASON_UNSPECIFIED}
 SERVICES = ("octet.v1.Generation", "octet.v1.Cluster", "")
@@ -110,7 +113,7 @@ class GenerationService(rpc.GenerationServicer):
         try:
             spec = parse_request(message, self._frontend.limits, self._frontend.tokenizer)
             # Closing the increments is what frees the work when the client goes away or its deadline passes.
-            async with contextlib.aclosing(self._frontend.generate(spec)) as increments:
+            async with contextlib.aclosing(self._frontend.generate(spec, context.time_remaining())) as increments:
                 async for increment in increments:
                     yield _chunk(spec.request.request_id, increment)
         except OctetError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 from octet.messages import Evicted, PrefillRequest, TokenEvent, pack_ids, unpack_ids
 
@@ -65,11 +66,26 @@ class Journal:
 
     def restart(self, event: Evicted) -> PrefillRequest | None:
         """The request that computes an evicted choice again, or None if the eviction is not of the live attempt."""
-        if not self.is_live(event.choice, event.attempt):
-            return None
-        choice = self._choices[event.choice]
-        choice.attempt += 1
-        token_ids = unpack_ids(self._request.token_ids) + choice.token_ids
+        return self.compute_again((event.choice,))[0] if self.is_live(event.choice, event.attempt) else None
+
+    def compute_again(self, choices: Iterable[int]) -> list[PrefillRequest]:
+        """The requests that compute live choices again, each as a new attempt, from the tokens committed to it.
+
+        Choices with the same tokens share one: the first token is not there yet, and neither is what sets them apart.
+        """
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for number in choices:
+            alike.setdefault(tuple(self._choices[number].token_ids), []).append(number)
+        return [self._again(numbers, token_ids) for token_ids, numbers in alike.items()]
+
+    def _again(self, numbers: list[int], token_ids: tuple[int, ...]) -> PrefillRequest:
+        """No two requests share an attempt, so that an abort of one never ends another."""
+        attempt = max(choice.attempt for choice in self._choices.values()) + 1
+        for number in numbers:
+            self._choices[number].attempt = attempt
         return dataclasses.replace(
-            self._request, attempt=choice.attempt, choices=(event.choice,), token_ids=pack_ids(token_ids)
+            self._request,
+            attempt=attempt,
+            choices=tuple(numbers),
+            token_ids=pack_ids([*unpack_ids(self._request.token_ids), *token_ids]),
         )

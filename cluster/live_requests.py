@@ -1,53 +1,151 @@
-"""The live requests of a frontend: where each of them is, and the events that wait for it."""
+"""The accepted requests that have not ended."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator
+from typing import Literal
 
+from cluster.answer import Answer, Piece
 from cluster.journal import Journal
-from cluster.scheduler import Assignment, DecodeView, PrefillView
+from cluster.transcript import Transcript
+from cluster.validation import GenerateSpec
+from cluster.workload import Stage
+from model.tokenizer import Tokenizer
+from octet.errors import OctetError
 from octet.ids import RequestId, WorkerId
-from octet.messages import Evicted, Failed, TokenEvent, WorkerLoad
-
-Event = TokenEvent | Evicted | Failed
+from octet.messages import PrefillRequest, TokenEvent, TokenLogprob
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Aborted:
-    """By the client's Abort, or at the end of a drain."""
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
 
 
-@dataclasses.dataclass(slots=True)
-class _Stage:
-    """One choice's way: still in its prefill worker, or on to its decode worker."""
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Increment:
+    """What a request's client learns at once."""
 
-    prefill: WorkerId
-    decode: WorkerId
-    queued_tokens: int
-    pages: int
-    prefilled: bool = False
+    piece: Piece
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    usage: Usage | None = None
+    """In the request's last increment."""
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How a request ended. Every accepted request has exactly one in the end."""
+
+    kind: Literal["finished", "failed", "cancelled"]
+    error: OctetError | None = None
+    """What its clients hear after everything that was committed."""
+
+
 class LiveRequest:
-    journal: Journal
-    events: asyncio.Queue[Event | Aborted] = dataclasses.field(default_factory=asyncio.Queue)
-    stages: dict[int, _Stage] = dataclasses.field(default_factory=dict)
+    """One request: what is committed of it, who reads it, and where it is computed."""
+
+    def __init__(self, spec: GenerateSpec, request: PrefillRequest, tokenizer: Tokenizer | None) -> None:
+        self.journal = Journal(request)
+        self.transcripts = {choice: Transcript(choice) for choice in request.choices}
+        self._answers = {
+            choice: Answer(choice, tokenizer, request.stopping, spec.stop_strings) for choice in request.choices
+        }
+        self.outcome: Outcome | None = None
+        self.prompt_logprobs: tuple[TokenLogprob, ...] = ()
+        self._cached_tokens: int | None = None
+        self.readers: set[Reader] = set()
+        self.deadline: asyncio.TimerHandle | None = None
+        self.stages: dict[int, Stage] = {}
+        """Of the choices that some worker computes; the dispatcher's."""
+        self.failed_on: dict[int, set[WorkerId]] = {}
+        """Workers that could not go on with a choice; the dispatcher's."""
+        self.num_restarts: dict[int, int] = {}
+        """The dispatcher's."""
 
     @property
     def request_id(self) -> RequestId:
         return self.journal.request.request_id
 
+    @property
+    def usage(self) -> Usage:
+        return Usage(
+            prompt_tokens=self.journal.request.num_prompt_tokens,
+            completion_tokens=self.journal.num_completion_tokens,
+            cached_tokens=self._cached_tokens or 0,
+        )
+
+    def commit(self, event: TokenEvent) -> bool:
+        """Take a token if it is the next one of its choice's live attempt, and end the choice if it is its last."""
+        if not self.journal.commit(event):
+            return False
+        if self._cached_tokens is None:
+            self._cached_tokens = event.cached_tokens
+        self.prompt_logprobs = self.prompt_logprobs or event.prompt_logprobs
+        self._say(self._answers[event.choice].push(event))
+        return True
+
+    def abort(self) -> None:
+        """End every choice that has not ended, with what is committed."""
+        for choice in self.journal.live_choices():
+            self._say(self._answers[choice].abort())
+
+    def end(self, outcome: Outcome) -> None:
+        self.outcome = outcome
+        if self.deadline is not None:
+            self.deadline.cancel()
+        self._wake_readers()
+
+    def _say(self, piece: Piece) -> None:
+        self.transcripts[piece.choice].add(piece)
+        if piece.finish_reason is not None:
+            self.journal.end(piece.choice)
+        self._wake_readers()
+
+    def _wake_readers(self) -> None:
+        for reader in self.readers:
+            reader.changed.set()
+
+
+class Reader:
+    """One client's place in a request's transcripts."""
+
+    def __init__(self, live: LiveRequest) -> None:
+        self._live = live
+        self._read = dict.fromkeys(live.transcripts, 0)
+        self._ended: set[int] = set()
+        self.changed = asyncio.Event()
+
+    def unread(self) -> Iterator[Increment]:
+        """What was said since the last call: one increment per choice, however much it is."""
+        news = [choice for choice, transcript in self._live.transcripts.items() if self._has_news(choice, transcript)]
+        for number, choice in enumerate(news):
+            transcript, first = self._live.transcripts[choice], self._read[choice]
+            piece = transcript.read(first)
+            self._read[choice] = len(transcript)
+            if piece.finish_reason is not None:
+                self._ended.add(choice)
+            opening = first == 0 and choice == min(self._live.transcripts)
+            last = number == len(news) - 1 and self._ended == self._live.transcripts.keys()
+            yield Increment(
+                piece=piece,
+                prompt_logprobs=self._live.prompt_logprobs if opening else (),
+                usage=self._live.usage if last else None,
+            )
+
+    def _has_news(self, choice: int, transcript: Transcript) -> bool:
+        return len(transcript) > self._read[choice] or (
+            transcript.finish_reason is not None and choice not in self._ended
+        )
+
 
 class LiveRequests:
-    """Who is live, and what they keep of each worker: what the scheduler decides by."""
+    """By id."""
 
-    def __init__(self, prefill: list[WorkerId], decode: list[WorkerId], page_size: int) -> None:
+    def __init__(self) -> None:
         self._requests: dict[RequestId, LiveRequest] = {}
-        self._prefill, self._decode, self._page_size = prefill, decode, page_size
-        self.loads: dict[WorkerId, WorkerLoad] = {}
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -58,63 +156,8 @@ class LiveRequests:
     def get(self, request_id: RequestId) -> LiveRequest | None:
         return self._requests.get(request_id)
 
-    def add(self, journal: Journal) -> LiveRequest:
-        live = LiveRequest(journal)
+    def add(self, live: LiveRequest) -> None:
         self._requests[live.request_id] = live
-        return live
 
     def remove(self, live: LiveRequest) -> None:
         del self._requests[live.request_id]
-
-    def assign(
-        self, live: LiveRequest, choices: tuple[int, ...], num_tokens: int, num_cached: int, assignment: Assignment
-    ) -> None:
-        """Note where choices are computed. The first of them carries the prompt's share of work and pages."""
-        pages = -(-num_tokens // self._page_size)
-        for number, choice in enumerate(choices):
-            live.stages[choice] = _Stage(
-                prefill=assignment.prefill,
-                decode=assignment.decode,
-                queued_tokens=num_tokens - num_cached if number == 0 else 0,
-                pages=pages if number == 0 else 1,
-            )
-
-    def note_token(self, live: LiveRequest, event: TokenEvent) -> None:
-        """A token came: the first, that the choice's prompt is computed; another, that its pages count as in use."""
-        stage = live.stages.get(event.choice)
-        if stage is not None:
-            stage.queued_tokens = 0
-            if stage.prefilled:
-                stage.pages = 0
-            stage.prefilled = True
-
-    def prefill_views(self, cached_tokens: Mapping[WorkerId, int]) -> list[PrefillView]:
-        """
-        Args:
-            cached_tokens: for every worker, what it probably has of the request at hand.
-        """
-        queued = dict.fromkeys(self._prefill, 0)
-        for live in self._requests.values():
-            for stage in live.stages.values():
-                queued[stage.prefill] += stage.queued_tokens
-        return [
-            PrefillView(worker_id=worker_id, queued_tokens=tokens, cached_tokens=cached_tokens.get(worker_id, 0))
-            for worker_id, tokens in queued.items()
-        ]
-
-    def decode_views(self) -> list[DecodeView]:
-        promised = dict.fromkeys(self._decode, 0)
-        sequences = dict.fromkeys(self._decode, 0)
-        for live in self._requests.values():
-            for stage in live.stages.values():
-                promised[stage.decode] += stage.pages
-                sequences[stage.decode] += 1
-        return [
-            DecodeView(
-                worker_id=worker_id,
-                free_pages=self.loads[worker_id].kv_pages_free if worker_id in self.loads else 0,
-                promised_pages=promised[worker_id],
-                live_sequences=sequences[worker_id],
-            )
-            for worker_id in self._decode
-        ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from octet.ids import WorkerId
 from octet.messages import pack_ids
@@ -23,7 +23,12 @@ class PrefixIndex:
 
     def __init__(self, workers: Sequence[WorkerId], page_size: int, capacity: int) -> None:
         self._page_size, self._capacity = page_size, capacity
-        self._chains: dict[WorkerId, OrderedDict[bytes, None]] = {worker: OrderedDict() for worker in workers}
+        self._chains: dict[WorkerId, OrderedDict[bytes, None]] = {}
+        self.set_workers(workers)
+
+    def set_workers(self, workers: Collection[WorkerId]) -> None:
+        """Forget those that are gone; new ones have nothing yet."""
+        self._chains = {worker: self._chains.get(worker, OrderedDict()) for worker in sorted(workers)}
 
     def sent(self, worker_id: WorkerId, token_ids: Sequence[int]) -> None:
         chains = self._chains[worker_id]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from octet.ids import WorkerId
 
@@ -45,21 +45,44 @@ class Shed:
     reason: str
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Wait:
+    """No worker may take it now."""
+
+    reason: str
+
+
+def admit(num_live: int, max_requests: int) -> Shed | None:
+    """Whether one more request is refused."""
+    if num_live >= max_requests:
+        return Shed(reason=f"{num_live} requests are live, the limit (frontend.max_requests) is {max_requests}")
+    return None
+
+
 def schedule(
-    num_live: int, max_requests: int, prefill: Sequence[PrefillView], decode: Sequence[DecodeView]
-) -> Assignment | Shed:
+    prefill: Sequence[PrefillView], decode: Sequence[DecodeView], avoid: Collection[WorkerId] = ()
+) -> Assignment | Wait:
     """The prefill worker with the least work before the first token, the decode worker with the most pages to spare.
 
     The work is what is queued and the part of the prompt that is not cached, so the longest prefix wins unless the
     queue in front of it is worse.
 
     Ties go to the smaller batch, then to the lower worker id, so that the same state gives the same decision.
+
+    Args:
+        avoid: workers that could not go on with this request; it waits where there is no other.
     """
-    if num_live >= max_requests:
-        return Shed(reason=f"{num_live} requests are live, the limit (frontend.max_requests) is {max_requests}")
-    source = min(prefill, key=lambda view: (-view.advantage, view.worker_id))
+    missing = [name for name, views in (("prefill", prefill), ("decode", decode)) if not views]
+    if missing:
+        return Wait(reason=f"no {missing[0]} worker is there")
+    sources = [view for view in prefill if view.worker_id not in avoid]
+    targets = [view for view in decode if view.worker_id not in avoid]
+    if not sources or not targets:
+        pool = "prefill" if not sources else "decode"
+        return Wait(reason=f"every {pool} worker has failed it: {', '.join(sorted(avoid))}")
+    source = min(sources, key=lambda view: (-view.advantage, view.worker_id))
     target = min(
-        decode,
+        targets,
         key=lambda view: (view.promised_pages - view.free_pages, view.live_sequences, view.worker_id),
     )
     return Assignment(

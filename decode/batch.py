@@ -196,11 +196,13 @@ class DecodeBatch:
             shared_pages=self._num_shared(request.num_tokens),
         )
 
-    def of(self, request_id: RequestId, choice: int | None) -> list[RunningSequence]:
+    def of(self, request_id: RequestId, choice: int | None = None, attempt: int | None = None) -> list[RunningSequence]:
         return [
             sequence
             for sequence in self.running
-            if sequence.request.request_id == request_id and choice in (None, sequence.choice)
+            if sequence.request.request_id == request_id
+            and choice in (None, sequence.choice)
+            and attempt in (None, sequence.request.attempt)
         ]
 
 

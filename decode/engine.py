@@ -27,6 +27,7 @@ from octet.messages import (
     KvOffer,
     KvRenew,
     Message,
+    PrefillRequest,
     StepReport,
     TokenEvent,
     TokenLogprob,
@@ -68,8 +69,8 @@ class DecodeEngine:
             case KvOffer():
                 self._offers.append(message)
                 self._offers.sort(key=lambda offer: (offer.request.priority, offer.request.arrival_s))
-            case Abort(request_id=request_id, choice=choice):
-                self._abort(request_id, choice)
+            case Abort():
+                self._abort(message)
             case _:
                 raise TypeError(f"a decode worker takes no {type(message).__name__}")
 
@@ -91,9 +92,13 @@ class DecodeEngine:
                 self._batch.trim()
         return self.flush()
 
-    def fail_all(self, reason: str) -> None:
-        """End every request here; `flush` tells their frontends."""
-        self._fail_running(reason)
+    def fail_all(self, reason: str, retryable: bool = False) -> None:
+        """End every request here; `flush` tells their frontends.
+
+        Args:
+            retryable: see `Failed`.
+        """
+        self._fail_running(reason, retryable)
         told = [(offer.request, offer.request.choices) for offer in self._offers]
         for incoming in self._incoming.values():
             told.append((incoming.offer.request, tuple(choice for choice, _ in incoming.wanted)))
@@ -101,7 +106,7 @@ class DecodeEngine:
         self._offers.clear()
         for request, choices in told:
             for choice in choices:
-                self._tell_failed(request.request_id, choice, request.attempt, request.frontend, reason)
+                self._tell_failed(request, choice, reason, retryable)
 
     def flush(self) -> list[tuple[WorkerId, Message]]:
         """What there is to tell, without computing."""
@@ -263,23 +268,25 @@ class DecodeEngine:
             reason = "preempted: an older sequence needed its pages"
             self._tell_evicted(request.request_id, sequence.choice, request.attempt, request.frontend, reason)
 
-    def _abort(self, request_id: RequestId, choice: int | None) -> None:
-        for sequence in self._batch.of(request_id, choice):
+    def _abort(self, abort: Abort) -> None:
+        def meant(request: PrefillRequest) -> bool:
+            return request.request_id == abort.request_id and abort.attempt in (None, request.attempt)
+
+        for sequence in self._batch.of(abort.request_id, abort.choice, abort.attempt):
             self._batch.remove(sequence)
         for incoming in self._incoming.values():
-            if incoming.offer.request.request_id == request_id:
-                incoming.dropped.update(incoming.offer.request.choices if choice is None else (choice,))
-        for offer in [offer for offer in self._offers if offer.request.request_id == request_id]:
+            if meant(incoming.offer.request):
+                incoming.dropped.update(incoming.offer.request.choices if abort.choice is None else (abort.choice,))
+        for offer in [offer for offer in self._offers if meant(offer.request)]:
             # One choice of several is dropped when it lands; its token events would tell, were it to run.
-            if choice is None or offer.request.choices == (choice,):
+            if abort.choice is None or offer.request.choices == (abort.choice,):
                 self._offers.remove(offer)
                 self._acknowledge(offer)
 
-    def _fail_running(self, reason: str) -> None:
+    def _fail_running(self, reason: str, retryable: bool = False) -> None:
         for sequence in list(self._batch.running):
             self._batch.remove(sequence)
-            request = sequence.request
-            self._tell_failed(request.request_id, sequence.choice, request.attempt, request.frontend, reason)
+            self._tell_failed(sequence.request, sequence.choice, reason, retryable)
 
     def _acknowledge(self, offer: KvOffer) -> None:
         self._outbox.append((offer.prefill_worker, KvAck(lease_id=offer.lease_id)))
@@ -287,5 +294,13 @@ class DecodeEngine:
     def _tell_evicted(self, request_id: RequestId, choice: int, attempt: int, to: WorkerId, reason: str) -> None:
         self._events[to].append(Evicted(request_id=request_id, choice=choice, attempt=attempt, reason=reason))
 
-    def _tell_failed(self, request_id: RequestId, choice: int, attempt: int, to: WorkerId, reason: str) -> None:
-        self._events[to].append(Failed(request_id=request_id, choice=choice, attempt=attempt, reason=reason))
+    def _tell_failed(self, request: PrefillRequest, choice: int, reason: str, retryable: bool) -> None:
+        self._events[request.frontend].append(
+            Failed(
+                request_id=request.request_id,
+                choice=choice,
+                attempt=request.attempt,
+                reason=reason,
+                retryable=retryable,
+            )
+        )

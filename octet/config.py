@@ -119,6 +119,10 @@ class FrontendConfig(_Node):
     """0 picks a free one."""
     max_requests: int = pydantic.Field(1024, ge=1)
     """Live requests; one more is answered RESOURCE_EXHAUSTED."""
+    default_timeout_s: float = pydantic.Field(600.0, gt=0)
+    """Deadline of a request whose call carries none."""
+    max_attempts: int = pydantic.Field(10, ge=1)
+    """How often a choice is computed again because its workers were lost or failed; preemptions do not count."""
     max_n: int = pydantic.Field(16, ge=1)
     max_logprobs: int = pydantic.Field(20, ge=0)
     max_stop_strings: int = pydantic.Field(16, ge=0)

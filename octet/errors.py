@@ -54,6 +54,10 @@ class UnavailableError(OctetError):
     """The cluster, or a part that the request needs, is not serving: UNAVAILABLE at the edge."""
 
 
+class DeadlineExceededError(OctetError):
+    """An accepted request did not end in time: DEADLINE_EXCEEDED at the edge."""
+
+
 class WireError(OctetError):
     """Bytes from another process are not a message of ours."""
 

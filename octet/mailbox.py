@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Collection, Mapping
 
 import zmq
 import zmq.asyncio
@@ -37,8 +38,11 @@ class Mailbox:
         self._waker.connect(self.address)
         self._wake_lock = threading.Lock()
 
-    def connect(self, peers: dict[WorkerId, str]) -> None:
+    def connect(self, peers: Mapping[WorkerId, str]) -> None:
         self._outbound.connect(peers)
+
+    def disconnect(self, peers: Collection[WorkerId]) -> None:
+        self._outbound.disconnect(peers)
 
     def send(self, to: WorkerId, message: Message) -> None:
         """Raises: UnavailableError if `to` is unknown or does not read."""
@@ -87,8 +91,11 @@ class AsyncMailbox:
         self.address = f"tcp://{host}:{port}"
         self._outbound = Outbound(zmq.Context(self._context))
 
-    def connect(self, peers: dict[WorkerId, str]) -> None:
+    def connect(self, peers: Mapping[WorkerId, str]) -> None:
         self._outbound.connect(peers)
+
+    def disconnect(self, peers: Collection[WorkerId]) -> None:
+        self._outbound.disconnect(peers)
 
     def send(self, to: WorkerId, message: Message) -> None:
         """Raises: UnavailableError if `to` is unknown or does not read."""
@@ -112,7 +119,7 @@ class Outbound:
         self._addresses: dict[WorkerId, str] = {}
         self._lock = threading.Lock()
 
-    def connect(self, peers: dict[WorkerId, str]) -> None:
+    def connect(self, peers: Mapping[WorkerId, str]) -> None:
         """Add or replace peers."""
         with self._lock:
             for worker_id, address in peers.items():
@@ -125,6 +132,15 @@ class Outbound:
                 socket.setsockopt(zmq.LINGER, 0)
                 socket.connect(address)
                 self._sockets[worker_id], self._addresses[worker_id] = socket, address
+
+    def disconnect(self, peers: Collection[WorkerId]) -> None:
+        """Forget peers that are gone, and what they have not read. Idempotent."""
+        with self._lock:
+            for worker_id in peers:
+                self._addresses.pop(worker_id, None)
+                socket = self._sockets.pop(worker_id, None)
+                if socket is not None:
+                    socket.close(linger=0)
 
     def send(self, to: WorkerId, message: Message) -> None:
         data = encode(message)

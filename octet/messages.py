@@ -48,10 +48,12 @@ class PrefillRequest:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Abort:
-    """Frontend → workers: forget a request, or one choice of it."""
+    """Frontend → workers: forget a request, or one choice or one attempt of it."""
 
     request_id: RequestId
     choice: int | None = None
+    attempt: int | None = None
+    """What is computed of other attempts goes on."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,12 +130,14 @@ class Evicted:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Failed:
-    """Worker → frontend: the choice cannot go on."""
+    """Worker → frontend: the choice cannot go on here."""
 
     request_id: RequestId
     choice: int
     attempt: int
     reason: str
+    retryable: bool = False
+    """The fault is this worker's or its lane's: another attempt, elsewhere or later, may succeed."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -83,10 +83,10 @@ class PrefillEngine:
                 self._leases.renew(lease_id)
             case KvAck(lease_id=lease_id):
                 self._leases.acknowledge(lease_id)
-            case Abort(request_id=request_id, choice=choice):
-                for task in self._queue.remove(request_id, choice):
+            case Abort(request_id=request_id, choice=choice, attempt=attempt):
+                for task in self._queue.remove(request_id, choice, attempt):
                     self._pool.release(task.pages)
-                self._leases.abort(request_id, choice)
+                self._leases.abort(request_id, choice, attempt)
             case _:
                 raise TypeError(f"a prefill worker takes no {type(message).__name__}")
 
@@ -106,8 +106,12 @@ class PrefillEngine:
                 self._advance(chunks, hidden, now_s)
         return self._collect()
 
-    def fail_all(self, reason: str) -> None:
-        """End every request here; `step` or `flush` tells their frontends."""
+    def fail_all(self, reason: str, retryable: bool = False) -> None:
+        """End every request here; `step` or `flush` tells their frontends.
+
+        Args:
+            retryable: see `Failed`.
+        """
         for task in self._queue.clear():
             self._pool.release(task.pages)
             for choice in task.request.choices:
@@ -117,6 +121,7 @@ class PrefillEngine:
                         choice=choice,
                         attempt=task.request.attempt,
                         reason=reason,
+                        retryable=retryable,
                     )
                 )
 
@@ -220,7 +225,7 @@ class PrefillEngine:
         request = task.request
         choices = tuple(choice for choice, _ in going_on)
         lease_id = LeaseId(f"{self._worker_id}/{self._epoch}/{next(self._lease_numbers)}")
-        self._leases.grant(lease_id, request.request_id, choices, task.pages, now_s)
+        self._leases.grant(lease_id, request.request_id, request.attempt, choices, task.pages, now_s)
         offer = KvOffer(
             lease_id=lease_id,
             prefill_worker=self._worker_id,

@@ -11,6 +11,7 @@ from octet.ids import LeaseId, RequestId
 @dataclasses.dataclass(slots=True, kw_only=True)
 class _Lease:
     request_id: RequestId
+    attempt: int
     choices: tuple[int, ...]
     pages: list[int]
     deadline_s: float
@@ -41,11 +42,17 @@ class LeaseTable:
         return len(self._leases)
 
     def grant(
-        self, lease_id: LeaseId, request_id: RequestId, choices: tuple[int, ...], pages: list[int], now_s: float
+        self,
+        lease_id: LeaseId,
+        request_id: RequestId,
+        attempt: int,
+        choices: tuple[int, ...],
+        pages: list[int],
+        now_s: float,
     ) -> None:
         with self._lock:
             self._leases[lease_id] = _Lease(
-                request_id=request_id, choices=choices, pages=pages, deadline_s=now_s + self._lease_s
+                request_id=request_id, attempt=attempt, choices=choices, pages=pages, deadline_s=now_s + self._lease_s
             )
 
     def begin_sending(self, lease_id: LeaseId) -> list[int] | None:
@@ -73,10 +80,14 @@ class LeaseTable:
             if lease_id in self._leases:
                 self._leases[lease_id].renewed = True
 
-    def abort(self, request_id: RequestId, choice: int | None) -> None:
+    def abort(self, request_id: RequestId, choice: int | None = None, attempt: int | None = None) -> None:
         with self._lock:
             for lease in self._leases.values():
-                if lease.request_id == request_id and (choice is None or lease.choices == (choice,)):
+                if (
+                    lease.request_id == request_id
+                    and (choice is None or lease.choices == (choice,))
+                    and attempt in (None, lease.attempt)
+                ):
                     lease.over = True
 
     def reclaim(self, now_s: float) -> list[int]:

@@ -79,12 +79,14 @@ class PrefillQueue:
     def finish(self, task: Task) -> None:
         self.running.remove(task)
 
-    def remove(self, request_id: RequestId, choice: int | None) -> list[Task]:
+    def remove(self, request_id: RequestId, choice: int | None = None, attempt: int | None = None) -> list[Task]:
         """Take out a request's tasks; those of a single choice only where it is all that the task computes."""
         gone = [
             task
             for task in (*self.waiting, *self.running)
-            if task.request.request_id == request_id and (choice is None or task.request.choices == (choice,))
+            if task.request.request_id == request_id
+            and (choice is None or task.request.choices == (choice,))
+            and attempt in (None, task.request.attempt)
         ]
         self.waiting = [task for task in self.waiting if task not in gone]
         self.running = [task for task in self.running if task not in gone]

@@ -3,174 +3,41 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
-from collections.abc import AsyncIterator, Coroutine
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator
 
 import pytest
 
-from cluster.frontend import Frontend, Increment
-from cluster.planning import EMBEDDED_MODEL, make_plan
-from cluster.validation import parse_request
-from model.tokenizer import Tokenizer
-from octet.config import load_config
-from octet.errors import QueueFullError, RequestExistsError, UnavailableError
-from octet.ids import Epoch, LeaseId, RequestId, WorkerId
-from octet.mailbox import AsyncMailbox
-from octet.messages import (
-    Abort,
-    Evicted,
-    Failed,
-    KvAck,
-    Message,
-    PrefillRequest,
-    StepReport,
-    TokenEvent,
-    TokenLogprob,
-    WorkerLoad,
-    unpack_ids,
-)
-from octet.request import FinishReason
+from cluster.frontend import Frontend
+from octet.errors import DeadlineExceededError, QueueFullError, RequestExistsError, UnavailableError
+from octet.ids import LeaseId, RequestId, WorkerId
+from octet.messages import KvAck, TokenLogprob, unpack_ids
 from octet.v1 import octet_pb2 as pb
-
-HOST, PATIENT_S = "127.0.0.1", 20.0
-FRONTEND, PREFILL, DECODE = WorkerId("frontend-0"), WorkerId("prefill-0"), WorkerId("decode-0")
-MAX_REQUESTS = 3
-LOAD = WorkerLoad(kv_pages_total=64, kv_pages_free=64, running=0, waiting=0, tokens=0)
-PROMPT = [7, 8, 9]
-PLAN = make_plan(load_config(None, [f"frontend.max_requests={MAX_REQUESTS}"]))
-TOKENIZER = Tokenizer.open(EMBEDDED_MODEL)
-T = TypeVar("T")
-
-
-async def soon(awaited: Coroutine[Any, Any, T] | asyncio.Task[T]) -> T:
-    return await asyncio.wait_for(awaited, PATIENT_S)
-
-
-class Worker:
-    """A worker's mailbox."""
-
-    def __init__(self, worker_id: WorkerId, frontend: Frontend) -> None:
-        self.worker_id, self.mailbox = worker_id, AsyncMailbox(HOST)
-        self.mailbox.connect({FRONTEND: frontend.address})
-
-    async def next(self) -> Message:
-        return await soon(self.mailbox.receive())
-
-    async def next_request(self) -> PrefillRequest:
-        while not isinstance(message := await self.next(), PrefillRequest):
-            assert isinstance(message, Abort)
-        return message
-
-    def tell(self, *events: TokenEvent | Evicted | Failed) -> None:
-        self.mailbox.send(
-            FRONTEND, StepReport(worker_id=self.worker_id, epoch=Epoch(1), events=tuple(events), load=LOAD)
-        )
-
-
-class Client:
-    """One request's increments, as they come."""
-
-    def __init__(self, frontend: Frontend, message: pb.GenerateRequest) -> None:
-        spec = parse_request(message, frontend.limits, frontend.tokenizer)
-        self.increments: list[Increment] = []
-        self._heard = asyncio.Condition()
-        self.task = asyncio.create_task(self._collect(frontend, spec))
-
-    async def _collect(self, frontend: Frontend, spec: Any) -> None:
-        async with contextlib.aclosing(frontend.generate(spec)) as increments:
-            async for increment in increments:
-                async with self._heard:
-                    self.increments.append(increment)
-                    self._heard.notify_all()
-
-    async def heard(self, num_tokens: int) -> None:
-        """Until that many tokens have come."""
-        async with self._heard:
-            await soon(self._heard.wait_for(lambda: len(self.tokens()) >= num_tokens))
-
-    async def end(self) -> Client:
-        await soon(self.task)
-        return self
-
-    async def leave(self) -> None:
-        self.task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await self.task
-
-    def tokens(self, choice: int = 0) -> list[int]:
-        pieces = [increment.piece for increment in self.increments if increment.piece.choice == choice]
-        return [token_id for piece in pieces for token_id in piece.token_ids]
-
-    def text(self) -> str:
-        return "".join(increment.piece.text for increment in self.increments)
-
-    def finish_reasons(self) -> list[FinishReason]:
-        return [i.piece.finish_reason for i in self.increments if i.piece.finish_reason is not None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Cluster:
-    frontend: Frontend
-    prefill: Worker
-    decode: Worker
-
-    def ask(self, *, request_id: str = "r", n: int = 1, stop: tuple[str, ...] = ()) -> Client:
-        return Client(
-            self.frontend,
-            pb.GenerateRequest(
-                request_id=request_id,
-                token_ids=pb.TokenIds(ids=PROMPT),
-                sampling=pb.Sampling(n=n),
-                stopping=pb.Stopping(max_new_tokens=50, stop=stop),
-            ),
-        )
-
-    async def admitted(self, **fields: Any) -> tuple[Client, PrefillRequest]:
-        client = self.ask(**fields)
-        return client, await self.prefill.next_request()
-
-    def outcomes(self) -> tuple[int, int, int]:
-        totals = self.frontend.totals
-        return totals.finished, totals.failed, totals.cancelled
+from tests.unit.cluster.played import (
+    DECODE,
+    FRONTEND,
+    HOST,
+    MAX_REQUESTS,
+    PATIENT_S,
+    PLAN,
+    PROMPT,
+    TOKENIZER,
+    Client,
+    Cluster,
+    Worker,
+    abort,
+    evicted,
+    failed,
+    playing,
+    soon,
+    token,
+)
 
 
 @pytest.fixture
 async def cluster() -> AsyncIterator[Cluster]:
-    frontend = Frontend(FRONTEND, PLAN, TOKENIZER, HOST)
-    prefill, decode = Worker(PREFILL, frontend), Worker(DECODE, frontend)
-    frontend.serve({PREFILL: prefill.mailbox.address}, {DECODE: decode.mailbox.address})
-    yield Cluster(frontend, prefill, decode)
-    for closing in (frontend, prefill.mailbox, decode.mailbox):
-        closing.close()
-
-
-def token(
-    request: PrefillRequest,
-    index: int,
-    token_id: int,
-    finish_reason: FinishReason | None = None,
-    *,
-    choice: int = 0,
-    attempt: int | None = None,
-) -> TokenEvent:
-    return TokenEvent(
-        request_id=request.request_id,
-        choice=choice,
-        attempt=request.attempt if attempt is None else attempt,
-        index=index,
-        token_id=token_id,
-        finish_reason=finish_reason,
-    )
-
-
-def evicted(request: PrefillRequest, choice: int = 0) -> Evicted:
-    return Evicted(request_id=request.request_id, choice=choice, attempt=request.attempt, reason="preempted")
-
-
-def failed(request: PrefillRequest, reason: str) -> Failed:
-    return Failed(request_id=request.request_id, choice=0, attempt=request.attempt, reason=reason)
+    async with playing() as cluster:
+        yield cluster
 
 
 # Streaming.
@@ -312,7 +179,7 @@ async def test_when_one_choice_fails_the_work_of_the_others_is_freed(cluster: Cl
     cluster.decode.tell(failed(request, "broken"))
     with pytest.raises(UnavailableError):
         await client.end()
-    assert await cluster.decode.next() == Abort(request_id=request.request_id)
+    assert await cluster.decode.next() == abort(request)
 
 
 # Endings.
@@ -323,16 +190,16 @@ async def test_leaving_early_aborts_at_both_workers(cluster: Cluster) -> None:
     cluster.prefill.tell(token(request, 0, 100))
     await client.heard(1)
     await client.leave()
-    assert await cluster.prefill.next() == await cluster.decode.next() == Abort(request_id=request.request_id)
+    assert await cluster.prefill.next() == await cluster.decode.next() == abort(request)
 
 
 async def test_a_finished_request_is_aborted_nowhere(cluster: Cluster) -> None:
     client, request = await cluster.admitted()
     cluster.decode.tell(token(request, 0, 100, "stop"))
     await client.end()
-    following, _ = await cluster.admitted(request_id="following")
+    following, request = await cluster.admitted(request_id="following")
     await following.leave()
-    assert await cluster.decode.next() == Abort(request_id=RequestId("following"))
+    assert await cluster.decode.next() == abort(request)
 
 
 async def test_an_abort_ends_the_stream_with_its_reason(cluster: Cluster) -> None:
@@ -342,7 +209,7 @@ async def test_an_abort_ends_the_stream_with_its_reason(cluster: Cluster) -> Non
     cluster.frontend.abort(request.request_id)
     await client.end()
     assert sorted(client.finish_reasons()) == ["aborted", "stop"]
-    assert await cluster.decode.next() == Abort(request_id=request.request_id)
+    assert await cluster.decode.next() == abort(request)
 
 
 async def test_an_abort_of_an_unknown_request_does_nothing(cluster: Cluster) -> None:
@@ -357,35 +224,43 @@ async def test_a_stop_string_ends_the_choice_at_its_decode_worker(cluster: Clust
     cluster.decode.tell(*(token(request, index, token_id) for index, token_id in enumerate(ids)))
     await client.end()
     assert (client.text(), client.finish_reasons()) == ("a", ["stop"])
-    assert await cluster.decode.next() == Abort(request_id=request.request_id, choice=0)
+    assert await cluster.decode.next() == abort(request, 0)
 
 
 async def test_an_abort_that_overtook_the_hand_off_is_said_again(cluster: Cluster) -> None:
     client, request = await cluster.admitted()
     await client.leave()
-    assert await cluster.decode.next() == Abort(request_id=request.request_id)
+    assert await cluster.decode.next() == abort(request)
     cluster.decode.tell(token(request, 1, 100))
-    assert await cluster.decode.next() == Abort(request_id=request.request_id)
+    assert await cluster.decode.next() == abort(request, 0)
 
 
 async def test_an_abort_of_a_choice_that_overtook_the_hand_off_is_said_again(cluster: Cluster) -> None:
     assert TOKENIZER is not None
     client, request = await cluster.admitted(n=2, stop=("b",))
     cluster.prefill.tell(token(request, 0, TOKENIZER.encode("b")[0]))
-    abort = Abort(request_id=request.request_id, choice=0)
-    assert await cluster.decode.next() == abort
+    assert await cluster.decode.next() == abort(request, 0)
     cluster.decode.tell(token(request, 1, 100))
-    assert await cluster.decode.next() == abort
+    assert await cluster.decode.next() == abort(request, 0)
     await client.leave()
 
 
 async def test_what_is_late_of_an_earlier_request_of_the_same_id_is_dropped(cluster: Cluster) -> None:
     gone, before = await cluster.admitted()
     await gone.leave()
-    assert await cluster.prefill.next() == Abort(request_id=before.request_id)
+    assert await cluster.prefill.next() == abort(before)
     client, request = await cluster.admitted()
     cluster.decode.tell(token(before, 0, 1), evicted(before), failed(before, "late"), token(request, 0, 100, "length"))
     assert (await client.end()).tokens() == [100]
+
+
+async def test_a_request_ends_at_its_deadline(cluster: Cluster) -> None:
+    client, request = await cluster.admitted(timeout_s=0.3)
+    cluster.prefill.tell(token(request, 0, 100))
+    with pytest.raises(DeadlineExceededError, match=r"within 0\.3 s"):
+        await client.end()
+    assert (client.tokens(), cluster.outcomes()) == ([100], (0, 0, 1))
+    assert await cluster.prefill.next() == await cluster.decode.next() == abort(request)
 
 
 # Admission.

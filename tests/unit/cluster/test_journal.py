@@ -109,6 +109,18 @@ def test_a_restart_leaves_other_choices_alone(journal: Journal) -> None:
     assert (journal.attempt(1), journal.commit(token(1, choice=1))) == (0, True)
 
 
+def test_choices_with_the_same_tokens_are_computed_again_together() -> None:
+    journal = Journal(request(0, 1, 2))
+    journal.commit(token(0, 10, choice=1))
+    again = journal.compute_again([0, 1, 2])
+    assert [(each.choices, unpack_ids(each.token_ids)) for each in again] == [((0, 2), PROMPT), ((1,), [*PROMPT, 10])]
+
+
+def test_no_two_requests_share_an_attempt(journal: Journal) -> None:
+    attempts = [each.attempt for each in (*journal.compute_again([0, 1]), *journal.compute_again([0]))]
+    assert len({0, *attempts}) == 4
+
+
 def test_an_eviction_told_twice_restarts_once(journal: Journal) -> None:
     assert journal.restart(evicted(0)) is not None
     assert journal.restart(evicted(0)) is None

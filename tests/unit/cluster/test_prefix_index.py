@@ -35,3 +35,12 @@ def test_without_a_cache_nothing_is_remembered() -> None:
     index = PrefixIndex([A], 4, 0)
     index.sent(A, [1] * 8)
     assert index.cached_tokens([1] * 8) == {A: 0}
+
+
+def test_when_workers_change_those_that_stay_are_remembered() -> None:
+    index = PrefixIndex([A], 4, 100)
+    index.sent(A, [1] * 8)
+    index.set_workers([A, B])
+    assert index.cached_tokens([1] * 8) == {A: 8, B: 0}
+    index.set_workers([B])
+    assert index.cached_tokens([1] * 8) == {B: 0}

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from cluster.scheduler import Assignment, DecodeView, PrefillView, Shed, schedule
+from cluster.scheduler import Assignment, DecodeView, PrefillView, Shed, Wait, admit, schedule
 from octet.ids import WorkerId
 
 
@@ -21,7 +21,7 @@ def decode(number: int, free: int = 10, promised: int = 0, live: int = 0) -> Dec
 
 
 def assign(prefills: list[PrefillView], decodes: list[DecodeView]) -> Assignment:
-    decision = schedule(0, 1, prefills, decodes)
+    decision = schedule(prefills, decodes)
     assert isinstance(decision, Assignment)
     return decision
 
@@ -53,13 +53,13 @@ def test_the_same_state_gives_the_same_decision_in_any_order() -> None:
 
 
 def test_a_request_over_the_limit_is_shed_with_the_reason() -> None:
-    decision = schedule(7, 7, [prefill(0)], [decode(0)])
+    decision = admit(7, 7)
     assert isinstance(decision, Shed)
     assert decision.reason == "7 requests are live, the limit (frontend.max_requests) is 7"
 
 
 def test_the_last_request_below_the_limit_is_admitted() -> None:
-    assert isinstance(schedule(6, 7, [prefill(0)], [decode(0)]), Assignment)
+    assert admit(6, 7) is None
 
 
 def test_a_request_is_admitted_though_no_page_is_free() -> None:
@@ -78,3 +78,25 @@ def test_a_prefix_does_not_outweigh_a_queue_that_is_longer_than_it() -> None:
 def test_the_reason_tells_what_was_weighed() -> None:
     reason = assign([prefill(0, 12)], [decode(0, free=9, promised=2)]).reason
     assert reason == "prefill-0 has 12 tokens queued, 0 of the prompt cached; decode-0 has 7 pages to spare"
+
+
+@pytest.mark.parametrize(
+    ("prefills", "decodes", "missing"), [([], [decode(0)], "prefill"), ([prefill(0)], [], "decode")]
+)
+def test_a_request_waits_while_a_pool_is_empty(
+    prefills: list[PrefillView], decodes: list[DecodeView], missing: str
+) -> None:
+    assert schedule(prefills, decodes) == Wait(reason=f"no {missing} worker is there")
+
+
+def test_workers_that_failed_it_are_avoided_whatever_they_have_to_spare() -> None:
+    decision = schedule(
+        [prefill(0), prefill(1, 900)], [decode(0, free=90), decode(1)], [WorkerId("prefill-0"), WorkerId("decode-0")]
+    )
+    assert isinstance(decision, Assignment)
+    assert (decision.prefill, decision.decode) == ("prefill-1", "decode-1")
+
+
+def test_where_every_worker_failed_it_a_request_waits() -> None:
+    decision = schedule([prefill(0)], [decode(0), decode(1)], [WorkerId("decode-0"), WorkerId("decode-1")])
+    assert decision == Wait(reason="every decode worker has failed it: decode-0, decode-1")

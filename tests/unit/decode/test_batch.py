@@ -55,6 +55,13 @@ def names(batch: DecodeBatch) -> list[str]:
     return [sequence.request.request_id for sequence in batch.running]
 
 
+@pytest.mark.parametrize(("attempt", "found"), [(None, [0, 1]), (0, [0, 1]), (1, [])])
+def test_sequences_are_found_by_attempt(attempt: int | None, found: list[int]) -> None:
+    batch = DecodeBatch(PagePool(16, PAGE), 16)
+    land(batch, offer(3, 0, 1, name="a"), 3)
+    assert [sequence.choice for sequence in batch.of(RequestId("a"), attempt=attempt)] == found
+
+
 @given(st.integers(1, 30), st.integers(1, 6))
 def test_choices_share_full_pages_and_have_the_last_partial_one_for_themselves(num_tokens: int, n: int) -> None:
     pool = PagePool(64, PAGE)

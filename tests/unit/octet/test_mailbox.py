@@ -77,6 +77,17 @@ def test_many_threads_may_wake() -> None:
         assert mailbox.receive(PATIENT_S) == []
 
 
+def test_a_message_to_a_peer_that_was_forgotten_is_unavailable(mailboxes: tuple[Mailbox, Mailbox]) -> None:
+    sender, receiver = mailboxes
+    for _ in range(2):
+        sender.disconnect([PEER])
+    with pytest.raises(UnavailableError, match="decode-0"):
+        sender.send(PEER, message(0))
+    sender.connect({PEER: receiver.address})
+    sender.send(PEER, message(1))
+    assert receive(receiver, 1) == [message(1)]
+
+
 def test_a_message_to_an_unknown_peer_is_unavailable(mailboxes: tuple[Mailbox, Mailbox]) -> None:
     with pytest.raises(UnavailableError, match="decode-7"):
         mailboxes[0].send(WorkerId("decode-7"), message(0))

@@ -13,8 +13,8 @@ A, B = LeaseId("a"), LeaseId("b")
 def table() -> LeaseTable:
     """Lease a of request 1, granted at 100, and lease b of request 2's choice 3, granted at 105."""
     table = LeaseTable(LEASE_S)
-    table.grant(A, RequestId("1"), (0, 1), [4, 5], 100.0)
-    table.grant(B, RequestId("2"), (3,), [6], 105.0)
+    table.grant(A, RequestId("1"), 0, (0, 1), [4, 5], 100.0)
+    table.grant(B, RequestId("2"), 7, (3,), [6], 105.0)
     return table
 
 
@@ -54,6 +54,12 @@ def test_an_aborted_choice_gives_back_pages_that_are_its_alone(table: LeaseTable
 def test_an_aborted_choice_leaves_pages_that_others_need(table: LeaseTable) -> None:
     table.abort(RequestId("1"), 0)
     assert table.reclaim(100.0) == []
+
+
+def test_an_aborted_attempt_gives_back_its_own_pages_alone(table: LeaseTable) -> None:
+    table.abort(RequestId("1"), attempt=7)
+    table.abort(RequestId("2"), attempt=7)
+    assert table.reclaim(100.0) == [6]
 
 
 def test_pages_of_a_live_lease_may_be_sent(table: LeaseTable) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
@@ -127,6 +128,14 @@ def test_one_choice_is_taken_out_where_it_is_computed_again() -> None:
     queue = queue_of(request("a", choices=(0,)), request("a", choices=(1,)))
     (gone,) = queue.remove(RequestId("a"), 1)
     assert gone.request.choices == (1,)
+
+
+def test_one_attempt_is_taken_out_and_another_stays() -> None:
+    queue = PrefillQueue(max_running=1)
+    for attempt in range(2):
+        queue.add(dataclasses.replace(request("a"), attempt=attempt))
+    (gone,) = queue.remove(RequestId("a"), attempt=0)
+    assert (gone.request.attempt, [task.request.attempt for task in queue.waiting]) == (0, [1])
 
 
 def test_clearing_returns_every_task() -> None:
