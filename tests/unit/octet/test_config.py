@@ -163,3 +163,22 @@ def test_a_telemetry_window_has_room_for_its_steps(override: str) -> None:
 def test_the_tree_is_frozen() -> None:
     with pytest.raises(pydantic.ValidationError, match="frozen"):
         OctetConfig().kv.page_size = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["autoscaler.decode.min_replicas=9"], "max_replicas"),
+        (["autoscaler.look_back_period_s=5"], "metrics_interval_s"),
+        (["autoscaler.prefill.min_replicas=0"], "together"),
+        (["autoscaler.enabled=true", "pools.decode.size=20"], "autoscaler.decode"),
+        (["autoscaler.enabled=true", "autoscaler.max_gpus=3"], "max_gpus"),
+    ],
+)
+def test_a_contradiction_in_the_autoscalers_section_names_the_fields(overrides: list[str], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        load_config(None, overrides)
+
+
+def test_sizes_outside_the_bounds_are_fine_while_the_autoscaler_is_off() -> None:
+    assert load_config(None, ["pools.decode.size=20"]).pools.decode.size == 20

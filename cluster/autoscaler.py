@@ -1,0 +1,241 @@
+"""The autoscaler's control law: from what the pools report to how large they should be. Pure.
+
+Each pool's demand (`demand`) is followed ahead by its trend (`forecast`), bounded, held back by delays (`stabilizer`),
+and made to fit the budget (`budget`). Experts are a pool with a second measure, the redundancy of their slots
+(`redundancy`): where imbalance and not load is the cause, replicas are added and not shards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from cluster.budget import fit
+from cluster.demand import Demand, decode_demand, expert_demand, measured_capacity, prefill_demand
+from cluster.forecast import Trend, forecast, observe
+from cluster.members import POOLS, Pool
+from cluster.redundancy import wanted_redundancy
+from cluster.signals import PoolSignals, Signals
+from cluster.stabilizer import NOTHING_YET, Proposal, Stabilizer, act, note, propose, settle
+from octet.config import AutoscalerConfig, PoolScalingConfig
+
+REDUNDANCY = "redundant_experts"
+"""Decided like a pool's size, and named like one in decisions."""
+_CAPACITY_MEMORY = 0.2
+"""The weight of one period in what a member is known to compute."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Fleet:
+    """What the law has to know of the cluster beside its load."""
+
+    gpus_per_member: Mapping[Pool, float]
+    """1 where members hold no GPU: then the budget counts members."""
+    max_batch: int
+    """Sequences in a decode worker's batch."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PoolState:
+    stabilizer: Stabilizer = NOTHING_YET
+    trend: Trend | None = None
+    capacity: float | None = None
+    """Tokens per second of a busy member."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """What the law remembers from one decision to the next."""
+
+    prefill: PoolState = PoolState()
+    decode: PoolState = PoolState()
+    experts: PoolState = PoolState()
+    redundancy: Stabilizer = NOTHING_YET
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PoolDecision:
+    """What is to become of one pool."""
+
+    pool: str
+    """prefill, decode, experts or redundant_experts."""
+    current: int
+    wanted: int
+    """By its load alone, within its bounds."""
+    target: int
+    """`current` where nothing is to be done."""
+    reason: str
+
+    @property
+    def acts(self) -> bool:
+        return self.target != self.current
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    now_s: float
+    pools: tuple[PoolDecision, ...]
+
+    @property
+    def actions(self) -> tuple[PoolDecision, ...]:
+        return tuple(pool for pool in self.pools if pool.acts)
+
+
+def decide(
+    now_s: float, signals: Signals, config: AutoscalerConfig, fleet: Fleet, state: State
+) -> tuple[Decision, State]:
+    """One decision for every pool, and the state for the next.
+
+    A target is an instruction: whoever acts on it reports its progress with the next signals (`num_starting`,
+    `num_draining`). Until a pool has arrived at its target, or `action_timeout_s` is over, it gets no other.
+    """
+    wanted, proposals, states = {}, {}, {}
+    for pool in POOLS:
+        before: PoolState = getattr(state, pool)
+        wanted[pool], proposals[pool], states[pool] = _consider(now_s, pool, signals, config, fleet, before)
+    sizes = {pool: _size(_signals(signals, pool)) for pool in POOLS}
+    targets, short = fit(
+        sizes={
+            pool: max(sizes[pool] + _signals(signals, pool).num_draining, _under_way(states[pool], 0)) for pool in POOLS
+        },
+        targets={pool: _under_way(states[pool], proposals[pool].target) for pool in POOLS},
+        minima={pool: getattr(config, pool).min_replicas for pool in POOLS},
+        gpus=fleet.gpus_per_member,
+        max_gpus=config.max_gpus,
+    )
+    decisions = []
+    for pool in POOLS:
+        target, reason = proposals[pool].target, wanted[pool][1]
+        if states[pool].stabilizer.pending is None:
+            target = targets[pool]
+        if pool in short:
+            reason += f"; the budget of {config.max_gpus:g} GPUs has room for {targets[pool]}"
+        if proposals[pool].why:
+            reason += f" ({proposals[pool].why})"
+        if target != sizes[pool]:
+            settled = act(states[pool].stabilizer, now_s, sizes[pool], target)
+            states[pool] = dataclasses.replace(states[pool], stabilizer=settled)
+        decisions.append(
+            PoolDecision(pool=pool, current=sizes[pool], wanted=wanted[pool][0], target=target, reason=reason)
+        )
+    redundancy, stabilizer = _redundancy(now_s, signals, config, state.redundancy, targets["experts"])
+    decision = Decision(now_s=now_s, pools=(*decisions, redundancy))
+    return decision, State(**states, redundancy=stabilizer)
+
+
+def _consider(
+    now_s: float, pool: Pool, signals: Signals, config: AutoscalerConfig, fleet: Fleet, state: PoolState
+) -> tuple[tuple[int, str], Proposal, PoolState]:
+    """What one pool wants, and what its delays make of it."""
+    mine, bounds = _signals(signals, pool), _bounds(config, pool)
+    current = _size(mine)
+    stabilizer, lapsed = settle(
+        state.stabilizer, now_s, len(mine.members), mine.num_starting + mine.num_draining, config.action_timeout_s
+    )
+    capacity = _learned(state.capacity, measured_capacity(mine, config.cold_start_s))
+    demand = _demand(pool, signals, config, fleet, capacity)
+    trend = observe(state.trend, now_s, demand.load) if mine.members else state.trend
+    ahead = forecast(trend, config.forecast_horizon_s) if trend is not None and mine.members else 0.0
+    wanted, reason = _wanted(current, demand, ahead, config, bounds, signals)
+    if lapsed:
+        reason = f"{lapsed}; {reason}"
+    stabilizer = note(stabilizer, now_s, wanted, bounds)
+    if current == 0 and wanted > 0 and stabilizer.pending is None:
+        proposal = Proposal(wanted, "at once, as nothing serves")
+    else:
+        proposal = propose(stabilizer, now_s, current, bounds, config.reversal_cooldown_s, demand.correction > 0)
+    return (wanted, reason), proposal, PoolState(stabilizer=stabilizer, trend=trend, capacity=capacity)
+
+
+def _wanted(
+    current: int, demand: Demand, ahead: float, config: AutoscalerConfig, bounds: PoolScalingConfig, signals: Signals
+) -> tuple[int, str]:
+    """Whole members, and the signal that asks for them."""
+    if current == 0:
+        if signals.requests_waiting:
+            return max(1, bounds.min_replicas), f"{signals.requests_waiting} requests wait for an empty pool"
+        return bounds.min_replicas, "nothing is asked for"
+    idle = (
+        signals.requests_waiting == 0
+        and signals.arriving_prompt_tokens_per_s == 0
+        and not any(member.ongoing for member in (*signals.prefill.members, *signals.decode.members))
+    )
+    if idle and bounds.min_replicas == 0:
+        return 0, "nothing is asked for"
+    # Of a forecast, whole members only; and it may no more than double what the load itself asks for.
+    floor = math.floor(min(ahead, 2 * max(demand.load, 1.0)))
+    need, reason = max(
+        (demand.load, demand.load_reason),
+        (floor, f"{ahead:.1f} members forecast in {config.forecast_horizon_s:g} s"),
+        (demand.correction, demand.correction_reason),
+        key=lambda one: one[0],
+    )
+    if abs(need / current - 1) <= config.tolerance:
+        return _clipped(current, bounds), f"{reason}: {need:.1f} members, near enough"
+    factor = bounds.upscaling_factor if need > current else bounds.downscaling_factor
+    count = math.ceil(current + (need - current) * factor - 1e-9)
+    return _clipped(max(1, count), bounds), f"{reason}: {need:.1f} members"
+
+
+def _redundancy(
+    now_s: float, signals: Signals, config: AutoscalerConfig, state: Stabilizer, num_shards: int
+) -> tuple[PoolDecision, Stabilizer]:
+    """Slots per layer beyond one for each expert, within what `num_shards` shards can hold."""
+    experts, bounds = signals.experts, config.experts
+    current = experts.num_redundant_experts
+    wanted, reason = wanted_redundancy(experts, bounds, config.cold_start_s)
+    room = max(0, num_shards * experts.slots_that_fit - experts.num_experts)
+    if wanted > room:
+        wanted, reason = room, f"{reason}; {num_shards} shards have room for {room}"
+    state, _ = settle(state, now_s, current, 0, config.action_timeout_s)
+    state = note(state, now_s, wanted, bounds)
+    if state.pending is None and current > room:
+        proposal = Proposal(room, "at once")
+    else:
+        proposal = propose(state, now_s, current, bounds, config.reversal_cooldown_s, False)
+    if proposal.target != current:
+        state = act(state, now_s, current, proposal.target)
+    if proposal.why:
+        reason += f" ({proposal.why})"
+    return PoolDecision(pool=REDUNDANCY, current=current, wanted=wanted, target=proposal.target, reason=reason), state
+
+
+def _demand(pool: Pool, signals: Signals, config: AutoscalerConfig, fleet: Fleet, capacity: float | None) -> Demand:
+    match pool:
+        case "prefill":
+            return prefill_demand(signals, config, capacity)
+        case "decode":
+            return decode_demand(signals, config, fleet.max_batch)
+        case "experts":
+            return expert_demand(signals, config)
+
+
+def _learned(known: float | None, measured: float | None) -> float | None:
+    if known is None or measured is None:
+        return measured if known is None else known
+    return known + _CAPACITY_MEMORY * (measured - known)
+
+
+def _signals(signals: Signals, pool: Pool) -> PoolSignals:
+    of_pool: PoolSignals = getattr(signals, pool)
+    return of_pool
+
+
+def _bounds(config: AutoscalerConfig, pool: Pool) -> PoolScalingConfig:
+    bounds: PoolScalingConfig = getattr(config, pool)
+    return bounds
+
+
+def _size(pool: PoolSignals) -> int:
+    """Members that will be there when everything under way is done."""
+    return len(pool.members) + pool.num_starting
+
+
+def _under_way(state: PoolState, target: int) -> int:
+    pending = state.stabilizer.pending
+    return target if pending is None else pending.target
+
+
+def _clipped(count: int, bounds: PoolScalingConfig) -> int:
+    return min(max(count, bounds.min_replicas), bounds.max_replicas)

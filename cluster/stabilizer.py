@@ -1,0 +1,125 @@
+"""From what is wanted now to what is done: delays, hysteresis, one action at a time, few reversals. Pure.
+
+A pool grows to the *least* that was wanted throughout `upscale_delay_s`, and shrinks to the *most* that was wanted
+within `downscale_delay_s`: the stabilisation windows of Kubernetes' horizontal pod autoscaler, with Ray Serve's names.
+A load that swings faster than the windows therefore moves nothing.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from octet.config import PoolScalingConfig
+
+_SLACK_S = 1e-6
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Pending:
+    """A change under way."""
+
+    target: int
+    since_s: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Stabilizer:
+    """What one pool remembers."""
+
+    wanted: tuple[tuple[float, int], ...] = ()
+    """(time, members wanted), ascending in time, as far back as the delays reach."""
+    pending: Pending | None = None
+    last_direction: int = 0
+    last_action_s: float = -1e18
+    last_reversal_s: float = -1e18
+
+
+NOTHING_YET = Stabilizer()
+
+
+class Proposal(NamedTuple):
+    target: int
+    """The current size, where nothing is to be done."""
+    why: str
+    """What holds it back, or lets it go."""
+
+
+def note(state: Stabilizer, now_s: float, wanted: int, config: PoolScalingConfig) -> Stabilizer:
+    """Remember what is wanted now."""
+    since_s = now_s - max(config.upscale_delay_s, config.downscale_delay_s)
+    samples = (*state.wanted, (now_s, wanted))
+    return dataclasses.replace(state, wanted=samples[max(_begin(samples, since_s), 0) :])
+
+
+def settle(state: Stabilizer, now_s: float, current: int, num_moving: int, timeout_s: float) -> tuple[Stabilizer, str]:
+    """Forget the pending action once it is complete, or has taken too long. Returns also what happened, if anything.
+
+    Args:
+        num_moving: members that start or drain.
+    """
+    pending = state.pending
+    if pending is None:
+        return state, ""
+    if current == pending.target and num_moving == 0:
+        return dataclasses.replace(state, pending=None), ""
+    if now_s - pending.since_s > timeout_s:
+        why = f"the change to {pending.target} was given up after {timeout_s:g} s at {current}"
+        return dataclasses.replace(state, pending=None), why
+    return state, ""
+
+
+def propose(
+    state: Stabilizer, now_s: float, current: int, config: PoolScalingConfig, reversal_cooldown_s: float, urgent: bool
+) -> Proposal:
+    """
+    Args:
+        current: members that serve or start, less those that drain.
+        urgent: requests miss their target, so that growing may not wait for a reversal to be due.
+    """
+    if state.pending is not None:
+        waited_s = now_s - state.pending.since_s
+        return Proposal(current, f"the change to {state.pending.target}, {waited_s:.0f} s old, is not complete")
+    wanted = state.wanted[-1][1]
+    up = _extreme(state, now_s, config.upscale_delay_s, min)
+    down = _extreme(state, now_s, config.downscale_delay_s, max)
+    target, why = current, ""
+    if up is not None and up > current:
+        target, why = up, f"wanted for {config.upscale_delay_s:g} s"
+    elif down is not None and down < current:
+        target, why = down, f"the most wanted in {config.downscale_delay_s:g} s"
+    elif wanted != current:
+        delay_s = config.upscale_delay_s if wanted > current else config.downscale_delay_s
+        why = f"{wanted} not wanted for {delay_s:g} s yet"
+    direction = (target > current) - (target < current)
+    if direction * state.last_direction < 0 and now_s - state.last_reversal_s < reversal_cooldown_s:
+        if not (urgent and direction > 0):
+            return Proposal(current, f"the last reversal is {now_s - state.last_reversal_s:.0f} s ago")
+        why += "; requests miss their target"
+    return Proposal(target, why)
+
+
+def act(state: Stabilizer, now_s: float, current: int, target: int) -> Stabilizer:
+    """Remember that the change from `current` to `target` begins now."""
+    direction = (target > current) - (target < current)
+    reverses = direction * state.last_direction < 0
+    return dataclasses.replace(
+        state,
+        pending=Pending(target=target, since_s=now_s),
+        last_direction=direction,
+        last_action_s=now_s,
+        last_reversal_s=now_s if reverses else state.last_reversal_s,
+    )
+
+
+def _extreme(state: Stabilizer, now_s: float, delay_s: float, extreme: Callable[[Iterable[int]], int]) -> int | None:
+    """Of what was wanted throughout the delay; None while less than the delay is known."""
+    first = _begin(state.wanted, now_s - delay_s)
+    return None if first < 0 else extreme(wanted for _, wanted in state.wanted[first:])
+
+
+def _begin(samples: Sequence[tuple[float, int]], since_s: float) -> int:
+    """The last sample at or before `since_s`: what it says held when the window began. -1 if there is none."""
+    return bisect.bisect_right(samples, since_s + _SLACK_S, key=lambda sample: sample[0]) - 1
