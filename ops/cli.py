@@ -14,6 +14,7 @@ from octet.config import OctetConfig, load_config
 from octet.errors import OctetError
 from ops import render
 from ops.bench.cli import DEFAULT_ADDRESS, Address, bench
+from ops.render_experts import print_experts
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -103,12 +104,17 @@ def generate(
 def status(
     grpc: Address = DEFAULT_ADDRESS,
     json: Annotated[bool, typer.Option("--json", help="Print the status as JSON.")] = False,
+    experts: Annotated[
+        bool, typer.Option("--experts", help="Show every expert's load, and who waits for whom.")
+    ] = False,
 ) -> None:
     """Show the pools, their members and what every expert does."""
     with Client(grpc, timeout_s=30.0) as client:
         answer = client.status()
     if json:
         print(render.as_json(answer))
+    elif experts:
+        print_experts(answer)
     else:
         render.print_status(answer)
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import sys
 from typing import Any, Literal
 
+import numpy as np
 from google.protobuf import json_format
 from rich.console import Console
 from rich.table import Table
 
 from octet.v1 import octet_pb2 as pb
+from ops.heatmap import fold, heatmap
 
 STDERR = sys.stderr
-_BLOCKS = " ▁▂▃▄▅▆▇█"
+_MAX_LAYERS = 12
+"""More than these are left to `octet status --experts`."""
+_BESIDE_BARS = 40
 
 
 def as_json(message: Any) -> str:
@@ -33,7 +37,9 @@ def print_status(status: pb.GetStatusResponse, console: Console | None = None) -
     )
     console.print(_members(status))
     if status.expert_counts:
-        console.print(_experts(status))
+        console.print(_experts_in_short(status))
+        if len(status.expert_counts) <= _MAX_LAYERS:
+            console.print(_experts(status, console.width))
 
 
 def _members(status: pb.GetStatusResponse) -> Table:
@@ -71,16 +77,24 @@ def _share(part: int, whole: int) -> str:
     return f"{part / whole:.0%}" if whole else "-"
 
 
-def _experts(status: pb.GetStatusResponse) -> Table:
-    """One row per layer: a bar per expert, as high as its share of the layer's busiest."""
+def _experts_in_short(status: pb.GetStatusResponse) -> str:
+    hottest = status.hottest[0] if status.hottest else None
+    hot = f"  hottest {hottest.layer}/{hottest.expert} ({hottest.ratio:.1f}× its layer's mean)" if hottest else ""
+    return (
+        f"the last {status.window_s:.0f} s: {status.window_tokens_per_s:,.1f} tokens/s  "
+        f"balancedness {status.balancedness:.3f}{hot}"
+    )
+
+
+def _experts(status: pb.GetStatusResponse, width: int) -> Table:
+    """One row per layer: a bar per expert, or per few, as high as its share of the layer's busiest."""
     table = Table(box=None, pad_edge=False, title="tokens by expert", title_justify="left")
     for column in ("layer", "experts", "busiest", "balancedness"):
         table.add_column(column, justify="left" if column == "experts" else "right", no_wrap=True)
     for counts in status.expert_counts:
         most = max(counts.tokens, default=0)
-        bars = "".join(
-            _BLOCKS[-(-tokens * (len(_BLOCKS) - 1) // most)] if most else _BLOCKS[0] for tokens in counts.tokens
-        )
+        shares_1E = np.array([counts.tokens], dtype=np.float64) / max(most, 1)
+        (bars,) = heatmap(fold(shares_1E, max(8, width - _BESIDE_BARS))[0], 1, colours=False)
         busiest = f"{list(counts.tokens).index(most)} ({most})" if most else "-"
-        table.add_row(str(counts.layer), bars, busiest, f"{counts.balancedness:.3f}")
+        table.add_row(str(counts.layer), bars.cells, busiest, f"{counts.balancedness:.3f}")
     return table
