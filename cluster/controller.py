@@ -136,20 +136,22 @@ class Controller:
         """State and, where it is not READY, the reason."""
         return self._state, self._reason
 
-    async def status(self) -> ClusterStatus:
+    async def status(self, window_s: float | None = None) -> ClusterStatus:
+        """Of all members; telemetry of the last `window_s` seconds, or of all that there is."""
         members: dict[str, list[MemberStatus]] = {pool: [] for pool in POOLS}
         answers = await asyncio.gather(*(self._member_status(member) for member in self._members))
         for member, status in zip(self._members, answers, strict=True):
             members[member.pool].append(status)
-        telemetry = await self._telemetry()
+        telemetry = await self._telemetry(window_s)
         return ClusterStatus(state=self._state, reason=self._reason, members=members, telemetry=telemetry)
 
-    async def _telemetry(self) -> TelemetryWindow | None:
+    async def _telemetry(self, window_s: float | None) -> TelemetryWindow | None:
         """Up to now; None where the router service does not answer, of which the watch takes care."""
         if self._router is None:
             return None
         try:
-            window: TelemetryWindow = await asyncio.wait_for(self._router.telemetry.remote(fresh=True), _ANSWER_S)
+            answer = self._router.telemetry.remote(window_s, fresh=True)
+            window: TelemetryWindow = await asyncio.wait_for(answer, _ANSWER_S)
         except (TimeoutError, ray.exceptions.RayError) as error:
             _log.warning("no telemetry: %s", error)
             return None

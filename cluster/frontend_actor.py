@@ -84,9 +84,10 @@ class FrontendActor:
         await self._server.stop(grace_s=2.0)
         self._frontend.close()
 
-    async def _status(self) -> pb.GetStatusResponse:
+    async def _status(self, request: pb.GetStatusRequest) -> pb.GetStatusResponse:
         try:
-            status: ClusterStatus = await asyncio.wait_for(self._controller.status.remote(), _STATUS_S)
+            window_s = request.window_s or None
+            status: ClusterStatus = await asyncio.wait_for(self._controller.status.remote(window_s), _STATUS_S)
         except (TimeoutError, ray.exceptions.RayError) as error:
             raise UnavailableError(f"the controller did not answer within {_STATUS_S} s: {error}") from error
         totals = self._frontend.totals

@@ -121,12 +121,12 @@ class GenerationService(rpc.GenerationServicer):
 
 
 class ClusterService(rpc.ClusterServicer):
-    def __init__(self, status: Callable[[], Awaitable[pb.GetStatusResponse]]) -> None:
+    def __init__(self, status: Callable[[pb.GetStatusRequest], Awaitable[pb.GetStatusResponse]]) -> None:
         self._status = status
 
     async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.GetStatusResponse:
         try:
-            return await self._status()
+            return await self._status(request)
         except OctetError as error:
             await _abort(context, error)
 

@@ -49,11 +49,15 @@ class Router:
     async def placement(self) -> Placement:
         return self._service.placement
 
-    async def telemetry(self, fresh: bool = False) -> TelemetryWindow:
-        """The window up to the last step, or, if it shall be fresh, up to now: members are then asked first."""
+    async def telemetry(self, last_s: float | None = None, fresh: bool = False) -> TelemetryWindow:
+        """The last `last_s` seconds, or all of the window.
+
+        Args:
+            fresh: ask the members first, so that it ends now and not with the last step.
+        """
         if fresh:
             await self._read(_FRESH_S)
-        return self._service.telemetry.window(time.monotonic())
+        return self._service.telemetry.window(time.monotonic(), last_s)
 
     async def stop(self) -> None:
         """Read no more."""

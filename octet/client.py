@@ -94,8 +94,10 @@ class Client:
         info: pb.GetModelInfoResponse = self._call(self._generation.GetModelInfo, pb.GetModelInfoRequest(), timeout_s)
         return info
 
-    def status(self, *, timeout_s: float | None = None) -> pb.GetStatusResponse:
-        status: pb.GetStatusResponse = self._call(self._cluster.GetStatus, pb.GetStatusRequest(), timeout_s)
+    def status(self, *, window_s: float | None = None, timeout_s: float | None = None) -> pb.GetStatusResponse:
+        """With telemetry of the last `window_s` seconds, at most and by default the cluster's `telemetry.window_s`."""
+        request = pb.GetStatusRequest(window_s=window_s or 0)
+        status: pb.GetStatusResponse = self._call(self._cluster.GetStatus, request, timeout_s)
         return status
 
     def _call(self, method: Any, request: Any, timeout_s: float | None) -> Any:
@@ -163,8 +165,10 @@ class AsyncClient:
         )
         return info
 
-    async def status(self, *, timeout_s: float | None = None) -> pb.GetStatusResponse:
-        status: pb.GetStatusResponse = await self._call(self._cluster.GetStatus, pb.GetStatusRequest(), timeout_s)
+    async def status(self, *, window_s: float | None = None, timeout_s: float | None = None) -> pb.GetStatusResponse:
+        """See `Client.status`."""
+        request = pb.GetStatusRequest(window_s=window_s or 0)
+        status: pb.GetStatusResponse = await self._call(self._cluster.GetStatus, request, timeout_s)
         return status
 
     async def _call(self, method: Any, request: Any, timeout_s: float | None) -> Any:

@@ -86,6 +86,18 @@ class RequestLimitError(LaneError):
     """A frame is larger than the lane's capacity."""
 
 
+class TraceError(OctetError):
+    """A file is no telemetry trace, or one that this version does not read."""
+
+    def __init__(self, file: str, subject: str, found: object, expected: str, fix: str = "") -> None:
+        """
+        Args:
+            subject: the line or the field in that file; may be empty.
+        """
+        self.file, self.subject = file, subject
+        super().__init__(_sentence(f"{file}: {subject}" if subject else file, found, expected, fix))
+
+
 class StartupError(OctetError):
     """A pool did not come up."""
 

@@ -14,6 +14,7 @@ from octet.config import OctetConfig, load_config
 from octet.errors import OctetError
 from ops import render
 from ops.bench.cli import DEFAULT_ADDRESS, Address, bench
+from ops.experts_cli import experts
 from ops.render_experts import print_experts
 
 app = typer.Typer(
@@ -23,6 +24,7 @@ app = typer.Typer(
     help="Serve GLM-4.6-class mixture-of-experts models with separate prefill, decode and expert pools.",
 )
 
+app.add_typer(experts, name="experts")
 app.add_typer(bench, name="bench")
 
 _ConfigFile = Annotated[
@@ -107,10 +109,11 @@ def status(
     experts: Annotated[
         bool, typer.Option("--experts", help="Show every expert's load, and who waits for whom.")
     ] = False,
+    window: Annotated[float | None, typer.Option(min=0.1, help="Seconds of telemetry; default: all there is.")] = None,
 ) -> None:
     """Show the pools, their members and what every expert does."""
     with Client(grpc, timeout_s=30.0) as client:
-        answer = client.status()
+        answer = client.status(window_s=window)
     if json:
         print(render.as_json(answer))
     elif experts:

@@ -79,12 +79,18 @@ class Telemetry:
         for worker_id in self._members.keys() - set(members):
             del self._members[worker_id]
 
-    def window(self, now_s: float) -> TelemetryWindow:
-        """The last `window_s` seconds, in whole steps. Members that were silent for `silent_s` are left out."""
+    def window(self, now_s: float, last_s: float | None = None) -> TelemetryWindow:
+        """The last `last_s` seconds, at most and by default `telemetry.window_s`, in whole steps; one at least.
+
+        Members that were silent for `telemetry.silent_s` are left out.
+        """
         self._forget_old_steps(now_s)
+        steps = list(self._steps)
+        if last_s is not None:
+            steps = [step for step in steps if step.start_s >= now_s - last_s] or steps[-1:]
         sums: dict[WorkerId, Sums] = {}
         loads_LE = np.zeros(self._total_LE.shape, dtype=np.int64)
-        for step in self._steps:
+        for step in steps:
             loads_LE += step.tokens_LE
             for worker_id, of_step in step.members.items():
                 sums[worker_id] = added(sums[worker_id], of_step) if worker_id in sums else of_step
@@ -96,7 +102,7 @@ class Telemetry:
         parts = [_telemetry(member, sums[worker_id]) for worker_id, member in heard.items()]
         return TelemetryWindow(
             end_s=self._recorded_s,
-            duration_s=sum(step.end_s - step.start_s for step in self._steps),
+            duration_s=sum(step.end_s - step.start_s for step in steps),
             layers=self._layers,
             experts_per_token=self._experts_per_token,
             loads_LE=loads_LE.astype(np.float64),

@@ -259,8 +259,10 @@ class GetModelInfoResponse(_message.Message):
     def __init__(self, model: _Optional[str] = ..., architecture: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., num_layers: _Optional[int] = ..., num_experts: _Optional[int] = ..., num_experts_per_tok: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., has_tokenizer: _Optional[bool] = ..., has_chat_template: _Optional[bool] = ..., num_parameters: _Optional[int] = ...) -> None: ...
 
 class GetStatusRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("window_s",)
+    WINDOW_S_FIELD_NUMBER: _ClassVar[int]
+    window_s: float
+    def __init__(self, window_s: _Optional[float] = ...) -> None: ...
 
 class Member(_message.Message):
     __slots__ = ("worker_id", "node_id", "pid", "state", "kv_pages_total", "kv_pages_free", "running", "waiting", "tokens", "num_slots", "resident_bytes", "preemptions", "leases", "cached_tokens", "drafted_tokens", "accepted_tokens", "load")

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import pathlib
 import random
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from octet.client import Client
 from octet.v1 import octet_pb2 as pb
+from router.trace.files import read_trace
 from tests.cluster.conftest import Start
 
 TOP_K = 8
@@ -80,3 +85,27 @@ def test_attention_workers_tell_what_they_computed_and_how_they_waited(status: p
     # Both began to serve at about the same time.
     expected = PROMPT_TOKENS / (NEW_TOKENS - 1)
     assert prefill.rows_per_s / decode.rows_per_s == pytest.approx(expected, rel=0.2)
+
+
+def test_a_recording_has_every_token_of_its_time(start: Start, tmp_path: pathlib.Path) -> None:
+    cluster = start("prefill.prefix_cache=false")
+    file = tmp_path / "trace.npz"
+    octet, where = str(pathlib.Path(sys.executable).parent / "octet"), ["--grpc", cluster.address]
+    command = [octet, "experts", "record", str(file), *where, "--seconds", "600", "--step", "0.5"]
+    with Client(cluster.address, timeout_s=60) as client:
+        client.generate([1, 2, 3], max_new_tokens=4, ignore_eos=True)
+        recorder = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        assert recorder.stderr is not None
+        # It has begun when its first window is told.
+        recorder.stderr.readline()
+        client.generate([1, 2, 3], max_new_tokens=8, ignore_eos=True)
+        recorder.stderr.readline()
+        recorder.stderr.readline()
+        recorder.send_signal(signal.SIGINT)
+        _, said = recorder.communicate(timeout=30)
+    assert recorder.returncode == 0, said
+    trace = read_trace(file)
+    loads_LE = np.sum([window.loads_LE for window in trace.windows], axis=0)
+    assert loads_LE.sum(1).tolist() == [TOP_K * (3 + 7)] * len(trace.header.layers)
+    assert sum(window.tokens for window in trace.windows) == 3 + 7
+    assert trace.windows[-1].members.keys() == {"prefill-0", "decode-0", "experts-0", "experts-1"}

@@ -115,6 +115,19 @@ def test_what_is_older_than_the_window_is_only_in_the_total(telemetry: Telemetry
     np.testing.assert_array_equal(window.total_LE, sum(counted))
 
 
+def test_a_shorter_window_is_its_last_whole_steps(telemetry: Telemetry) -> None:
+    shard, counted = Shard("experts-0"), []
+    for second in range(1, 9):
+        counted.append(random_tokens())
+        telemetry.record(second, [shard.work(tokens_LE=counted[-1], busy_s=0.1 * second)])
+    window = telemetry.window(8.0, last_s=3.5)
+    assert window.duration_s == 3.0
+    np.testing.assert_array_equal(window.loads_LE, sum(counted[-3:]))
+    assert window.shards[0].busy_share == pytest.approx(0.7)
+    assert telemetry.window(8.0, last_s=0.01).duration_s == 1.0
+    assert telemetry.window(8.0, last_s=1000).duration_s == 8.0
+
+
 def test_a_window_empties_when_nothing_more_happens(telemetry: Telemetry) -> None:
     shard = Shard("experts-0")
     telemetry.record(1.0, [shard.work(tokens_LE=random_tokens(), frames=1, busy_s=0.5)])

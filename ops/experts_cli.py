@@ -1,0 +1,28 @@
+"""The commands `octet experts …`: what experts do, in a file and as a report."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from octet.client import Client
+from ops.bench.cli import DEFAULT_ADDRESS, Address
+
+experts = typer.Typer(no_args_is_help=True, help="Record what experts do, and report what they respond to.")
+
+
+@experts.command()
+def record(
+    file: Annotated[pathlib.Path, typer.Argument(help="FILE.jsonl or FILE.npz; see docs/telemetry.md.")],
+    grpc: Address = DEFAULT_ADDRESS,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long; Ctrl-C ends it earlier.")] = 60.0,
+    step: Annotated[float, typer.Option(min=0.1, help="Seconds in one window.")] = 5.0,
+) -> None:
+    """Write a running cluster's telemetry to a file that `octet simulate` reads."""
+    from ops.record import record as run
+
+    with Client(grpc, timeout_s=30.0) as client:
+        run(client, file, seconds, step, Console(stderr=True, highlight=False))

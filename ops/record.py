@@ -1,0 +1,96 @@
+"""`octet experts record`: a running cluster's telemetry, window by window, in a file that the simulator reads.
+
+Shapes: `L` mixture-of-experts layers, `E` logical experts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+
+from octet.client import Client
+from octet.errors import UnavailableError
+from octet.v1 import octet_pb2 as pb
+from router.trace.files import TraceWriter
+from router.trace.values import MEMBER_NUMBERS, MemberRecord, TraceHeader, TraceWindow
+
+
+def record(client: Client, file: pathlib.Path, seconds: float, step_s: float, console: Console) -> None:
+    """Write a window every `step_s` seconds, for so many seconds or until Ctrl-C.
+
+    Raises: TraceError, CallError; UnavailableError if the cluster has no telemetry.
+    """
+    first = client.status()
+    if not first.expert_counts:
+        raise UnavailableError("the router service tells nothing: `octet status` says more")
+    header = _header(client.model_info(), first)
+    writer, num_windows = TraceWriter(file, header), 0
+    with contextlib.closing(writer), contextlib.suppress(KeyboardInterrupt):
+        for window in _windows(client, header, first, seconds, step_s):
+            writer.add(window)
+            num_windows += 1
+            console.print(
+                f"{window.t_s + window.duration_s:8.1f} s  {window.tokens / window.duration_s:10,.1f} tokens/s  "
+                f"balancedness {window.balancedness:.3f}"
+            )
+    console.print(f"{num_windows} windows are in {file}")
+
+
+def _windows(
+    client: Client, header: TraceHeader, first: pb.GetStatusResponse, seconds: float, step_s: float
+) -> Iterator[TraceWindow]:
+    start_s = begun_s = time.monotonic()
+    before, next_s = first, start_s + step_s
+    while begun_s < start_s + seconds:
+        time.sleep(max(0.0, next_s - time.monotonic()))
+        now_s = time.monotonic()
+        # A slow answer makes its window longer, and skips the steps that it took.
+        next_s += step_s * max(1, -(-(now_s - next_s) // step_s))
+        after = client.status(window_s=now_s - begun_s)
+        if not after.expert_counts:
+            # The next answer makes up for it.
+            continue
+        yield window_between(before, after, header, begun_s - start_s, now_s - begun_s)
+        before, begun_s = after, now_s
+
+
+def window_between(
+    before: pb.GetStatusResponse, after: pb.GetStatusResponse, header: TraceHeader, t_s: float, duration_s: float
+) -> TraceWindow:
+    """What happened between two answers. Loads are the difference of what was counted since the start, so that no row
+    is lost or counted twice; shares of members are those of the window that the second answer covers."""
+    counted_LE, now_LE = _total(before), _total(after)
+    # Counts fall when the router service is started again.
+    loads_LE = np.where(now_LE < counted_LE, now_LE, now_LE - counted_LE).astype(np.float64)
+    return TraceWindow(
+        t_s=t_s,
+        duration_s=duration_s,
+        tokens=float(loads_LE.sum(1).max(initial=0)) / header.experts_per_token,
+        balancedness=after.balancedness,
+        loads_LE=loads_LE,
+        members={
+            member.worker_id: MemberRecord(**{number: getattr(member.load, number) for number in MEMBER_NUMBERS})
+            for pool in after.pools
+            for member in pool.members
+            if member.HasField("load")
+        },
+    )
+
+
+def _header(model: pb.GetModelInfoResponse, status: pb.GetStatusResponse) -> TraceHeader:
+    return TraceHeader(
+        model=model.model,
+        layers=tuple(counts.layer for counts in status.expert_counts),
+        num_experts=model.num_experts,
+        experts_per_token=model.num_experts_per_tok,
+    )
+
+
+def _total(status: pb.GetStatusResponse) -> npt.NDArray[np.int64]:
+    return np.array([counts.tokens for counts in status.expert_counts], dtype=np.int64)

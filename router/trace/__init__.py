@@ -1,0 +1,1 @@
+"""Telemetry windows in a file: written by `octet experts record`, read by the simulator. See docs/telemetry.md."""
