@@ -119,7 +119,8 @@ def decide(
         decisions.append(
             PoolDecision(pool=pool, current=sizes[pool], wanted=wanted[pool][0], target=target, reason=reason)
         )
-    redundancy, stabilizer = _redundancy(now_s, signals, config, state.redundancy, targets["experts"])
+    steady = states["experts"].stabilizer.pending is None
+    redundancy, stabilizer = _redundancy(now_s, signals, config, state.redundancy, targets["experts"], steady)
     decision = Decision(now_s=now_s, pools=(*decisions, redundancy))
     return decision, State(**states, redundancy=stabilizer)
 
@@ -179,19 +180,28 @@ def _wanted(
 
 
 def _redundancy(
-    now_s: float, signals: Signals, config: AutoscalerConfig, state: Stabilizer, num_shards: int
+    now_s: float, signals: Signals, config: AutoscalerConfig, state: Stabilizer, num_shards: int, steady: bool
 ) -> tuple[PoolDecision, Stabilizer]:
-    """Slots per layer beyond one for each expert, within what `num_shards` shards can hold."""
+    """Slots per layer beyond one for each expert, within what `num_shards` shards can hold.
+
+    Args:
+        steady: the number of shards is not about to change; if it is, slots are planned anew anyway.
+    """
     experts, bounds = signals.experts, config.experts
     current = experts.num_redundant_experts
     wanted, reason = wanted_redundancy(experts, bounds, config.cold_start_s)
     room = max(0, num_shards * experts.slots_that_fit - experts.num_experts)
     if wanted > room:
         wanted, reason = room, f"{reason}; {num_shards} shards have room for {room}"
+    if state.pending is not None and current != state.pending.origin:
+        # How many there are in the end also depends on how many shards share them evenly.
+        state = dataclasses.replace(state, pending=None)
     state, _ = settle(state, now_s, current, 0, config.action_timeout_s)
     state = note(state, now_s, wanted, bounds)
     if state.pending is None and current > room:
         proposal = Proposal(room, "at once")
+    elif not steady:
+        proposal = Proposal(current, "the number of shards changes first")
     else:
         proposal = propose(state, now_s, current, bounds, config.reversal_cooldown_s, False)
     if proposal.target != current:

@@ -8,6 +8,7 @@ Signals are of two kinds: *load*, which is in proportion to what is asked for an
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from cluster.signals import ExpertSignals, MemberSample, PoolSignals, Signals
 from octet.config import AutoscalerConfig, ExpertScalingConfig
@@ -18,6 +19,8 @@ _MOST_CORRECTION = 1.5
 """A latency is no measure of how much is missing, as queues grow without bound: one correction adds a half at most."""
 _LEAST_LEVEL = 0.05
 """Keeps quotients finite."""
+_PACE_TARGET = 0.7
+"""Of its target, the TPOT that shards are sized for."""
 _BLAMES_EXPERTS = 0.5
 """From this share of a step on, what the step waits for is the experts."""
 
@@ -56,7 +59,7 @@ def prefill_demand(signals: Signals, config: AutoscalerConfig, capacity: float |
     if capacity is None:
         return Demand(load=num, load_reason="no warm member has computed anything yet")
     target = config.prefill.target_busy_share
-    arriving = signals.arriving_prompt_tokens_per_s / (capacity * target)
+    arriving = _staffed(signals.arriving_prompt_tokens_per_s / capacity, target, config.prefill.square_root_staffing)
     queued = signals.queued_prompt_tokens / (capacity * config.target_ttft_s)
     if arriving >= queued:
         reason = (
@@ -86,7 +89,8 @@ def decode_demand(signals: Signals, config: AutoscalerConfig, max_batch: int) ->
     occupancy = sum(member.kv_occupancy for member in members) / len(members)
     held = sum(member.kv_occupancy for member in signals.decode.members)
     per_sequence = occupancy / ongoing if ongoing > 0 else 0.0
-    by_kv = (held + waiting * per_sequence) / config.decode.target_kv_occupancy
+    filled = held + waiting * per_sequence
+    by_kv = _staffed(filled, config.decode.target_kv_occupancy, config.decode.square_root_staffing)
     target_ongoing = config.decode.target_ongoing_requests or 0.8 * max_batch
     by_batch = (total + waiting) / target_ongoing
     if by_kv >= by_batch:
@@ -108,9 +112,14 @@ def expert_demand(signals: Signals, config: AutoscalerConfig) -> Demand:
     num = len(experts.members)
     if not members:
         return Demand(load=num, load_reason="no warm shard yet")
-    mean = sum(member.busy_share for member in members) / len(members)
+    measured = sum(member.busy_share for member in members) / len(members)
+    pace = _pace(signals, config)
+    mean = measured * (1 - experts.decode_share * (1 - pace))
     level, target = attainable(experts), config.experts.target_busy_share
-    reason = f"shards compute {mean:.2f} of their time, level to {level:.2f} at best, of {target:.2f}"
+    reason = (
+        f"shards compute {measured:.2f} of their time, {mean:.2f} with decode at {pace:.2f} of its pace, level to "
+        f"{level:.2f} at best, of {target:.2f}"
+    )
     # On a promise of the balancer no shard is added; but none is dropped either until it is kept.
     kept = min(num, num * mean / max(experts.balancedness, _LEAST_LEVEL) / target)
     load = Demand(load=max(kept, num * mean / level / target), load_reason=reason)
@@ -132,6 +141,19 @@ def expert_demand(signals: Signals, config: AutoscalerConfig) -> Demand:
     )
 
 
+def _pace(signals: Signals, config: AutoscalerConfig) -> float:
+    """The part of their speed that decode steps need for their target, and something in reserve.
+
+    Decode workers step as fast as they can, so shards that are faster are asked for more: their busy share alone tells
+    of no demand. Prefill is different: what does not come is not computed.
+    """
+    members = [member for member in signals.decode.members if member.ongoing > 0 and member.tokens_per_s > 0]
+    if not members:
+        return 1.0
+    tpot_s = sum(member.ongoing for member in members) / sum(member.tokens_per_s for member in members)
+    return min(1.0, tpot_s / (_PACE_TARGET * config.target_tpot_s))
+
+
 def attainable(experts: ExpertSignals) -> float:
     """The best balancedness that the balancer promises; what is measured, where nobody has asked it."""
     return max(experts.balancedness, *(prospect.balancedness for prospect in experts.prospects), _LEAST_LEVEL)
@@ -149,6 +171,12 @@ def imbalance_is_the_cause(experts: ExpertSignals, config: ExpertScalingConfig, 
     peak = peak_busy_share(experts, cold_start_s)
     mean = peak * max(experts.balancedness, _LEAST_LEVEL)
     return peak > config.target_busy_share >= mean and experts.balancedness < config.target_balancedness
+
+
+def _staffed(load: float, target: float, beta: float) -> float:
+    """Members for a load of so many: at their target share, or with square-root safety staffing (Halfin and Whitt,
+    Operations Research 29, 1981), whichever is more."""
+    return max(load / target, load + beta * math.sqrt(load))
 
 
 def _corrected(load: Demand, pool: PoolSignals, num: int, name: str) -> Demand:

@@ -54,6 +54,8 @@ class Prospect:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertSignals(PoolSignals):
+    decode_share: float = 0.0
+    """Of the shards' busy time, what decode frames took."""
     balancedness: float = 1.0
     """Of the rows served, mean over layers of mean ÷ max over shards, with the present placement."""
     num_redundant_experts: int = 0

@@ -21,6 +21,7 @@ _SLACK_S = 1e-6
 class Pending:
     """A change under way."""
 
+    origin: int
     target: int
     since_s: float
 
@@ -107,7 +108,7 @@ def act(state: Stabilizer, now_s: float, current: int, target: int) -> Stabilize
     reverses = direction * state.last_direction < 0
     return dataclasses.replace(
         state,
-        pending=Pending(target=target, since_s=now_s),
+        pending=Pending(origin=current, target=target, since_s=now_s),
         last_direction=direction,
         last_action_s=now_s,
         last_reversal_s=now_s if reverses else state.last_reversal_s,

@@ -170,12 +170,20 @@ class PoolScalingConfig(_Node):
         return self
 
 
-class PrefillScalingConfig(PoolScalingConfig):
+class WorkerScalingConfig(PoolScalingConfig):
+    """Of attention workers, each of which serves whole requests."""
+
+    square_root_staffing: float = pydantic.Field(0.0, ge=0)
+    """β of `R + β·√R` members for a load of R: a small pool needs more than its part in reserve for chance, since one
+    long prompt fills a whole member. Counts where it is more than the target share leaves anyway."""
+
+
+class PrefillScalingConfig(WorkerScalingConfig):
     target_busy_share: float = pydantic.Field(0.7, gt=0, le=1)
     """The share of its time that a worker is meant to compute prompts."""
 
 
-class DecodeScalingConfig(PoolScalingConfig):
+class DecodeScalingConfig(WorkerScalingConfig):
     """A decode worker with one sequence is as busy as one with fifty; what fills is its KV cache."""
 
     target_kv_occupancy: float = pydantic.Field(0.8, gt=0, le=1)

@@ -135,6 +135,72 @@ def check(
 
 
 @app.command()
+def simulate(
+    trace: Annotated[pathlib.Path, typer.Argument(help="A Mooncake trace, as JSON lines.")],
+    config: Annotated[pathlib.Path, typer.Option("-c", "--config", help="Such as deploy/fleet.yaml.")],
+    overrides: _Set = None,
+    model: Annotated[str, typer.Option(help="glm-4.6, or a model directory.")] = "glm-4.6",
+    profile: Annotated[str, typer.Option(help="h100 or cpu.")] = "h100",
+    calibrate: Annotated[
+        pathlib.Path | None, typer.Option(metavar="F.json", help="Costs from `octet bench breakdown --json`.")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(min=3, help="All of them, or with --autoscale the budget.")] = None,
+    fixed: Annotated[str | None, typer.Option(metavar="P,D,E", help="Sizes; default: the config's.")] = None,
+    autoscale: Annotated[bool, typer.Option("--autoscale", help="Sizes are the beginning only.")] = False,
+    search: Annotated[bool, typer.Option("--search-fixed", help="Find the smallest fixed sizes that do.")] = False,
+    attainment: Annotated[float, typer.Option(help="Of requests, with --search-fixed.")] = 0.99,
+    requests: Annotated[int | None, typer.Option(min=1, help="Only the first of the trace.")] = None,
+    copies: Annotated[int, typer.Option(min=1, help="Stack the trace so many times, shifted in time.")] = 1,
+    time_scale: Annotated[float, typer.Option(min=0.001, help="2 plays the trace twice as fast.")] = 1.0,
+    hours: Annotated[float | None, typer.Option(min=0.01, help="Stretch it over so long.")] = None,
+    day: Annotated[
+        float | None, typer.Option(metavar="TROUGH", help="Under a day's envelope, from TROUGH to 1 and back.")
+    ] = None,
+    experts_trace: Annotated[pathlib.Path | None, typer.Option(help="Expert loads: exported telemetry.")] = None,
+    skew: Annotated[str, typer.Option(metavar="LOW,HIGH", help="Else drawn: exponents of the layers.")] = "0.2,1.0",
+    drift: Annotated[float, typer.Option(min=0, max=0.5, help="Of the experts swap loads each time.")] = 0.0,
+    drift_every: Annotated[float, typer.Option(min=1, help="Seconds.")] = 600.0,
+    redundant: Annotated[int, typer.Option(min=0, help="Slots per layer beyond one for each expert.")] = 32,
+    balance: Annotated[bool, typer.Option(help="Without, experts stay where they are numbered.")] = True,
+    price: Annotated[float, typer.Option(help="Of a GPU hour.")] = 2.0,
+    seed: int = 0,
+    json_file: Annotated[pathlib.Path | None, typer.Option("--json", help="Write the run to this file.")] = None,
+    plot: Annotated[pathlib.Path | None, typer.Option(metavar="FILE.png", help="Draw it (extra 'bench').")] = None,
+) -> None:
+    """Play a trace against a cluster that is not there: same scheduler, balancer and autoscaler, computed costs."""
+    from ops.simulate.command import SimulateOptions, numbers
+    from ops.simulate.command import simulate as run
+
+    options = SimulateOptions(
+        trace=trace,
+        model=model,
+        profile=profile,
+        calibrate=calibrate,
+        gpus=gpus,
+        fixed=None if fixed is None else numbers("--fixed", fixed, int, 3),
+        autoscale=autoscale,
+        search=search,
+        attainment=attainment,
+        requests=requests,
+        copies=copies,
+        time_scale=time_scale,
+        hours=hours,
+        trough=day,
+        experts_trace=experts_trace,
+        skew=numbers("--skew", skew, float, 2),
+        drift=drift,
+        drift_every_s=drift_every,
+        redundant=redundant,
+        balance=balance,
+        price=price,
+        seed=seed,
+        json_file=json_file,
+        plot_file=plot,
+    )
+    run(_config(config, overrides, {}), options)
+
+
+@app.command()
 def demo() -> None:
     """Start the embedded model on three pools, ask it something, show what its experts did, and stop."""
     from ops.demo import demo as run

@@ -16,7 +16,7 @@ from ops.bench.summary import Percentiles, Summary
 
 _INK, _MUTED, _GRID = "#1f2933", "#6b7785", "#e4e8ec"
 _BLUE, _TEAL, _AMBER, _RED = "#2f6fb0", "#2a9d8f", "#c77d0a", "#c0392b"
-_STYLE: Any = {
+STYLE: Any = {
     "font.size": 9.5,
     "text.color": _INK,
     "axes.labelcolor": _MUTED,
@@ -54,7 +54,7 @@ def draw_load(
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     good = [outcome for outcome in outcomes if not outcome.error]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(12, 8.2), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
         axes = figure.subplot_mosaic(
             [["ttft", "tpot", "itl"], ["tokens"] * 3, ["live"] * 3], height_ratios=[1.25, 1.0, 0.55]

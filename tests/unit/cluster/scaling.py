@@ -39,6 +39,7 @@ def experts(
     *members: MemberSample,
     starting: int = 0,
     level: float = 1.0,
+    of_decode: float = 0.0,
     redundant: int = 0,
     prospects: tuple[tuple[int, float], ...] = (),
 ) -> ExpertSignals:
@@ -46,6 +47,7 @@ def experts(
         members=members,
         num_starting=starting,
         balancedness=level,
+        decode_share=of_decode,
         num_redundant_experts=redundant,
         slots_that_fit=16,
         num_experts=32,

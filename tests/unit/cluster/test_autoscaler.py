@@ -260,7 +260,10 @@ def test_load_asks_for_shards_and_not_for_replicas() -> None:
 
 def test_slots_go_back_when_redundancy_no_longer_pays() -> None:
     shards = experts(
-        *(member(n, busy=0.5) for n in range(4)), level=0.97, redundant=8, prospects=((0, 0.968), (4, 0.97), (8, 0.971))
+        *(member(n, busy=0.66) for n in range(4)),
+        level=0.97,
+        redundant=8,
+        prospects=((0, 0.968), (4, 0.97), (8, 0.971)),
     )
     decision = once(signals(shards=shards), scaling())
     assert of(decision, "redundant_experts").target == 0
@@ -290,3 +293,12 @@ def test_a_slow_answer_that_waits_for_experts_grows_the_shards() -> None:
 
 def test_the_same_signals_and_state_give_the_same_decision() -> None:
     assert once(signals(arriving=3000), scaling()) == once(signals(arriving=3000), scaling())
+
+
+def test_decode_that_steps_faster_than_it_has_to_asks_for_no_shards() -> None:
+    """Decode workers step as fast as shards let them; slower shards would do."""
+    busy = experts(*(member(n, busy=0.95) for n in range(4)), of_decode=0.9)
+    fast = signals(decode=pool(member(kv=0.8, ongoing=8, tokens_per_s=400)), shards=busy)
+    just_so = signals(decode=pool(member(kv=0.8, ongoing=8, tokens_per_s=90)), shards=busy)
+    assert of(once(fast, scaling()), "experts").target < 4
+    assert of(once(just_so, scaling()), "experts").target > 4

@@ -19,7 +19,7 @@ from octet.errors import ConfigError
 
 DEPLOY = pathlib.Path(__file__).parents[3] / "deploy"
 RAY_UP_FILES = ["local.yaml", "aws.yaml"]
-CONFIG_FILES = ["laptop.yaml", "cluster.yaml", "gpu-node.yaml", "many-experts.yaml"]
+CONFIG_FILES = ["laptop.yaml", "cluster.yaml", "gpu-node.yaml", "many-experts.yaml", "fleet.yaml"]
 POOLS = ["prefill", "decode", "experts"]
 START_COMMANDS = ["head_start_ray_commands", "worker_start_ray_commands"]
 

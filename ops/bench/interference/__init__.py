@@ -1,1 +1,0 @@
-"""`octet bench interference`: what long prompts that arrive do to the streams that run."""

@@ -1,0 +1,188 @@
+"""How long things take: linear costs, from a machine's rates, or fitted to what `octet bench breakdown` measured.
+
+A step of an attention worker costs its own part (`decode_*`, `prefill_*`, over all layers), and for each MoE layer the
+way of the rows (`exchange_*`) and the fullest shard's call (`expert_*`); waiting for shards comes on top
+(`contention`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from octet.errors import ConfigError
+from ops.simulate.shape import Shape
+
+SCHEMA = "octet.breakdown/1"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Costs:
+    """Seconds, each for the thing named."""
+
+    decode_fixed_s: float
+    decode_per_sequence_s: float
+    decode_per_attended_s: float
+    """Per position attended to: the contexts of all sequences added up."""
+    prefill_fixed_s: float
+    prefill_per_token_s: float
+    prefill_per_attended_s: float
+    expert_fixed_s: float
+    expert_per_read_s: float
+    """Per expert whose weights are read."""
+    expert_per_row_s: float
+    reads_overlap: bool
+    """A call takes as long as the longer of reading and computing, not both added up."""
+    exchange_fixed_s: float
+    """There and back."""
+    exchange_per_byte_s: float
+    """Per byte there and back."""
+    handoff_fixed_s: float
+    handoff_per_byte_s: float
+    worker_start_s: float
+    """From the order until a new attention worker serves."""
+    shard_start_s: float
+    """The same of a shard, its slots filled."""
+    slot_fill_s: float
+    """To fill one slot of one layer on a shard that serves."""
+    cores: int = 0
+    """All members share so many, each with one thread; 0 if each has a machine of its own."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """What one member's device reaches, and the network between members."""
+
+    flops_per_s: float
+    attention_flops_per_s: float
+    bytes_per_s: float
+    call_s: float
+    """Of one layer's call that does nothing."""
+    way_s: float
+    """Of one layer's rows there and back, empty."""
+    way_bytes_per_s: float
+    link_bytes_per_s: float
+    """Of hand-offs."""
+    process_s: float
+    """To place and start a process."""
+    load_bytes_per_s: float
+    fill_bytes_per_s: float
+    """For slots filled while serving."""
+
+
+H100 = Rates(
+    # Dense bf16 peak is 989 TFLOP/s; grouped GEMMs and linear layers of these sizes reach less than half of it.
+    flops_per_s=0.45 * 989e12,
+    attention_flops_per_s=0.5 * 989e12,
+    # HBM3: 3.35 TB/s.
+    bytes_per_s=0.8 * 3.35e12,
+    call_s=10e-6,
+    # DeepEP's README: 77 µs + 114 µs for dispatch and combine of 128 tokens of 7168 on 8 H800, of which about 110 µs
+    # are the bytes at its 98 to 127 GB/s.
+    way_s=80e-6,
+    # A network adapter of 400 Gb/s per GPU, both directions at once.
+    way_bytes_per_s=100e9,
+    link_bytes_per_s=40e9,
+    process_s=60.0,
+    load_bytes_per_s=2e9,
+    fill_bytes_per_s=5e9,
+)
+"""Assumptions, not measurements: no Octet has run on an H100 yet."""
+
+CPU = Rates(
+    flops_per_s=64e9,
+    attention_flops_per_s=20e9,
+    bytes_per_s=11e9,
+    call_s=0.1e-3,
+    way_s=0.6e-3,
+    way_bytes_per_s=1e9,
+    link_bytes_per_s=0.5e9,
+    process_s=8.0,
+    load_bytes_per_s=0.3e9,
+    fill_bytes_per_s=0.3e9,
+)
+"""One core with AVX2 in fp32. Calibrate: a CPU's own costs are dominated by what these rates leave out."""
+
+
+def from_rates(rates: Rates, shape: Shape, slots_per_layer: int, cores: int = 0) -> Costs:
+    """
+    Args:
+        slots_per_layer: that a new shard fills before it serves.
+    """
+    shard_bytes = slots_per_layer * len(shape.moe_layers) * shape.expert_bytes
+    return Costs(
+        decode_fixed_s=shape.worker_read_bytes / rates.bytes_per_s,
+        decode_per_sequence_s=shape.worker_flops / rates.flops_per_s,
+        decode_per_attended_s=shape.kv_bytes / rates.bytes_per_s,
+        prefill_fixed_s=rates.call_s * shape.num_layers,
+        prefill_per_token_s=shape.worker_flops / rates.flops_per_s,
+        prefill_per_attended_s=shape.attention_flops / rates.attention_flops_per_s,
+        expert_fixed_s=rates.call_s,
+        expert_per_read_s=shape.expert_bytes / rates.bytes_per_s,
+        expert_per_row_s=shape.expert_flops / rates.flops_per_s,
+        reads_overlap=True,
+        exchange_fixed_s=rates.way_s,
+        exchange_per_byte_s=1 / rates.way_bytes_per_s,
+        handoff_fixed_s=5e-3,
+        handoff_per_byte_s=1 / rates.link_bytes_per_s,
+        worker_start_s=rates.process_s + shape.worker_bytes / rates.load_bytes_per_s,
+        shard_start_s=rates.process_s + shard_bytes / rates.load_bytes_per_s,
+        slot_fill_s=shape.expert_bytes / rates.fill_bytes_per_s,
+        cores=cores,
+    )
+
+
+def calibrated(costs: Costs, file: pathlib.Path, shape: Shape) -> Costs:
+    """`costs` with what `octet bench breakdown --json` has measured in place of what it covers.
+
+    Its prefill costs include the experts of the shards that were measured; their part, by its own expert and exchange
+    costs, is taken out, since the simulator adds that of the placement at hand.
+
+    Raises: ConfigError if the file is not such a report, or is of another model.
+    """
+    report = _read(file)
+    measured, model = report["costs"], report["model"]
+    if (model["moe_layers"], model["experts"]) != (len(shape.moe_layers), shape.num_experts):
+        found = f"a model of {model['moe_layers']} MoE layers with {model['experts']} experts"
+        raise ConfigError("--calibrate", found, f"{len(shape.moe_layers)} with {shape.num_experts}, as in --model")
+    attention, expert, exchange, prefill = (measured[n] for n in ("attention", "expert", "exchange", "prefill"))
+    num_layers, top_k = len(shape.moe_layers), shape.experts_per_token
+    shards = report["shards"]
+    per_token = num_layers * (
+        top_k / shards * expert["per_pair_s"] + min(top_k, shards) * 2 * shape.hidden_bytes * exchange["per_byte_s"]
+    )
+    reads_s = shape.num_experts / shards * expert["per_expert_s"]
+    fixed = num_layers * (expert["fixed_s"] + reads_s + exchange["fixed_s"])
+    return dataclasses.replace(
+        costs,
+        decode_fixed_s=attention["fixed_s"],
+        decode_per_sequence_s=attention["per_sequence_s"],
+        decode_per_attended_s=attention["per_attended_s"],
+        prefill_fixed_s=max(0.0, prefill["fixed_s"] - fixed),
+        prefill_per_token_s=max(0.0, prefill["per_token_s"] - per_token),
+        prefill_per_attended_s=prefill["per_attended_s"],
+        expert_fixed_s=expert["fixed_s"],
+        expert_per_read_s=expert["per_expert_s"],
+        expert_per_row_s=expert["per_pair_s"],
+        reads_overlap=False,
+        exchange_fixed_s=exchange["fixed_s"],
+        exchange_per_byte_s=exchange["per_byte_s"],
+    )
+
+
+def _read(file: pathlib.Path) -> dict[str, Any]:
+    try:
+        report = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError("--calibrate", str(file), "what `octet bench breakdown --json` writes", str(error)) from error
+    if not isinstance(report, dict) or report.get("schema") != SCHEMA:
+        raise ConfigError("--calibrate", str(file), f"schema {SCHEMA}", "write it anew with `octet bench breakdown`")
+    return {**report, "shards": _num_shards(report)}
+
+
+def _num_shards(report: dict[str, Any]) -> int:
+    """Of `1 prefill + 1 decode + 2 shards, …`."""
+    words = str(report["pools"]).replace(",", " ").split()
+    return int(words[words.index("shards") - 1])

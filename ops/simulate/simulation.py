@@ -1,0 +1,313 @@
+"""The simulation: events in the order of their time, and the deciding code of the cluster between them.
+
+A request arrives, is scheduled (`cluster.scheduler`), waits for its prefill worker and is computed chunk by chunk,
+moves to its decode worker when that has room until its end (`decode.admission`), gets its tokens, and ends. What is
+not simulated: single decode steps (`decode_pool`), single frames at the shards (`contention`), speculation, failures.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import time
+from collections.abc import Sequence
+
+from cluster.members import POOLS
+from cluster.scheduler import Wait, admit
+from octet.config import OctetConfig
+from ops.simulate import decode_pool
+from ops.simulate.clock import Clock
+from ops.simulate.costs import Costs
+from ops.simulate.decode_pool import DecodePool
+from ops.simulate.expert_loads import ExpertLoads
+from ops.simulate.expert_pool import ExpertOptions, ExpertPool
+from ops.simulate.fleet import Fleet
+from ops.simulate.load import Request
+from ops.simulate.outcome import End, Moment, Run, Served
+from ops.simulate.prefill_worker import PrefillWorker, Task
+from ops.simulate.scaling import Scaling
+from ops.simulate.shape import Shape
+from ops.simulate.slo import Slo
+from ops.simulate.step_times import StepTimes
+from ops.simulate.views import Views, number_of
+
+_MOMENT_S = 10.0
+_REBALANCE_S = 60.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    sizes: dict[str, int]
+    """To begin with; and to the end without `autoscale`."""
+    redundant: int
+    slots_that_fit: int
+    prefill_pages: int
+    decode_pages: int
+    autoscale: bool
+    balance: bool
+    gpu: bool
+    seed: int
+    tick_s: float = 1.0
+    """How often waits at the shards and the lengths of steps are worked out anew."""
+    most_members: int = 4096
+    """Decode workers over all time."""
+
+
+class Simulation:
+    """Run once."""
+
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        loads: ExpertLoads,
+        shape: Shape,
+        costs: Costs,
+        config: OctetConfig,
+        options: Options,
+    ) -> None:
+        self._requests, self._shape, self._costs = requests, shape, costs
+        self._config, self._options = config, options
+        self.clock = Clock()
+        most_tokens = max(config.prefill.chunk_tokens, config.decode.max_batch)
+        experts = ExpertPool(
+            loads,
+            shape,
+            costs,
+            options.sizes["experts"],
+            options.redundant,
+            ExpertOptions(balance=options.balance, gpu=options.gpu, most_tokens=most_tokens, seed=options.seed),
+        )
+        self.decode = DecodePool(
+            options.most_members, options.decode_pages, config.kv.page_size, config.decode.max_batch
+        )
+        self._views = Views(self.decode, config.prefill.prefix_cache)
+        self.fleet = Fleet(self.clock, costs, config, options.prefill_pages, self.decode, experts, self._views)
+        self.times = StepTimes(shape, costs, config.lane.ping_pong_rows, self.decode, experts)
+        scaler = config.autoscaler
+        self._slo = Slo(
+            ttft_s=scaler.target_ttft_s,
+            ttft_per_1k_tokens_s=scaler.target_ttft_per_1k_tokens_s,
+            tpot_s=scaler.target_tpot_s,
+        )
+        self._scaling = Scaling(self, config, options.slots_that_fit) if options.autoscale else None
+        self._served: list[Served | None] = [None] * len(requests)
+        self._leases: dict[int, tuple[PrefillWorker, Task]] = {}
+        self._held: set[int] = set()
+        """Requests for which there is no worker at all."""
+        self._live = self._arrived = 0
+        self._moments: list[Moment] = []
+        self._seen = (0, 0.0)
+        """Arrivals and tokens at the last moment."""
+        self.arrived_tokens = 0.0
+        """Prompt tokens to compute that have come since the autoscaler looked last."""
+        self.busy_s = [0.0, 0.0]
+        """Busy share times seconds since then, of all frames and of decode frames."""
+        self.slo_ratios: dict[str, collections.deque[tuple[float, float]]] = {
+            "prefill": collections.deque(),
+            "decode": collections.deque(),
+        }
+        """(when, what it took ÷ what its target allows)."""
+
+    def run(self) -> Run:
+        started_s = time.perf_counter()
+        self.fleet.begin(self._options.sizes)
+        self._look()
+        self.clock.every(self._options.tick_s, self._tick)
+        self.clock.every(_MOMENT_S, self._look)
+        self.clock.every(_REBALANCE_S, self.fleet.rebalance)
+        if self._scaling is not None:
+            self.clock.every(self._config.autoscaler.metrics_interval_s, self._scaling.step)
+        while self._live or self._held or self._arrived < len(self._requests):
+            self._next()
+        self._look()
+        return Run(
+            served=tuple(one for one in self._served if one is not None),
+            moments=tuple(self._moments),
+            actions=tuple(self._scaling.actions) if self._scaling is not None else (),
+            duration_s=self.clock.now_s,
+            gpu_hours=self.fleet.gpu_hours(),
+            slots_filled=self.fleet.slots_filled,
+            wall_s=time.perf_counter() - started_s,
+        )
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for their first token, or for a place in a decode worker."""
+        return len(self._held) + self._live - int(self.decode.batch[: self.decode.num_rows].sum())
+
+    def _next(self) -> None:
+        """Whatever comes first: an arrival, an end of a sequence, or another event."""
+        arrival_s = self._requests[self._arrived].at_s if self._arrived < len(self._requests) else float("inf")
+        end_s, row = self.decode.next_end()
+        if arrival_s <= end_s and arrival_s <= self.clock.next_s:
+            self.clock.advance(arrival_s)
+            self._arrived += 1
+            self._arrive(self._arrived - 1)
+        elif end_s <= self.clock.next_s:
+            self.clock.advance(end_s)
+            self._leave(row)
+        else:
+            self.clock.happen()
+
+    def _arrive(self, number: int) -> None:
+        request = self._requests[number]
+        if self._pages(request.prompt_tokens + request.new_tokens) > min(
+            self._options.prefill_pages, self._options.decode_pages
+        ):
+            self._end(number, "refused")
+            return
+        self._held.discard(number)
+        if admit(self._live + len(self._held), self._config.frontend.max_requests) is not None:
+            self._end(number, "shed")
+            return
+        decision, known = self._views.schedule(request)
+        if isinstance(decision, Wait):
+            # A pool is at zero: the frontend holds the request until there is a worker.
+            self._held.add(number)
+            self.clock.after(self._options.tick_s, self._arrive, number)
+            return
+        task = Task(
+            number=number,
+            request=request,
+            pages=self._pages(request.prompt_tokens),
+            expected=request.prompt_tokens - known,
+            decode=number_of(decision.decode),
+        )
+        self._live += 1
+        self.arrived_tokens += task.expected
+        self._views.promise(task.decode, task.pages)
+        worker = self.fleet.prefill[number_of(decision.prefill)]
+        worker.add(task)
+        self._views.look_at_prefill(worker)
+        self._start_chunk(worker)
+
+    def _start_chunk(self, worker: PrefillWorker) -> None:
+        """Compute what comes next, unless it computes something."""
+        if worker.chunk is not None:
+            return
+        chunk = worker.next_chunk(self._config.prefill.chunk_tokens)
+        if chunk is not None:
+            took_s = self.times.chunk_s(chunk)
+            worker.busy_s += took_s
+            worker.computed += chunk.tokens
+            self.clock.after(took_s, self._finish_chunk, worker)
+
+    def _finish_chunk(self, worker: PrefillWorker) -> None:
+        finished, learned, lost = worker.finish_chunk()
+        self._views.learn(worker.number, learned, lost)
+        for task in finished:
+            self._first_token(worker, task)
+        self._views.look_at_prefill(worker)
+        self._start_chunk(worker)
+        self.fleet.release_if_drained("prefill", worker.number)
+
+    def _first_token(self, worker: PrefillWorker, task: Task) -> None:
+        request, now_s = task.request, self.clock.now_s
+        task.ttft_s = now_s - request.at_s
+        self.slo_ratios["prefill"].append((now_s, self._slo.first_ratio(task.ttft_s, request.prompt_tokens)))
+        self._leases[task.number] = (worker, task)
+        if request.new_tokens == 1:
+            self._take_lease(task.number)
+            self._views.ended(task.decode)
+            self._finish(task.number, task.ttft_s, 0.0)
+            return
+        self.decode.offers[task.decode].append(
+            decode_pool.Sequence(
+                number=task.number,
+                prompt_tokens=request.prompt_tokens,
+                new_tokens=request.new_tokens,
+                pages=self._pages(request.prompt_tokens + request.new_tokens),
+                first_s=now_s,
+                ttft_s=task.ttft_s,
+            )
+        )
+        self._pull(task.decode)
+
+    def _pull(self, row: int) -> None:
+        for sequence in self.decode.pull(row):
+            num_bytes = sequence.prompt_tokens * self._shape.kv_bytes
+            took_s = self._costs.handoff_fixed_s + num_bytes * self._costs.handoff_per_byte_s
+            self.clock.after(took_s, self._join, row, sequence)
+
+    def _join(self, row: int, sequence: decode_pool.Sequence) -> None:
+        self._take_lease(sequence.number)
+        self.decode.join(row, sequence, self.clock.now_s)
+        self._set_step(row)
+
+    def _take_lease(self, number: int) -> None:
+        """The prompt's pages have moved, or nobody wants them: the prefill worker has room again."""
+        worker, task = self._leases.pop(number)
+        worker.release(task)
+        self._views.arrived(task.decode, task.pages)
+        self._start_chunk(worker)
+        self.fleet.release_if_drained("prefill", worker.number)
+
+    def _leave(self, row: int) -> None:
+        now_s = self.clock.now_s
+        for sequence in self.decode.leave(row, now_s):
+            after_s = now_s - sequence.first_s
+            self.slo_ratios["decode"].append((now_s, self._slo.answer_ratio(after_s, sequence.new_tokens)))
+            self._views.ended(row)
+            self._finish(sequence.number, sequence.ttft_s, after_s / (sequence.new_tokens - 1))
+        self._pull(row)
+        self._set_step(row)
+        self.fleet.release_if_drained("decode", row)
+
+    def _set_step(self, row: int) -> None:
+        rows = decode_pool.one(row)
+        self.decode.set_step(row, float(self.times.decode_steps_s(rows)[0]) if self.decode.batch[row] > 0 else 1.0)
+        self._views.look_at_decode(row)
+
+    def _finish(self, number: int, ttft_s: float, tpot_s: float) -> None:
+        self._live -= 1
+        self._end(number, "finished", ttft_s, tpot_s)
+
+    def _end(self, number: int, end: End, ttft_s: float = 0.0, tpot_s: float = 0.0) -> None:
+        assert self._served[number] is None, f"request {number} ends twice"
+        request = self._requests[number]
+        self._served[number] = Served(
+            at_s=request.at_s,
+            prompt_tokens=request.prompt_tokens,
+            new_tokens=request.new_tokens,
+            end=end,
+            ttft_s=ttft_s,
+            tpot_s=tpot_s,
+            in_slo=end == "finished" and self._slo.keeps(ttft_s, tpot_s, request.prompt_tokens, request.new_tokens),
+        )
+
+    def _tick(self) -> None:
+        """Bring all steps up to date with what everyone does now."""
+        rows = self.decode.advance_all(self.clock.now_s)
+        workers = self.fleet.prefill.values()
+        self.times.update(rows, [worker.chunk for worker in workers if worker.chunk is not None])
+        contention = self.times.contention
+        self.busy_s[0] += contention.busy_share * self._options.tick_s
+        self.busy_s[1] += contention.decode_busy_share * self._options.tick_s
+        self.decode.set_steps(rows, self.times.decode_steps_s(rows))
+        for row in rows.tolist():
+            self._views.look_at_decode(row)
+
+    def _look(self) -> None:
+        now_s, members = self.clock.now_s, self.fleet.members
+        elapsed_s = now_s - self._moments[-1].at_s if self._moments else 0.0
+        serving = members.serving("decode")
+        held = sum(self.decode.held_pages(row) for row in serving)
+        arrived, tokens = self._arrived, float(self.decode.tokens.sum())
+        self._moments.append(
+            Moment(
+                at_s=now_s,
+                sizes={pool: members.num_held(pool) for pool in POOLS},
+                serving={pool: len(members.serving(pool)) for pool in POOLS},
+                arrivals_per_s=(arrived - self._seen[0]) / elapsed_s if elapsed_s > 0 else 0.0,
+                queued_prompt_tokens=float(sum(worker.queued_tokens for worker in self.fleet.prefill.values())),
+                live=self._live,
+                shard_busy=self.times.contention.busy_share,
+                kv_occupancy=held / max(1, len(serving)) / self._options.decode_pages,
+                balancedness=self.fleet.experts.level,
+                tokens_per_s=(tokens - self._seen[1]) / elapsed_s if elapsed_s > 0 else 0.0,
+            )
+        )
+        self._seen = (arrived, tokens)
+
+    def _pages(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._config.kv.page_size)

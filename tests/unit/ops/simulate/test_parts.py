@@ -1,0 +1,191 @@
+"""The simulator's parts by themselves."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import random
+
+import numpy as np
+import pytest
+
+from octet.errors import ConfigError
+from ops.simulate.contention import contend, layer_s
+from ops.simulate.costs import CPU, H100, calibrated, from_rates
+from ops.simulate.expert_loads import drawn, recorded
+from ops.simulate.load import day, enveloped, read_requests, stacked
+from ops.simulate.outcome import Action, _most_reversals
+from ops.simulate.shape import GLM_4_6, shape, shape_of
+from ops.simulate.shard_times import shard_times
+from router.placement import place_evenly
+from router.trace.files import TraceWriter
+from router.trace.values import TraceHeader, TraceWindow
+from tests.unit.ops.simulate.toy import SHAPE, costs, poisson
+
+
+def contention(compute: list[float], peak: list[float], prefill: list[bool], cores: int = 0, shards: int = 1):  # type: ignore[no-untyped-def]
+    num = len(compute)
+    return contend(
+        np.array(compute), np.zeros(num), np.array(peak), np.array(peak), np.ones(num, np.int64), np.array(prefill),
+        shards, cores,
+    )  # fmt: skip
+
+
+def layer(compute_s: float, way_s: float, wait_s: float, peak_s: float, frames: int) -> float:
+    arrays = (np.array([compute_s]), np.array([way_s]), wait_s, np.array([peak_s]), np.array([frames]))
+    return float(layer_s(*arrays, 1.0)[0])
+
+
+def test_a_worker_alone_waits_for_nobody() -> None:
+    state = contention([0.3], [0.1], [False])
+    assert state.decode_wait_s == pytest.approx(0.0, abs=1e-9)
+    assert state.busy_share == pytest.approx(0.25)
+
+
+def test_many_workers_saturate_a_shard_and_no_more() -> None:
+    """A closed network: in the end every worker waits for all others, and the shard is never idle."""
+    state = contention([0.1] * 50, [0.1] * 50, [False] * 50)
+    assert 0.9 < state.busy_share <= 1.0
+    cycle_s = layer(0.1, 0.0, state.decode_wait_s, 0.1, 1)
+    assert 50 / cycle_s == pytest.approx(1 / 0.1, rel=0.1)
+
+
+def test_decode_frames_wait_less_than_prefill_frames() -> None:
+    state = contention([0.2] * 6, [0.05] * 6, [False, True] * 3)
+    assert 0 < state.decode_wait_s < state.prefill_wait_s
+
+
+def test_two_frames_under_way_hide_the_shorter_of_the_two_parts() -> None:
+    assert layer(0.2, 0.0, 0.0, 0.1, 2) == pytest.approx(0.4)
+    assert layer(0.1, 0.05, 0.0, 0.3, 2) == pytest.approx(0.6)
+    assert layer(0.2, 0.05, 0.0, 0.1, 1) == pytest.approx(0.35)
+
+
+def test_shared_cores_slow_everyone_down_once_they_are_too_few() -> None:
+    assert contention([1.0] * 4, [1e-6] * 4, [False] * 4, cores=4).slowdown == pytest.approx(1.0)
+    assert contention([1.0] * 4, [1e-6] * 4, [False] * 4, cores=2).slowdown == pytest.approx(2.0, rel=0.05)
+
+
+def test_an_envelope_keeps_every_request_in_order_and_moves_them_to_the_middle() -> None:
+    requests = poisson(1.0, 2000, seed=random.randrange(1000))
+    shaped = enveloped(requests, 1000.0, day(0.1))
+    times_s = [one.at_s for one in shaped]
+    assert times_s == sorted(times_s)
+    assert [one.prompt_tokens for one in shaped] == [one.prompt_tokens for one in requests]
+    assert times_s[0] >= 0
+    assert times_s[-1] <= 1000.0
+    per_tenth, _ = np.histogram(times_s, 10, (0, 1000))
+    assert per_tenth[4:6].sum() / per_tenth[[0, 9]].sum() == pytest.approx(0.97 / 0.1, rel=0.3)
+
+
+def test_copies_share_no_prefix_and_keep_the_rate_level() -> None:
+    requests = [dataclasses.replace(one, blocks=(n % 7,)) for n, one in enumerate(poisson(2.0, 500, seed=1))]
+    three = stacked(requests, 3, np.random.default_rng(0))
+    assert len(three) == 1500
+    assert len({one.blocks for one in three}) == 21
+    halves, _ = np.histogram([one.at_s for one in three], 2, (0, requests[-1].at_s))
+    assert halves[0] == pytest.approx(halves[1], rel=0.2)
+
+
+def test_a_trace_that_is_none_is_refused_with_its_line(tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "trace.jsonl"
+    file.write_text('{"timestamp": 0, "input_length": 3, "output_length": 4}\n{"timestamp": 5}\n')
+    with pytest.raises(ConfigError, match=":2:"):
+        read_requests(file)
+    file.write_text("")
+    with pytest.raises(ConfigError, match="without requests"):
+        read_requests(file)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".jsonl"])
+def test_recorded_loads_become_shares_of_tokens(tmp_path: pathlib.Path, suffix: str) -> None:
+    counts_WLE = np.random.default_rng().integers(50, 100, (3, 2, 8)).astype(float)
+    file = tmp_path / f"trace{suffix}"
+    header = TraceHeader(model="toy", layers=(1, 2), num_experts=8, experts_per_token=2)
+    with contextlib.closing(TraceWriter(file, header)) as writer:
+        for number, counts_LE in enumerate(counts_WLE):
+            writer.add(
+                TraceWindow(
+                    t_s=100.0 + 60 * number,
+                    duration_s=60.0,
+                    tokens=1.0,
+                    balancedness=1.0,
+                    loads_LE=counts_LE,
+                    members={},
+                )
+            )
+    loads = recorded(file, 2, 8, 2)
+    assert loads.starts_s == (0.0, 60.0, 120.0)
+    assert loads.index_at(119.0) == 1
+    assert np.allclose(loads.windows[1], 2 * counts_WLE[1] / counts_WLE[1].sum(1, keepdims=True))
+    with pytest.raises(ConfigError, match="as in --model"):
+        recorded(file, 3, 8, 2)
+
+
+def test_shards_take_longer_for_more_tokens_and_the_fullest_longest() -> None:
+    loads = drawn(2, 8, 2, np.random.default_rng(0), (1.0, 1.0)).windows[0]
+    cost = costs(expert_per_row_s=1.0, expert_per_read_s=0.1)
+    times = shard_times(place_evenly((1, 2), 8, 4), loads, cost, 64, 2, 256, seed=0)
+    assert times.peak_s[0] == times.mean_s[0] == 0
+    assert (np.diff(times.peak_s) > 0).all()
+    assert (times.peak_s[1:] >= times.mean_s[1:]).all()
+    assert times.mean_s[256] == pytest.approx(2 * 256 / 4, rel=0.01)
+    assert 1 <= times.rows_sent[1] <= 2
+
+
+def test_glm_4_6_weighs_what_its_makers_say() -> None:
+    glm = shape(GLM_4_6, 2)
+    assert glm.kv_bytes == 376_832
+    assert glm.expert_bytes == pytest.approx(47.2e6, rel=0.01)
+    assert len(glm.moe_layers) == 89
+    assert glm.worker_bytes == pytest.approx(34e9, rel=0.02)
+    with pytest.raises(ConfigError, match=r"glm-4\.6"):
+        shape_of("glm-9", 2)
+
+
+def test_costs_follow_from_rates() -> None:
+    glm = shape(GLM_4_6, 2)
+    cost = from_rates(H100, glm, 16)
+    assert cost.decode_fixed_s == pytest.approx(0.012, rel=0.05)
+    assert cost.worker_start_s < cost.shard_start_s < 120
+
+
+def test_what_was_measured_replaces_what_was_assumed(tmp_path: pathlib.Path) -> None:
+    report = {
+        "schema": "octet.breakdown/1",
+        "pools": "1 prefill + 1 decode + 2 shards, threads {}",
+        "model": {"moe_layers": 2, "experts": 8},
+        "costs": {
+            "attention": {"fixed_s": 0.01, "per_sequence_s": 0.002, "per_attended_s": 1e-6},
+            "expert": {"fixed_s": 1e-4, "per_expert_s": 2e-4, "per_pair_s": 3e-5},
+            "exchange": {"fixed_s": 5e-4, "per_byte_s": 1e-9},
+            "prefill": {"fixed_s": 0.02, "per_token_s": 0.001, "per_attended_s": 1e-8},
+        },
+    }
+    file = tmp_path / "breakdown.json"
+    file.write_text(json.dumps(report))
+    cost = calibrated(from_rates(CPU, SHAPE, 4), file, SHAPE)
+    assert cost.decode_per_sequence_s == 0.002
+    assert cost.expert_per_read_s == 2e-4
+    # Two MoE layers of two experts per token on two shards, and the rows there and back.
+    assert cost.prefill_per_token_s == pytest.approx(0.001 - 2 * (2 / 2 * 3e-5 + 2 * 2 * 64 * 1e-9))
+    assert cost.prefill_fixed_s == pytest.approx(0.02 - 2 * (1e-4 + 4 * 2e-4 + 5e-4))
+    file.write_text(json.dumps(report | {"model": {"moe_layers": 3, "experts": 8}}))
+    with pytest.raises(ConfigError, match="as in --model"):
+        calibrated(cost, file, SHAPE)
+    file.write_text("{}")
+    with pytest.raises(ConfigError, match="schema"):
+        calibrated(cost, file, SHAPE)
+
+
+def test_reversals_are_counted_within_ten_minutes() -> None:
+    def action(at_s: float, up: bool) -> Action:
+        return Action(at_s=at_s, pool="decode", before=2, after=3 if up else 1, reason="")
+
+    calm = tuple(action(at_s, up) for at_s, up in ((0, True), (100, True), (700, False), (1400, True)))
+    assert _most_reversals(calm, "decode") == 1
+    wild = tuple(action(at_s, up) for at_s, up in ((0, True), (100, False), (200, True), (699, False)))
+    assert _most_reversals(wild, "decode") == 3
+    assert _most_reversals(wild, "prefill") == 0

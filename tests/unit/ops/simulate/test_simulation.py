@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ops.simulate.outcome import Run, summarized
+from tests.unit.ops.simulate.toy import config, costs, options, poisson, request, run
+
+WORK = costs(
+    decode_fixed_s=0.01, decode_per_sequence_s=0.001, prefill_fixed_s=0.01, prefill_per_token_s=0.001,
+    expert_fixed_s=0.001, expert_per_row_s=1e-5, exchange_fixed_s=0.0005, handoff_fixed_s=0.02, worker_start_s=20,
+    shard_start_s=20, slot_fill_s=0.01,
+)  # fmt: skip
+
+
+def without_wall(one: Run) -> Run:
+    return dataclasses.replace(one, wall_s=0.0)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rate=st.floats(0.5, 40),
+    sizes=st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 5)),
+    pages=st.integers(8, 40),
+    seed=st.integers(0, 2**20),
+)
+def test_every_request_ends_once(rate: float, sizes: tuple[int, int, int], pages: int, seed: int) -> None:
+    rng = random.Random(seed)
+    requests = [
+        dataclasses.replace(one, prompt_tokens=rng.randint(1, 200), new_tokens=rng.randint(1, 60))
+        for one in poisson(rate, 60, seed)
+    ]
+    done = run(requests, WORK, opts=options(*sizes, decode_pages=pages, prefill_pages=20))
+    assert [one.at_s for one in done.served] == [one.at_s for one in requests]
+    for one in done.served:
+        too_long = -(-(one.prompt_tokens + one.new_tokens) // 16) > min(pages, 20)
+        assert one.end == ("refused" if too_long else "finished")
+        assert one.end == "refused" or one.ttft_s > 0
+
+
+def test_the_same_seed_gives_the_same_run() -> None:
+    requests = poisson(5, 80, seed=random.randrange(1000))
+    assert without_wall(run(requests, WORK)) == without_wall(run(requests, WORK))
+
+
+def test_a_request_alone_takes_what_its_parts_cost() -> None:
+    cost = costs(
+        prefill_fixed_s=0.5, prefill_per_token_s=0.01, exchange_fixed_s=0.1, handoff_fixed_s=0.7, decode_fixed_s=0.2
+    )
+    conf = config(prefill={"chunk_tokens": 32})
+    done = run([request(1.0, prompt=64, new=5)], cost, conf).served[0]
+    assert done.ttft_s == pytest.approx(2 * (0.5 + 0.32 + 2 * 0.1))
+    assert done.tpot_s * 4 == pytest.approx(0.7 + 4 * (0.2 + 2 * 0.1))
+
+
+def test_sequences_of_one_worker_advance_together() -> None:
+    cost = costs(decode_fixed_s=0.1, decode_per_sequence_s=0.05)
+    done = run([request(0.0, new=11), request(0.0, new=11)], cost)
+    assert [one.tpot_s for one in done.served] == pytest.approx([0.2, 0.2])
+
+
+@pytest.mark.parametrize("load", [0.3, 0.6, 0.8])
+def test_waits_agree_with_the_queue_of_deterministic_service(load: float) -> None:
+    """M/D/1: mean wait = ρ · s / (2 (1 − ρ)) (Pollaczek and Khinchine)."""
+    service_s = 0.1
+    requests = poisson(load / service_s, 20_000, seed=random.randrange(10_000), new=1)
+    done = run(requests, costs(prefill_fixed_s=service_s), config(prefill={"chunk_tokens": 64}))
+    waits_s = [one.ttft_s - service_s for one in done.served]
+    assert sum(waits_s) / len(waits_s) == pytest.approx(load * service_s / (2 * (1 - load)), rel=0.15)
+
+
+def test_a_known_prefix_is_not_computed_again() -> None:
+    blocks = (1, 2, 3)
+    requests = [request(at_s, prompt=1600, new=1, blocks=blocks) for at_s in (0.0, 100.0)]
+    done = run(requests, costs(prefill_per_token_s=0.01), config(prefill={"chunk_tokens": 2048}))
+    assert [one.ttft_s for one in done.served] == pytest.approx([16.0, 0.64])
+
+
+def test_requests_beyond_the_limit_are_shed() -> None:
+    done = run([request(0.0)] * 5, WORK, config(frontend={"max_requests": 2}))
+    assert [one.end for one in done.served] == ["finished"] * 2 + ["shed"] * 3
+    assert summarized(done, 1.0).shed == 3
+
+
+def test_answers_that_do_not_fit_together_come_one_after_the_other() -> None:
+    requests = [request(0.0, prompt=64, new=33)] * 2
+    both = run(requests, costs(decode_fixed_s=0.1), opts=options(decode_pages=14))
+    one_by_one = run(requests, costs(decode_fixed_s=0.1), opts=options(decode_pages=8))
+    assert both.duration_s == pytest.approx(3.2)
+    assert one_by_one.duration_s == pytest.approx(6.4)
+
+
+def test_gpu_hours_are_those_of_every_member_from_its_order_on() -> None:
+    done = run([request(0.0, new=1), request(3600.0, new=1)], costs(), opts=options(2, 3, 4))
+    assert done.gpu_hours == pytest.approx({"prefill": 2.0, "decode": 3.0, "experts": 4.0}, rel=1e-3)
+
+
+def test_a_burst_makes_the_pools_grow_and_its_end_makes_them_shrink() -> None:
+    bounds = {"max_replicas": 12, "upscale_delay_s": 20, "downscale_delay_s": 120}
+    conf = config(
+        prefill={"chunk_tokens": 64},
+        autoscaler={"target_ttft_s": 2, "target_tpot_s": 1, "prefill": bounds, "decode": bounds, "experts": bounds},
+    )
+    quiet, busy = poisson(2, 800, seed=1), poisson(40, 16_000, seed=2)
+    requests = quiet + [dataclasses.replace(one, at_s=one.at_s + 400) for one in busy]
+    requests += [dataclasses.replace(one, at_s=one.at_s + 850) for one in quiet]
+    done = run(requests, WORK, conf, options(autoscale=True))
+    sizes = {moment.at_s: moment.sizes["prefill"] for moment in done.moments}
+    assert sizes[390.0] == 1
+    assert max(sizes.values()) >= 4
+    assert done.moments[-1].sizes["prefill"] < max(sizes.values())
+    assert {one.end for one in done.served} == {"finished"}
+    assert all(action.reason for action in done.actions)
+
+
+def test_an_unbalanced_pool_is_slower_than_a_balanced_one() -> None:
+    cost = costs(expert_per_row_s=0.001, prefill_fixed_s=0.001)
+    requests = poisson(3, 100, seed=3)
+    balanced, numbered = (run(requests, cost, opts=options(experts=4, balance=on)) for on in (True, False))
+    assert summarized(balanced, 0).ttft_s.p50 < summarized(numbered, 0).ttft_s.p50
