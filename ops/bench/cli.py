@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 from typing import Annotated
 
@@ -11,6 +12,8 @@ bench = typer.Typer(no_args_is_help=True, help="Measure; every command prints ra
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 Address = Annotated[str, typer.Option("--grpc", help="host:port of a frontend.")]
+_ENV_DIR = pathlib.Path("~/.cache/octet/peers")
+_EnvDir = Annotated[pathlib.Path, typer.Option(help="Where peers' environments are built (3.4 GiB for vLLM) and kept.")]
 _JsonFile = Annotated[pathlib.Path | None, typer.Option("--json", help="Write the numbers to this file.")]
 
 
@@ -170,6 +173,73 @@ def bench_breakdown(
         new_tokens=new_tokens,
         rounds=rounds,
         shards=experts,
+    )
+    run(model_dir, options, json_file)
+
+
+@bench.command("peers")
+def bench_peers(
+    model_dir: Annotated[pathlib.Path | None, typer.Argument(help="Default: a random checkpoint of 111 M.")] = None,
+    peers: Annotated[str, typer.Option(help="Separated by commas.")] = "local,transformers,vllm,vllm-eager",
+    streams: Annotated[str, typer.Option(help="Numbers of prompts at once, separated by commas.")] = "1,8,32",
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    new_tokens: Annotated[int, typer.Option(min=1, help="After the first.")] = 32,
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of one-process peers; default: all cores.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Of the cluster.")] = None,
+    env_dir: _EnvDir = _ENV_DIR,
+    json_file: _JsonFile = None,
+) -> None:
+    """This project against its own one-process engine, transformers and vLLM, in alternation."""
+    from ops.bench.peers.command import PeersOptions
+    from ops.bench.peers.command import bench_peers as run
+
+    options = PeersOptions(
+        peers=tuple(peers.split(",")),
+        streams=_numbers("--streams", streams),
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        rounds=rounds,
+        threads=threads,
+        overrides=tuple(overrides or ()),
+        env_dir=env_dir,
+    )
+    run(model_dir, options, json_file)
+
+
+@bench.command("interference")
+def bench_interference(
+    model_dir: Annotated[pathlib.Path | None, typer.Argument(help="Default: a random checkpoint of 111 M.")] = None,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME[:A.B=VALUE,…]", help="A cluster to measure; several take turns."),
+    ] = None,
+    vllm: Annotated[bool, typer.Option("--vllm", help="vLLM, too.")] = False,
+    streams: Annotated[int, typer.Option(min=1)] = 8,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Of each stream.")] = 200,
+    long_prompts: Annotated[int, typer.Option(min=1)] = 3,
+    long_tokens: Annotated[int, typer.Option(min=1)] = 2000,
+    every: Annotated[float, typer.Option(min=0, help="Seconds between two long prompts.")] = 1.5,
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of vLLM; default: all cores.")] = None,
+    env_dir: _EnvDir = _ENV_DIR,
+    json_file: _JsonFile = None,
+) -> None:
+    """Inter-token latency of running streams while long prompts arrive, against quiet."""
+    from ops.bench.interference.command import InterferenceOptions
+    from ops.bench.interference.command import bench_interference as run
+
+    options = InterferenceOptions(
+        variants=tuple(variant or ("octet",)),
+        vllm=vllm,
+        streams=streams,
+        new_tokens=new_tokens,
+        long_prompts=long_prompts,
+        long_tokens=long_tokens,
+        every_s=every,
+        rounds=rounds,
+        threads=threads or len(os.sched_getaffinity(0)),
+        env_dir=env_dir,
     )
     run(model_dir, options, json_file)
 

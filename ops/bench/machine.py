@@ -47,6 +47,14 @@ class Rates:
     bytes_per_s: float
     flops_per_s: float
 
+    def best(self, other: Rates) -> Rates:
+        """The faster of two measurements: what disturbs one only ever makes it slower."""
+        return Rates(
+            threads=self.threads,
+            bytes_per_s=max(self.bytes_per_s, other.bytes_per_s),
+            flops_per_s=max(self.flops_per_s, other.flops_per_s),
+        )
+
     def share(self, parts: int) -> Rates:
         """Of one of `parts` that work at the same time."""
         return Rates(

@@ -28,12 +28,13 @@ class ServedRound:
 
     @property
     def experts_s(self) -> float:
-        """From the first shard's beginning to the last one's end."""
-        return max(call.stop_s for call in self.calls) - min(call.start_s for call in self.calls)
+        """Of the shard that takes longest."""
+        return max(call.total_s for call in self.calls)
 
     @property
     def way_s(self) -> float:
-        """Packing, both ways, and what of the shared expert takes longer than they and the experts."""
+        """All but that: packing, both ways, how much later one shard begins than another, and what of the shared
+        expert takes longer than they and the experts."""
         return self.total_s - self.experts_s
 
     @property
@@ -57,6 +58,12 @@ class ServedStep:
         return self.step.lap.total_s - sum(served.total_s for served in self.rounds)
 
     @property
+    def displaced_s(self) -> float:
+        """How long the worker was ready to run, and did not."""
+        lap = self.step.lap
+        return sum(lap.parts[part] - running for part, running in lap.running.items() if part != "exchange_wait")
+
+    @property
     def parts(self) -> dict[str, float]:
         """Seconds by part, with the exchange's wait divided in two. They add up to the step's time."""
         parts = dict(self.step.lap.parts)
@@ -75,6 +82,8 @@ class Breakdown:
     step_s: float
     parts: dict[str, float]
     """Seconds; they add up to `step_s`."""
+    displaced_s: float
+    """Of the parts that do not wait: seconds in which other processes had the core."""
 
     @property
     def other_share(self) -> float:
@@ -131,6 +140,7 @@ def summarize(steps: Sequence[ServedStep]) -> Breakdown:
         num_attended=statistics.fmean(served.step.num_attended for served in middle),
         step_s=statistics.fmean(served.step.lap.total_s for served in middle),
         parts=dict(parts),
+        displaced_s=statistics.fmean(served.displaced_s for served in middle),
     )
 
 

@@ -84,12 +84,15 @@ def _overrides(model_dir: pathlib.Path, options: BreakdownOptions) -> list[str]:
 
 def _measure(pools: Pools, plan: ServingPlan, machine: Machine, options: BreakdownOptions) -> Report:
     """Rounds go through all numbers of sequences, with probes and without: the machine's moods hit all alike."""
-    rates, worker_rates, shard_rates = _rates(plan)
+    rates = _rates(plan)
     batches = {count: _prompts(plan, count, options.prompt_tokens) for count in options.streams}
     _run(pools, _prompts(plan, 2, options.prompt_tokens), options.new_tokens)
     # Before any probe is in, for the costs: prompts that no prefix cache knows, and long contexts.
     new = [_run(pools, prompts, 2) for prompts in batches.values()]
-    long = _run(pools, _prompts(plan, _LONG_SEQUENCES, options.long_prompt_tokens), options.new_tokens)
+    long_prompts = _prompts(plan, _LONG_SEQUENCES, options.long_prompt_tokens)
+    new.append(_run(pools, long_prompts, 2))
+    # Once more: from the prefix cache they come together, and are decoded together.
+    long = _run(pools, long_prompts, options.new_tokens)
     probed: dict[int, list[ServedStep]] = {count: [] for count in options.streams}
     plain: dict[int, list[ServedStep]] = {count: [] for count in options.streams}
     calls = [call for run in (*new, long) for of_shard in run.calls for call in of_shard]
@@ -103,12 +106,14 @@ def _measure(pools: Pools, plan: ServingPlan, machine: Machine, options: Breakdo
     pools.probe(True)
     chunks = _run(pools, _prompts(plan, options.streams[-1], options.prompt_tokens), 2)
     pools.probe(False)
+    rates = [before.best(after) for before, after in zip(rates, _rates(plan), strict=True)]
+    machine_rates, worker_rates, shard_rates = rates
     return Report(
         machine=machine,
         pools=f"1 prefill + 1 decode + {options.shards} shards, threads {plan.threads}, prompts of "
         f"{options.prompt_tokens} tokens, {options.new_tokens} new, {options.rounds} rounds",
         model=_model(plan),
-        machine_rates=rates,
+        machine_rates=machine_rates,
         worker_rates=worker_rates,
         shard_rates=shard_rates,
         decode=[_case(plan, count, probed[count], plain[count]) for count in options.streams],
@@ -116,7 +121,7 @@ def _measure(pools: Pools, plan: ServingPlan, machine: Machine, options: Breakdo
         costs=fit_costs(
             [*_served(long, _LONG_SEQUENCES), *(step for kept in plain.values() for step in kept)],
             calls,
-            [step for run in (*new, long) for step in run.prefill],
+            [step for run in new for step in run.prefill],
         ),
     )
 
@@ -167,11 +172,11 @@ def _prefill_case(plan: ServingPlan, run: _Run) -> PrefillCase | None:
     return PrefillCase(num_tokens=served[0].step.num_tokens, breakdown=summarize(served)) if served else None
 
 
-def _rates(plan: ServingPlan) -> tuple[Rates, Rates, Rates]:
+def _rates(plan: ServingPlan) -> list[Rates]:
     """Of the machine, of the decode worker, and of one shard while all are busy."""
     cores, shards = len(os.sched_getaffinity(0)), plan.config.pools.experts.size
     at_work = min(cores, shards * plan.threads["experts"])
-    return cpu_rates(cores), cpu_rates(plan.threads["decode"]), cpu_rates(at_work).share(shards)
+    return [cpu_rates(cores), cpu_rates(plan.threads["decode"]), cpu_rates(at_work).share(shards)]
 
 
 def _model(plan: ServingPlan) -> dict[str, int]:

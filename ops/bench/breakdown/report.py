@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -102,6 +102,12 @@ def print_report(report: Report, console: Console | None = None) -> None:
             f"{whose}: {rates.bytes_per_s / 1e9:.1f} GB/s, {rates.flops_per_s / 1e9:.0f} GFLOP/s fp32", style="dim"
         )
     console.print(_table(report))
+    console.print(_ratios(report))
+    console.print(
+        f"other: of the step, what is neither GEMM nor exchange wait; goal at most {OTHER_GOAL:.0%}\n"
+        "displaced: ready to run while another process had the core",
+        style="dim",
+    )
     if report.prefill is not None:
         prefill = report.prefill
         rate = prefill.num_tokens / prefill.breakdown.step_s
@@ -112,9 +118,9 @@ def print_report(report: Report, console: Console | None = None) -> None:
 
 def _table(report: Report) -> Table:
     table = Table(box=None, pad_edge=False)
-    table.add_column("ms")
+    table.add_column("ms", no_wrap=True)
     for case in report.decode:
-        for column in (f"{case.num_sequences} seq", "%", "floor"):
+        for column in (f"×{case.num_sequences}", "%", "floor"):
             table.add_column(column, justify="right")
     if report.prefill is not None:
         for column in ("prefill", "%"):
@@ -131,24 +137,27 @@ def _table(report: Report) -> Table:
         step += [f"{breakdown.step_s * 1e3:.1f}", "100", f"{floor['step'] * 1e3:.1f}"]
     table.add_section()
     table.add_row(*step, *([f"{report.prefill.breakdown.step_s * 1e3:.0f}", "100"] if report.prefill else ()))
-    for label, values in _ratios(report):
-        cells = [cell for value in values for cell in ("", value, "")]
-        table.add_row(label, *cells)
+    return table
+
+
+def _ratios(report: Report) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in ("sequences", "other", "displaced", "step ÷ floor", "probes cost"):
+        table.add_column(column, justify="right")
+    for case in report.decode:
+        table.add_row(
+            str(case.num_sequences),
+            f"{case.breakdown.other_share:.0%}",
+            f"{case.breakdown.displaced_s / case.breakdown.step_s:.0%}",
+            f"{case.breakdown.step_s / report.floors(case)['step']:.1f}",
+            f"{case.probed_s / case.plain_s - 1:+.0%}",
+        )
     return table
 
 
 def _cells(breakdown: Breakdown, parts: Sequence[str]) -> list[str]:
     seconds = sum(breakdown.parts.get(part, 0.0) for part in parts)
-    return [f"{seconds * 1e3:.2f}", f"{seconds / breakdown.step_s:.0%}".removesuffix("%")]
-
-
-def _ratios(report: Report) -> Iterator[tuple[str, list[str]]]:
-    yield (
-        f"neither GEMM nor exchange wait, % (goal ≤ {OTHER_GOAL:.0%})".replace("%)", ")"),
-        [f"{case.breakdown.other_share * 100:.0f}" for case in report.decode],
-    )
-    yield "step ÷ floor", [f"{case.breakdown.step_s / report.floors(case)['step']:.1f}" for case in report.decode]
-    yield "probes cost, %", [f"{(case.probed_s / case.plain_s - 1) * 100:.0f}" for case in report.decode]
+    return [f"{seconds * 1e3:.1f}", f"{seconds / breakdown.step_s:.0%}".removesuffix("%")]
 
 
 def as_json(report: Report) -> dict[str, Any]:
@@ -171,6 +180,7 @@ def as_json(report: Report) -> dict[str, Any]:
                 "step_s": case.breakdown.step_s,
                 "plain_step_s": case.plain_s,
                 "parts_s": case.breakdown.parts,
+                "displaced_s": case.breakdown.displaced_s,
                 "other_share": case.breakdown.other_share,
                 "floor_s": report.floors(case),
                 "experts_read": case.all_experts.num_bytes / report.model["expert_bytes"],

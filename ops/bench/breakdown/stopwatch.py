@@ -22,6 +22,8 @@ class Lap:
     stop_s: float
     parts: dict[str, float]
     """Seconds by part. Their sum is `total_s`."""
+    running: dict[str, float]
+    """Seconds of them in which the thread had a core. Where it does not wait, the rest went to other processes."""
 
     @property
     def total_s(self) -> float:
@@ -34,12 +36,15 @@ class Stopwatch:
     Functions that it has wrapped are called as they are by other threads, and before the first lap.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock = clock
+    def __init__(
+        self, clock: Callable[[], float] = time.perf_counter, cpu_clock: Callable[[], float] = time.thread_time
+    ) -> None:
+        self._clock, self._cpu_clock = clock, cpu_clock
         self._owner: int | None = None
         self._open = [REST]
         self._parts: dict[str, float] = {}
-        self._start_s = self._since_s = 0.0
+        self._running: dict[str, float] = {}
+        self._start_s = self._since_s = self._cpu_since_s = 0.0
 
     def wrap(self, function: Callable[_P, _R], part: str) -> Callable[_P, _R]:
         """The function, with the time it takes charged to `part`, less what it calls that has a part of its own."""
@@ -64,14 +69,15 @@ class Stopwatch:
         if first:
             self._owner = threading.get_ident()
             self._start_s = self._since_s = self._clock()
+            self._cpu_since_s = self._cpu_clock()
             return None
         self._charge()
-        ended = Lap(start_s=self._start_s, stop_s=self._since_s, parts=self._parts)
-        self._start_s, self._parts = self._since_s, {}
+        ended = Lap(start_s=self._start_s, stop_s=self._since_s, parts=self._parts, running=self._running)
+        self._start_s, self._parts, self._running = self._since_s, {}, {}
         return ended
 
     def _charge(self) -> None:
-        now_s = self._clock()
-        part = self._open[-1]
+        now_s, cpu_now_s, part = self._clock(), self._cpu_clock(), self._open[-1]
         self._parts[part] = self._parts.get(part, 0.0) + (now_s - self._since_s)
-        self._since_s = now_s
+        self._running[part] = self._running.get(part, 0.0) + (cpu_now_s - self._cpu_since_s)
+        self._since_s, self._cpu_since_s = now_s, cpu_now_s

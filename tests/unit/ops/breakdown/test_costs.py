@@ -41,7 +41,7 @@ def served(sequences: int, context: int) -> ServedStep:
     own_s = 3e-3 + 2e-4 * sequences + 1e-7 * context
     return ServedStep(
         step=Step(
-            lap=Lap(start_s=0.0, stop_s=received_s + own_s, parts={}),
+            lap=Lap(start_s=0.0, stop_s=received_s + own_s, parts={}, running={}),
             num_sequences=sequences,
             num_tokens=sequences,
             num_attended=context,
@@ -60,7 +60,7 @@ def test_attention_experts_and_exchange_are_told_apart() -> None:
     calls = [one for step in steps for one in step.rounds[0].calls]
     prefill = [
         Step(
-            lap=Lap(start_s=0.0, stop_s=1e-2 + 1e-3 * tokens + 1e-8 * attended, parts={}),
+            lap=Lap(start_s=0.0, stop_s=1e-2 + 1e-3 * tokens + 1e-8 * attended, parts={}, running={}),
             num_sequences=1,
             num_tokens=tokens,
             num_attended=attended,

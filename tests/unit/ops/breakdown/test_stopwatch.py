@@ -15,13 +15,17 @@ class Clock:
     """Stands still but for `pass_s`."""
 
     def __init__(self) -> None:
-        self.now_s = 100.0
+        self.now_s, self.cpu_s = 100.0, 7.0
 
     def __call__(self) -> float:
         return self.now_s
 
-    def pass_s(self, seconds: float) -> None:
+    def pass_s(self, seconds: float, running_s: float | None = None) -> None:
         self.now_s += seconds
+        self.cpu_s += seconds if running_s is None else running_s
+
+    def cpu(self) -> float:
+        return self.cpu_s
 
 
 def lap_of(stopwatch: Stopwatch) -> Lap:
@@ -32,7 +36,7 @@ def lap_of(stopwatch: Stopwatch) -> Lap:
 
 def test_a_moment_belongs_to_the_innermost_part() -> None:
     clock = Clock()
-    stopwatch = Stopwatch(clock)
+    stopwatch = Stopwatch(clock, clock.cpu)
     inner = stopwatch.wrap(lambda: clock.pass_s(2.0), "inner")
 
     def work() -> None:
@@ -50,7 +54,7 @@ def test_a_moment_belongs_to_the_innermost_part() -> None:
 
 def test_parts_add_up_to_the_lap_however_calls_nest() -> None:
     clock = Clock()
-    stopwatch = Stopwatch(clock)
+    stopwatch = Stopwatch(clock, clock.cpu)
 
     def nest(depth: int) -> None:
         clock.pass_s(random.random())
@@ -70,7 +74,7 @@ def test_parts_add_up_to_the_lap_however_calls_nest() -> None:
 
 def test_a_lap_begins_where_the_one_before_ended() -> None:
     clock = Clock()
-    stopwatch = Stopwatch(clock)
+    stopwatch = Stopwatch(clock, clock.cpu)
     assert stopwatch.lap() is None
     clock.pass_s(1.0)
     first = lap_of(stopwatch)
@@ -82,7 +86,7 @@ def test_a_lap_begins_where_the_one_before_ended() -> None:
 
 def test_a_part_ends_with_an_exception() -> None:
     clock = Clock()
-    stopwatch = Stopwatch(clock)
+    stopwatch = Stopwatch(clock, clock.cpu)
 
     def fail() -> None:
         clock.pass_s(1.0)
@@ -97,10 +101,19 @@ def test_a_part_ends_with_an_exception() -> None:
 
 def test_other_threads_are_not_charged() -> None:
     clock = Clock()
-    stopwatch = Stopwatch(clock)
+    stopwatch = Stopwatch(clock, clock.cpu)
     wrapped: Callable[[float], None] = stopwatch.wrap(clock.pass_s, "part")
     stopwatch.lap()
     other = threading.Thread(target=wrapped, args=(1.0,))
     other.start()
     other.join()
     assert lap_of(stopwatch).parts == {REST: 1.0}
+
+
+def test_time_without_a_core_is_told_apart() -> None:
+    clock = Clock()
+    stopwatch = Stopwatch(clock, clock.cpu)
+    stopwatch.lap()
+    stopwatch.wrap(lambda: clock.pass_s(3.0, running_s=1.0), "part")()
+    clock.pass_s(1.0)
+    assert lap_of(stopwatch).running == pytest.approx({"part": 1.0, REST: 1.0})

@@ -1,0 +1,1 @@
+"""`octet bench interference`: what long prompts that arrive do to the streams that run."""

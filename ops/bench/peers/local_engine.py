@@ -1,0 +1,40 @@
+"""Octet's one-process engine as a peer; see `ops.bench.peers.engines` for what it reads and writes."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import sys
+
+import torch
+
+from octet.config import DecodeConfig
+from ops.bench.peers.engines import claim_stdout, serve, timed
+from ops.local import LocalEngine, make_request
+
+_PAGE_SIZE, _TIMEOUT_S = 16, 600.0
+
+
+def main() -> None:
+    replies = claim_stdout()
+    checkpoint, *numbers = sys.argv[1:]
+    threads, max_sequences, max_len = map(int, numbers)
+    torch.set_num_threads(threads)
+    engine = LocalEngine(
+        pathlib.Path(checkpoint),
+        num_pages=max_sequences * -(-max_len // _PAGE_SIZE),
+        page_size=_PAGE_SIZE,
+        max_model_len=max_len,
+        decode=DecodeConfig(max_batch=max_sequences),
+    )
+
+    def generate(prompts: list[list[int]], new_tokens: int) -> list[int]:
+        requests = [make_request(prompt, max_new_tokens=new_tokens) for prompt in prompts]
+        return [len(choices[0]) for choices in engine.generate(requests, _TIMEOUT_S)]
+
+    with contextlib.closing(engine):
+        serve("octet in one process", timed(generate), sys.stdin, replies)
+
+
+if __name__ == "__main__":
+    main()
