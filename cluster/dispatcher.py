@@ -108,7 +108,7 @@ class Dispatcher:
             wanted = tuple(
                 choice for choice in each.request.choices if each.live.journal.is_live(choice, each.request.attempt)
             )
-            if each.live.outcome is None and wanted:
+            if each.live.record.outcome is None and wanted:
                 self._start_avoiding(each.live, dataclasses.replace(each.request, choices=wanted))
 
     def waits_for(self, live: LiveRequest) -> str:

@@ -7,18 +7,24 @@ import contextlib
 import dataclasses
 import itertools
 import logging
-from collections.abc import AsyncGenerator, Collection, Mapping
+import secrets
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from cluster.dispatcher import Dispatcher
-from cluster.live_requests import Increment, LiveRequest, LiveRequests, Outcome, Reader
+from cluster.live_requests import LiveRequest, LiveRequests
 from cluster.plan import ServingPlan
+from cluster.record import Outcome, Reader, Record
+from cluster.results import KeptResults
 from cluster.scheduler import admit
 from cluster.validation import GenerateSpec, Limits
 from model.tokenizer import Tokenizer
 from octet.errors import (
     DeadlineExceededError,
     QueueFullError,
+    RequestCancelledError,
     RequestExistsError,
+    RequestFailedError,
+    RequestUnknownError,
     UnavailableError,
     WireError,
 )
@@ -45,16 +51,24 @@ class Totals:
 class Frontend:
     """Belongs to one event loop."""
 
-    def __init__(self, worker_id: WorkerId, plan: ServingPlan, tokenizer: Tokenizer | None, host: str) -> None:
+    def __init__(
+        self, worker_id: WorkerId, plan: ServingPlan, tokenizer: Tokenizer | None, mailbox: AsyncMailbox
+    ) -> None:
+        """
+        Args:
+            mailbox: this object's from now on.
+        """
         self._worker_id, self._config, self.tokenizer = worker_id, plan.config.frontend, tokenizer
-        self._mailbox = AsyncMailbox(host)
+        self._mailbox = mailbox
         self._live = LiveRequests()
+        self._kept = KeptResults(self._config)
         self._dispatcher = Dispatcher(plan, self._mailbox, self._live, self._give_up)
         self._unavailable = "the pools are starting"
         self._idle = asyncio.Event()
         self._idle.set()
         self._reading: asyncio.Task[None] | None = None
-        self._first_attempts = itertools.count(0, _ATTEMPTS)
+        # Anywhere: what is late of a frontend that was here before is not taken for ours either.
+        self._first_attempts = itertools.count(secrets.randbits(31) * _ATTEMPTS, _ATTEMPTS)
         self.totals = Totals()
         self.limits = Limits(
             config=plan.config,
@@ -91,32 +105,35 @@ class Frontend:
         """
         self._dispatcher.set_workers(prefill, decode, draining)
 
-    async def generate(self, spec: GenerateSpec, timeout_s: float | None = None) -> AsyncGenerator[Increment, None]:
-        """Stream a request's answer. Leaving the iterator early frees the request's work in every pool.
+    @contextlib.contextmanager
+    def generate(self, spec: GenerateSpec, timeout_s: float | None = None) -> Iterator[Reader]:
+        """Accept a request, or find the one that it repeats, and read its answer after the tokens that are received.
+
+        When its last reader leaves, the request's work is freed in every pool, a resumable one's after
+        `frontend.resume_grace_s`.
 
         Args:
-            timeout_s: the request's deadline; None takes `frontend.default_timeout_s`.
+            timeout_s: the request's deadline, if it has no later one; None takes `frontend.default_timeout_s`.
 
-        Raises: UnavailableError, QueueFullError, RequestExistsError, DeadlineExceededError.
+        Raises: UnavailableError, QueueFullError, RequestExistsError, RequestError.
         """
-        live = self._admit(spec, self._config.default_timeout_s if timeout_s is None else timeout_s)
-        reader = Reader(live)
-        live.readers.add(reader)
-        try:
-            while True:
-                reader.changed.clear()
-                for increment in reader.unread():
-                    yield increment
-                if live.outcome is not None and not reader.changed.is_set():
-                    break
-                await reader.changed.wait()
-            if live.outcome.error is not None:
-                raise live.outcome.error
-        finally:
-            live.readers.discard(reader)
-            if not live.readers:
-                # The client went away or its deadline passed: the handler was cancelled, or the iterator closed.
-                self._end(live, Outcome(kind="cancelled"))
+        record = self._find_same(spec)
+        if record is None:
+            record = self._admit(spec).record
+        with self._attached(record, [len(token_ids) for token_ids in spec.received], timeout_s) as reader:
+            yield reader
+
+    @contextlib.contextmanager
+    def resume(self, request_id: RequestId, offsets: Sequence[int], timeout_s: float | None = None) -> Iterator[Reader]:
+        """Read the answer of a request that is live or kept, from these tokens of its choices on.
+
+        Raises: RequestUnknownError, RequestError.
+        """
+        record = self._find(request_id)
+        if record is None:
+            raise RequestUnknownError(f"no request '{request_id}' is live or kept")
+        with self._attached(record, offsets, timeout_s) as reader:
+            yield reader
 
     def abort(self, request_id: RequestId) -> None:
         """End a request with finish_reason "aborted". Idempotent."""
@@ -148,35 +165,89 @@ class Frontend:
         self._dispatcher.close()
         self._mailbox.close()
 
-    def _admit(self, spec: GenerateSpec, timeout_s: float) -> LiveRequest:
+    def _find(self, request_id: RequestId) -> Record | None:
+        live = self._live.get(request_id)
+        return live.record if live is not None else self._kept.get(request_id, _now_s())
+
+    def _find_same(self, spec: GenerateSpec) -> Record | None:
+        """The request that this one repeats. One that failed or was cancelled is not repeated but begun anew."""
+        record = self._find(spec.request.request_id)
+        if record is None or (record.outcome is not None and record.outcome.kind != "finished"):
+            return None
+        if record.digest != spec.digest:
+            raise RequestExistsError(
+                f"request_id '{record.request_id}' belongs to a request with another body, live or kept; use another id"
+            )
+        record.check_received(spec.received)
+        return record
+
+    def _admit(self, spec: GenerateSpec) -> LiveRequest:
         if self._unavailable:
             raise UnavailableError(self._unavailable)
-        if self._live.get(spec.request.request_id) is not None:
-            raise RequestExistsError(f"request_id '{spec.request.request_id}' is live; use another, or abort it first")
         shed = admit(len(self._live), self._config.max_requests)
         if shed is not None:
             raise QueueFullError(shed.reason)
         request = dataclasses.replace(spec.request, frontend=self._worker_id, attempt=next(self._first_attempts))
         live = LiveRequest(spec, request, self.tokenizer)
+        self._kept.forget(live.request_id)
         self._live.add(live)
         self._idle.clear()
-        live.deadline = asyncio.get_running_loop().call_later(_before(timeout_s), self._expire, live, timeout_s)
-        self._dispatcher.start(live, request)
+        for each in live.first_requests():
+            self._dispatcher.start(live, each)
+        if live.journal.ended:
+            self._end(live, Outcome(kind="finished"))
         return live
+
+    @contextlib.contextmanager
+    def _attached(self, record: Record, offsets: Sequence[int], timeout_s: float | None) -> Iterator[Reader]:
+        """Let a request run for a reader up to the reader's deadline, and no longer than for its last one."""
+        live = self._live.get(record.request_id)
+        reader = Reader(record, offsets, self._config.max_unread_tokens)
+        record.readers.add(reader)
+        if live is not None:
+            live.set_timer("grace", None)
+            self._prolong(live, self._config.default_timeout_s if timeout_s is None else timeout_s)
+        try:
+            yield reader
+        finally:
+            record.readers.discard(reader)
+            if live is not None and not record.readers:
+                self._left_alone(live)
+
+    def _left_alone(self, live: LiveRequest) -> None:
+        """The last client went away, or its deadline passed: its handler was cancelled."""
+        error = RequestCancelledError("nobody reads it any more")
+        if not live.resumable:
+            self._end(live, Outcome(kind="cancelled", error=error))
+        elif live.record.outcome is None:
+            grace_s, outcome = self._config.resume_grace_s, Outcome(kind="cancelled", error=error)
+            live.set_timer("grace", asyncio.get_running_loop().call_later(grace_s, self._end, live, outcome))
+
+    def _prolong(self, live: LiveRequest, timeout_s: float) -> None:
+        """A little less than its client's time, so that the client hears how it ended."""
+        deadline_s = _now_s() + timeout_s - min(0.2, timeout_s / 20)
+        if deadline_s > live.deadline_s:
+            live.deadline_s = deadline_s
+            timer = asyncio.get_running_loop().call_later(deadline_s - _now_s(), self._expire, live, timeout_s)
+            live.set_timer("deadline", timer)
 
     def _end(self, live: LiveRequest, outcome: Outcome) -> None:
         """The one place where a request ends, however; the first outcome counts."""
-        if live.outcome is not None:
+        if live.record.outcome is not None:
             return
         setattr(self.totals, outcome.kind, getattr(self.totals, outcome.kind) + 1)
         self._live.remove(live)
         self._dispatcher.forget(live)
-        live.end(outcome)
+        for name in list(live.timers):
+            live.set_timer(name, None)
+        live.record.end(outcome)
+        if live.keep:
+            self._kept.keep(live.record, _now_s())
         if not len(self._live):
             self._idle.set()
 
     def _give_up(self, live: LiveRequest, reason: str) -> None:
-        self._end(live, Outcome(kind="failed", error=UnavailableError(reason)))
+        self._end(live, Outcome(kind="failed", error=RequestFailedError(reason)))
 
     def _expire(self, live: LiveRequest, timeout_s: float) -> None:
         reason = self._dispatcher.waits_for(live)
@@ -224,6 +295,5 @@ class Frontend:
                 self._give_up(live, reason)
 
 
-def _before(timeout_s: float) -> float:
-    """A little earlier than the client's own clock runs out, so that it hears why."""
-    return timeout_s - min(0.2, timeout_s / 20)
+def _now_s() -> float:
+    return asyncio.get_running_loop().time()

@@ -12,13 +12,15 @@ from typing import Any
 import ray.util
 
 from cluster.frontend import Frontend
-from cluster.grpc_service import ClusterService, GenerationService, GrpcServer
+from cluster.generation_service import GenerationService
+from cluster.grpc_service import ClusterService, GrpcServer
 from cluster.members import POOLS, MemberStatus
 from cluster.plan import ServingPlan
 from cluster.status_telemetry import add_telemetry
 from model.tokenizer import Tokenizer
 from octet.errors import UnavailableError
 from octet.ids import WorkerId
+from octet.mailbox import AsyncMailbox
 from octet.messages import WorkerLoad
 from octet.v1 import octet_pb2 as pb
 from router.telemetry_window import TelemetryWindow
@@ -52,8 +54,10 @@ class FrontendActor:
         plan = self._plan
         model_dir = pathlib.Path(plan.model_dir)
         tokenizer = await asyncio.to_thread(Tokenizer.open, model_dir)
-        self._frontend = Frontend(self._worker_id, plan, tokenizer, ray.util.get_node_ip_address())
-        generation = GenerationService(self._frontend, model_dir.name, plan.census.total_parameters)
+        self._frontend = Frontend(self._worker_id, plan, tokenizer, AsyncMailbox(ray.util.get_node_ip_address()))
+        generation = GenerationService(
+            self._frontend, model_dir.name, plan.census.total_parameters, plan.config.frontend.max_stall_s
+        )
         self._server = GrpcServer(plan.config.frontend, generation, ClusterService(self._status))
         return self._frontend.address, await self._server.start()
 

@@ -8,6 +8,9 @@ from cluster.answer import MatchedStop, Piece
 from octet.messages import TokenLogprob
 from octet.request import FinishReason
 
+_TOKEN_BYTES, _LOGPROB_BYTES = 80, 120
+"""Of a token with its text, and of a log-probability, as CPython objects."""
+
 
 class Transcript:
     """An entry per token, with the text that became certain with it; after an abort, one more without a token."""
@@ -27,6 +30,16 @@ class Transcript:
     @property
     def num_tokens(self) -> int:
         return len(self._token_ids)
+
+    @property
+    def num_bytes(self) -> int:
+        """Roughly what it occupies."""
+        alternatives = sum(len(entry.top) for entry in self._logprobs)
+        return _TOKEN_BYTES * len(self) + _LOGPROB_BYTES * (len(self._logprobs) + alternatives)
+
+    def token_ids(self, num_tokens: int) -> list[int]:
+        """The first tokens."""
+        return self._token_ids[:num_tokens].tolist()
 
     def add(self, piece: Piece) -> None:
         """The next piece of the choice: of one token, or the one that ends it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import secrets
 import time
@@ -37,6 +38,13 @@ class GenerateSpec:
 
     request: PrefillRequest
     stop_strings: tuple[str, ...]
+    digest: bytes
+    """Of the body: requests of one id with one digest are the same."""
+    resumable: bool
+    keep: bool
+    """Whether anybody may ask for the answer later."""
+    received: tuple[tuple[int, ...], ...]
+    """By choice: what the client has of the answer already."""
 
 
 def parse_request(message: pb.GenerateRequest, limits: Limits, tokenizer: Tokenizer | None) -> GenerateSpec:
@@ -55,6 +63,7 @@ def parse_request(message: pb.GenerateRequest, limits: Limits, tokenizer: Tokeni
         raise RequestError("stopping.stop", "an empty string", "strings of at least one character")
     if len(message.request_id.encode()) > _MAX_ID_BYTES:
         raise RequestError("request_id", f"{len(message.request_id.encode())} bytes", f"at most {_MAX_ID_BYTES}")
+    received = _received(message, limits, n)
     request = PrefillRequest(
         request_id=RequestId(message.request_id or uuid.uuid4().hex),
         attempt=0,
@@ -69,7 +78,24 @@ def parse_request(message: pb.GenerateRequest, limits: Limits, tokenizer: Tokeni
         decode_worker=WorkerId(""),
         frontend=WorkerId(""),
     )
-    return GenerateSpec(request=request, stop_strings=stop_strings)
+    return GenerateSpec(
+        request=request,
+        stop_strings=stop_strings,
+        digest=body_digest(message),
+        resumable=message.resumable,
+        keep=message.resumable or bool(message.request_id),
+        received=received,
+    )
+
+
+def body_digest(message: pb.GenerateRequest) -> bytes:
+    """Of everything but `received`, which says how far a client is."""
+    if message.received:
+        body = pb.GenerateRequest()
+        body.CopyFrom(message)
+        body.ClearField("received")
+        message = body
+    return hashlib.blake2b(message.SerializeToString(deterministic=True), digest_size=16).digest()
 
 
 def chat_messages(chat: pb.Chat) -> list[tuple[str, str]]:
@@ -158,6 +184,14 @@ def _n(sampling: pb.Sampling, limits: Limits, num_prompt_tokens: int) -> int:
     if pages > limits.decode_pages:
         raise RequestError("sampling.n", n, f"choices that fit {limits.decode_pages} KV pages", f"they take {pages}")
     return n
+
+
+def _received(message: pb.GenerateRequest, limits: Limits, n: int) -> tuple[tuple[int, ...], ...]:
+    if len(message.received) > n:
+        raise RequestError("received", f"{len(message.received)} choices", f"at most n ({n})")
+    for choice, received in enumerate(message.received):
+        check_ids(list(received.ids), f"received[{choice}].ids", limits.model.vocab_size)
+    return tuple(tuple(received.ids) for received in message.received)
 
 
 def _sampling(sampling: pb.Sampling, defaults: GenerationDefaults) -> Sampling:

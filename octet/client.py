@@ -2,16 +2,23 @@
 
 Every call carries a deadline. A prompt is a string, a sequence of token ids, or a sequence of (role, content) pairs.
 Options are the fields of `Sampling`, `Stopping` and `Output` in octet.proto, by name.
+
+Generation goes on after a lost connection, without a gap or a repeat, up to the call's deadline: see
+`octet.resumption`. Whoever leaves a stream, or interrupts a call, has its request aborted.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import time
 from collections.abc import AsyncGenerator, Generator, Sequence
 from typing import Any, TypeAlias
 
 import grpc
 
-from octet.errors import OctetError, RequestError
+from octet.errors import RequestError
+from octet.resumption import CallError, Resumption, typed
 from octet.v1 import octet_pb2 as pb
 from octet.v1 import octet_pb2_grpc as rpc
 
@@ -24,30 +31,29 @@ _CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", 16 * 2**20),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1_000),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
 )
+_ABORT_S = 2.0
 
-
-class CallError(OctetError):
-    """A call ended with a status other than OK."""
-
-    def __init__(self, code: grpc.StatusCode, message: str) -> None:
-        self.code = code
-        super().__init__(f"{code.name}: {message}")
+__all__ = ["AsyncClient", "CallError", "Client", "make_request"]
 
 
 class Client:
     """A blocking client; its methods may be called from any thread."""
 
-    def __init__(self, address: str, timeout_s: float = 300.0) -> None:
+    def __init__(self, address: str, timeout_s: float = 300.0, *, resume: bool = True) -> None:
         """
         Args:
             address: `host:port` of a frontend.
             timeout_s: deadline of each call that is not given its own.
+            resume: whether generation goes on after a lost connection.
         """
         self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
         self._generation = rpc.GenerationStub(self._channel)
         self._cluster = rpc.ClusterStub(self._channel)
-        self._timeout_s = timeout_s
+        self._timeout_s, self._resume = timeout_s, resume
 
     def __enter__(self) -> Client:
         return self
@@ -60,23 +66,43 @@ class Client:
 
     def generate(self, prompt: Prompt, *, timeout_s: float | None = None, **options: Any) -> pb.GenerateResponse:
         """The whole answer. Raises: CallError; RequestError for an option that does not exist."""
-        response: pb.GenerateResponse = self._call(
-            self._generation.Generate, make_request(prompt, **options), timeout_s
-        )
-        return response
+        asked = self._ask(prompt, timeout_s, options)
+        try:
+            while True:
+                call = self._generation.Generate.future(asked.next_request(), timeout=asked.time_left_s)
+                try:
+                    asked.note_metadata(call.initial_metadata())
+                    response: pb.GenerateResponse = call.result()
+                    asked.note_end()
+                    return response
+                except grpc.RpcError as error:
+                    self._wait(asked, error)
+                finally:
+                    call.cancel()
+        finally:
+            self._leave(asked)
 
     def stream(
         self, prompt: Prompt, *, timeout_s: float | None = None, **options: Any
     ) -> Generator[pb.GenerateChunk, None, None]:
-        """The answer chunk by chunk. Leaving the iteration cancels the request. Raises: CallError."""
-        request = make_request(prompt, **options)
-        call = self._generation.GenerateStream(request, timeout=timeout_s or self._timeout_s)
+        """The answer chunk by chunk. Leaving the iteration ends the request. Raises: CallError."""
+        asked = self._ask(prompt, timeout_s, options)
         try:
-            yield from call
-        except grpc.RpcError as error:
-            raise _typed(error) from None
+            while True:
+                call = self._generation.GenerateStream(asked.next_request(), timeout=asked.time_left_s)
+                try:
+                    asked.note_metadata(call.initial_metadata())
+                    for chunk in call:
+                        if asked.take(chunk):
+                            yield chunk
+                    asked.note_end()
+                    return
+                except grpc.RpcError as error:
+                    self._wait(asked, error)
+                finally:
+                    call.cancel()
         finally:
-            call.cancel()
+            self._leave(asked)
 
     def abort(self, request_id: str, *, timeout_s: float | None = None) -> None:
         """End a live request; an unknown one is no error."""
@@ -100,21 +126,36 @@ class Client:
         status: pb.GetStatusResponse = self._call(self._cluster.GetStatus, request, timeout_s)
         return status
 
+    def _ask(self, prompt: Prompt, timeout_s: float | None, options: dict[str, Any]) -> Resumption:
+        return Resumption(make_request(prompt, **options), timeout_s or self._timeout_s, resume=self._resume)
+
+    def _wait(self, asked: Resumption, error: grpc.RpcError) -> None:
+        """Until it is time for the next call. Raises: CallError if there shall be none."""
+        delay_s = asked.delay_s(error)
+        if delay_s is None:
+            raise typed(error) from None
+        time.sleep(delay_s)
+
+    def _leave(self, asked: Resumption) -> None:
+        if asked.runs_on:
+            with contextlib.suppress(CallError):
+                self.abort(asked.request_id, timeout_s=_ABORT_S)
+
     def _call(self, method: Any, request: Any, timeout_s: float | None) -> Any:
         try:
             return method(request, timeout=timeout_s or self._timeout_s)
         except grpc.RpcError as error:
-            raise _typed(error) from None
+            raise typed(error) from None
 
 
 class AsyncClient:
     """The same for asyncio. Belongs to the event loop that it is first used in."""
 
-    def __init__(self, address: str, timeout_s: float = 300.0) -> None:
+    def __init__(self, address: str, timeout_s: float = 300.0, *, resume: bool = True) -> None:
         self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
         self._generation: Any = rpc.GenerationStub(self._channel)
         self._cluster: Any = rpc.ClusterStub(self._channel)
-        self._timeout_s = timeout_s
+        self._timeout_s, self._resume = timeout_s, resume
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -127,24 +168,43 @@ class AsyncClient:
 
     async def generate(self, prompt: Prompt, *, timeout_s: float | None = None, **options: Any) -> pb.GenerateResponse:
         """The whole answer. Raises: CallError; RequestError for an option that does not exist."""
-        response: pb.GenerateResponse = await self._call(
-            self._generation.Generate, make_request(prompt, **options), timeout_s
-        )
-        return response
+        asked = self._ask(prompt, timeout_s, options)
+        try:
+            while True:
+                call = self._generation.Generate(asked.next_request(), timeout=asked.time_left_s)
+                try:
+                    asked.note_metadata(await call.initial_metadata())
+                    response: pb.GenerateResponse = await call
+                    asked.note_end()
+                    return response
+                except grpc.RpcError as error:
+                    await self._wait(asked, error)
+                finally:
+                    call.cancel()
+        finally:
+            await self._leave(asked)
 
     async def stream(
         self, prompt: Prompt, *, timeout_s: float | None = None, **options: Any
     ) -> AsyncGenerator[pb.GenerateChunk, None]:
-        """The answer chunk by chunk. Leaving the iteration cancels the request. Raises: CallError."""
-        request = make_request(prompt, **options)
-        call = self._generation.GenerateStream(request, timeout=timeout_s or self._timeout_s)
+        """The answer chunk by chunk. Closing the iteration ends the request. Raises: CallError."""
+        asked = self._ask(prompt, timeout_s, options)
         try:
-            async for chunk in call:
-                yield chunk
-        except grpc.RpcError as error:
-            raise _typed(error) from None
+            while True:
+                call = self._generation.GenerateStream(asked.next_request(), timeout=asked.time_left_s)
+                try:
+                    asked.note_metadata(await call.initial_metadata())
+                    async for chunk in call:
+                        if asked.take(chunk):
+                            yield chunk
+                    asked.note_end()
+                    return
+                except grpc.RpcError as error:
+                    await self._wait(asked, error)
+                finally:
+                    call.cancel()
         finally:
-            call.cancel()
+            await self._leave(asked)
 
     async def abort(self, request_id: str, *, timeout_s: float | None = None) -> None:
         """End a live request; an unknown one is no error."""
@@ -171,11 +231,26 @@ class AsyncClient:
         status: pb.GetStatusResponse = await self._call(self._cluster.GetStatus, request, timeout_s)
         return status
 
+    def _ask(self, prompt: Prompt, timeout_s: float | None, options: dict[str, Any]) -> Resumption:
+        return Resumption(make_request(prompt, **options), timeout_s or self._timeout_s, resume=self._resume)
+
+    async def _wait(self, asked: Resumption, error: grpc.RpcError) -> None:
+        """Until it is time for the next call. Raises: CallError if there shall be none."""
+        delay_s = asked.delay_s(error)
+        if delay_s is None:
+            raise typed(error) from None
+        await asyncio.sleep(delay_s)
+
+    async def _leave(self, asked: Resumption) -> None:
+        if asked.runs_on:
+            with contextlib.suppress(CallError):
+                await self.abort(asked.request_id, timeout_s=_ABORT_S)
+
     async def _call(self, method: Any, request: Any, timeout_s: float | None) -> Any:
         try:
             return await method(request, timeout=timeout_s or self._timeout_s)
         except grpc.RpcError as error:
-            raise _typed(error) from None
+            raise typed(error) from None
 
 
 def make_request(prompt: Prompt, *, request_id: str = "", priority: int = 0, **options: Any) -> pb.GenerateRequest:
@@ -208,7 +283,3 @@ def make_tokenize_request(prompt: str | Sequence[tuple[str, str]]) -> pb.Tokeniz
 
 def _chat(messages: Any) -> pb.Chat:
     return pb.Chat(messages=[pb.Message(role=role, content=content) for role, content in messages])
-
-
-def _typed(error: Any) -> CallError:
-    return CallError(error.code(), error.details() or "")

@@ -123,6 +123,17 @@ class FrontendConfig(_Node):
     """Deadline of a request whose call carries none."""
     max_attempts: int = pydantic.Field(10, ge=1)
     """How often a choice is computed again because its workers were lost or failed; preemptions do not count."""
+    resume_grace_s: float = pydantic.Field(30.0, ge=0)
+    """How long a resumable request runs on without a client."""
+    keep_results_s: float = pydantic.Field(60.0, ge=0)
+    """How long the answer of an ended request is kept, if its client gave it an id or asked for it to be resumable."""
+    max_kept_results: int = pydantic.Field(1024, ge=0)
+    max_kept_mib: int = pydantic.Field(64, ge=0)
+    """Of all kept answers; the oldest go first."""
+    max_unread_tokens: int = pydantic.Field(8192, ge=1)
+    """A client that lets more than this wait is cut off."""
+    max_stall_s: float = pydantic.Field(30.0, gt=0)
+    """So is one that takes nothing for so long while something waits."""
     max_n: int = pydantic.Field(16, ge=1)
     max_logprobs: int = pydantic.Field(20, ge=0)
     max_stop_strings: int = pydantic.Field(16, ge=0)

@@ -43,7 +43,19 @@ class RequestError(OctetError):
 
 
 class RequestExistsError(OctetError):
-    """A live request has this id: ALREADY_EXISTS at the edge."""
+    """A request with this id and another body is live or kept: ALREADY_EXISTS at the edge."""
+
+
+class RequestUnknownError(OctetError):
+    """No request with this id is live or kept: NOT_FOUND at the edge."""
+
+
+class RequestCancelledError(OctetError):
+    """The request was given up because nobody read it: CANCELLED at the edge."""
+
+
+class SlowReaderError(OctetError):
+    """The client reads too slowly: RESOURCE_EXHAUSTED at the edge."""
 
 
 class QueueFullError(OctetError):
@@ -52,6 +64,10 @@ class QueueFullError(OctetError):
 
 class UnavailableError(OctetError):
     """The cluster, or a part that the request needs, is not serving: UNAVAILABLE at the edge."""
+
+
+class RequestFailedError(UnavailableError):
+    """An accepted request cannot go on; asking for it again begins anew."""
 
 
 class DeadlineExceededError(OctetError):

@@ -44,6 +44,11 @@ class GenerationStub:
                 request_serializer=octet_dot_v1_dot_octet__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=octet_dot_v1_dot_octet__pb2.GenerateChunk.FromString,
                 _registered_method=True)
+        self.GenerationResume = channel.unary_stream(
+                '/octet.v1.Generation/GenerationResume',
+                request_serializer=octet_dot_v1_dot_octet__pb2.GenerationResumeRequest.SerializeToString,
+                response_deserializer=octet_dot_v1_dot_octet__pb2.GenerateChunk.FromString,
+                _registered_method=True)
         self.Abort = channel.unary_unary(
                 '/octet.v1.Generation/Abort',
                 request_serializer=octet_dot_v1_dot_octet__pb2.AbortRequest.SerializeToString,
@@ -77,7 +82,14 @@ class GenerationServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GenerateStream(self, request, context):
-        """Generate an answer chunk by chunk. Cancelling the call frees its work in every pool.
+        """Generate an answer chunk by chunk. Cancelling the call frees its work in every pool, unless the request is resumable.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GenerationResume(self, request, context):
+        """Go on with the stream of a request that is live or was kept, from given tokens on. NOT_FOUND for any other.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -119,6 +131,11 @@ def add_GenerationServicer_to_server(servicer, server):
             'GenerateStream': grpc.unary_stream_rpc_method_handler(
                     servicer.GenerateStream,
                     request_deserializer=octet_dot_v1_dot_octet__pb2.GenerateRequest.FromString,
+                    response_serializer=octet_dot_v1_dot_octet__pb2.GenerateChunk.SerializeToString,
+            ),
+            'GenerationResume': grpc.unary_stream_rpc_method_handler(
+                    servicer.GenerationResume,
+                    request_deserializer=octet_dot_v1_dot_octet__pb2.GenerationResumeRequest.FromString,
                     response_serializer=octet_dot_v1_dot_octet__pb2.GenerateChunk.SerializeToString,
             ),
             'Abort': grpc.unary_unary_rpc_method_handler(
@@ -195,6 +212,33 @@ class Generation:
             target,
             '/octet.v1.Generation/GenerateStream',
             octet_dot_v1_dot_octet__pb2.GenerateRequest.SerializeToString,
+            octet_dot_v1_dot_octet__pb2.GenerateChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GenerationResume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/octet.v1.Generation/GenerationResume',
+            octet_dot_v1_dot_octet__pb2.GenerationResumeRequest.SerializeToString,
             octet_dot_v1_dot_octet__pb2.GenerateChunk.FromString,
             options,
             channel_credentials,

@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import AsyncIterator, Collection, Coroutine
+from collections.abc import AsyncIterator, Collection, Coroutine, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import pytest
 
 from cluster.frontend import Frontend
-from cluster.live_requests import Increment
 from cluster.plan import ServingPlan
 from cluster.planning import EMBEDDED_MODEL, make_plan
-from cluster.validation import GenerateSpec, parse_request
+from cluster.record import Increment, Reader
+from cluster.validation import parse_request
 from model.tokenizer import Tokenizer
 from octet.config import load_config
-from octet.ids import Epoch, WorkerId
+from octet.ids import Epoch, RequestId, WorkerId
 from octet.mailbox import AsyncMailbox
 from octet.messages import (
     Abort,
@@ -68,17 +69,16 @@ class Worker:
 
 
 class Client:
-    """One request's increments, as they come."""
+    """One reader's increments, as they come."""
 
-    def __init__(self, frontend: Frontend, message: pb.GenerateRequest, timeout_s: float | None = None) -> None:
-        spec = parse_request(message, frontend.limits, frontend.tokenizer)
+    def __init__(self, opening: AbstractContextManager[Reader]) -> None:
         self.increments: list[Increment] = []
         self._heard = asyncio.Condition()
-        self.task = asyncio.create_task(self._collect(frontend, spec, timeout_s))
+        self.task = asyncio.create_task(self._collect(opening))
 
-    async def _collect(self, frontend: Frontend, spec: GenerateSpec, timeout_s: float | None) -> None:
-        async with contextlib.aclosing(frontend.generate(spec, timeout_s)) as increments:
-            async for increment in increments:
+    async def _collect(self, opening: AbstractContextManager[Reader]) -> None:
+        with opening as reader:
+            async for increment in reader.increments():
                 async with self._heard:
                     self.increments.append(increment)
                     self._heard.notify_all()
@@ -136,19 +136,29 @@ class Cluster:
         n: int = 1,
         stop: tuple[str, ...] = (),
         priority: int = 0,
+        resumable: bool = False,
+        received: Sequence[Sequence[int]] = (),
         timeout_s: float | None = None,
     ) -> Client:
-        return Client(
-            self.frontend,
+        return self.send(
             pb.GenerateRequest(
                 request_id=request_id,
                 priority=priority,
+                resumable=resumable,
+                received=[pb.TokenIds(ids=token_ids) for token_ids in received],
                 token_ids=pb.TokenIds(ids=PROMPT),
                 sampling=pb.Sampling(n=n),
                 stopping=pb.Stopping(max_new_tokens=50, stop=stop),
             ),
             timeout_s,
         )
+
+    def send(self, message: pb.GenerateRequest, timeout_s: float | None = None) -> Client:
+        spec = parse_request(message, self.frontend.limits, self.frontend.tokenizer)
+        return Client(self.frontend.generate(spec, timeout_s))
+
+    def resume(self, *offsets: int, request_id: str = "r", timeout_s: float | None = None) -> Client:
+        return Client(self.frontend.resume(RequestId(request_id), offsets, timeout_s))
 
     async def admitted(self, **fields: Any) -> tuple[Client, PrefillRequest]:
         client = self.ask(**fields)
@@ -162,7 +172,7 @@ class Cluster:
 @contextlib.asynccontextmanager
 async def playing(plan: ServingPlan = PLAN) -> AsyncIterator[Cluster]:
     """A frontend that serves with one prefill and one decode worker."""
-    frontend = Frontend(FRONTEND, plan, TOKENIZER, HOST)
+    frontend = Frontend(FRONTEND, plan, TOKENIZER, AsyncMailbox(HOST))
     cluster = Cluster(frontend, Worker(PREFILL, frontend), Worker(DECODE, frontend))
     frontend.serve({PREFILL: cluster.prefill.mailbox.address}, {DECODE: cluster.decode.mailbox.address})
     yield cluster

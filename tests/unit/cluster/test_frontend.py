@@ -9,8 +9,10 @@ from collections.abc import AsyncIterator
 import pytest
 
 from cluster.frontend import Frontend
+from cluster.validation import parse_request
 from octet.errors import DeadlineExceededError, QueueFullError, RequestExistsError, UnavailableError
-from octet.ids import LeaseId, RequestId, WorkerId
+from octet.ids import LeaseId, RequestId
+from octet.mailbox import AsyncMailbox
 from octet.messages import KvAck, TokenLogprob, unpack_ids
 from octet.v1 import octet_pb2 as pb
 from tests.unit.cluster.played import (
@@ -24,7 +26,6 @@ from tests.unit.cluster.played import (
     TOKENIZER,
     Client,
     Cluster,
-    Worker,
     abort,
     evicted,
     failed,
@@ -267,8 +268,9 @@ async def test_a_request_ends_at_its_deadline(cluster: Cluster) -> None:
 
 
 async def test_before_it_serves_it_is_unavailable() -> None:
-    frontend = Frontend(FRONTEND, PLAN, TOKENIZER, HOST)
-    client = Client(frontend, pb.GenerateRequest(token_ids=pb.TokenIds(ids=PROMPT)))
+    frontend = Frontend(FRONTEND, PLAN, TOKENIZER, AsyncMailbox(HOST))
+    spec = parse_request(pb.GenerateRequest(token_ids=pb.TokenIds(ids=PROMPT)), frontend.limits, None)
+    client = Client(frontend.generate(spec))
     with pytest.raises(UnavailableError, match="starting"):
         await client.end()
     frontend.close()
@@ -284,37 +286,21 @@ async def test_one_request_too_many_is_shed(cluster: Cluster) -> None:
         await client.leave()
 
 
-async def test_a_live_id_is_refused(cluster: Cluster) -> None:
+async def test_a_live_id_with_another_body_is_refused(cluster: Cluster) -> None:
     client, _ = await cluster.admitted()
-    with pytest.raises(RequestExistsError, match="'r' is live"):
-        await cluster.ask().end()
+    with pytest.raises(RequestExistsError, match="'r' belongs to a request with another body"):
+        await cluster.ask(n=2).end()
     await client.leave()
 
 
-async def test_an_id_may_be_used_again_when_its_request_has_ended(cluster: Cluster) -> None:
-    for _ in range(2):
-        client, request = await cluster.admitted()
-        cluster.decode.tell(token(request, 0, 100, "stop"))
-        assert (await client.end()).tokens() == [100]
-
-
-async def test_work_is_spread_over_the_workers() -> None:
-    frontend = Frontend(FRONTEND, PLAN, TOKENIZER, HOST)
-    prefills = [Worker(WorkerId(f"prefill-{n}"), frontend) for n in range(2)]
-    decodes = [Worker(WorkerId(f"decode-{n}"), frontend) for n in range(2)]
-    frontend.serve(
-        {w.worker_id: w.mailbox.address for w in prefills}, {w.worker_id: w.mailbox.address for w in decodes}
-    )
-    clients = [
-        Client(frontend, pb.GenerateRequest(request_id=str(n), token_ids=pb.TokenIds(ids=PROMPT))) for n in range(2)
-    ]
+async def test_work_is_spread_over_the_workers(cluster: Cluster) -> None:
+    prefills = [cluster.prefill, cluster.new_worker("prefill-1")]
+    cluster.set_workers(prefills, [cluster.decode, cluster.new_worker("decode-1")])
+    clients = [cluster.ask(request_id=str(number)) for number in range(2)]
     requests = [await worker.next_request() for worker in prefills]
     assert {request.decode_worker for request in requests} == {"decode-0", "decode-1"}
     for client in clients:
         await client.leave()
-    frontend.close()
-    for worker in (*prefills, *decodes):
-        worker.mailbox.close()
 
 
 # Draining and the end of the cluster.
@@ -360,9 +346,9 @@ async def test_every_accepted_request_is_counted_once(cluster: Cluster) -> None:
     await client.end()
     assert cluster.outcomes() == (1, 0, 0)
 
-    client, request = await cluster.admitted()
+    client, request = await cluster.admitted(request_id="failing")
     with pytest.raises(RequestExistsError):
-        await cluster.ask().end()
+        await cluster.ask(request_id="failing", n=2).end()
     cluster.decode.tell(failed(request, "broken"))
     with pytest.raises(UnavailableError):
         await client.end()
@@ -379,7 +365,7 @@ async def test_every_accepted_request_is_counted_once(cluster: Cluster) -> None:
 
     cluster.frontend.stop_admitting("draining")
     with pytest.raises(UnavailableError):
-        await cluster.ask().end()
+        await cluster.ask(request_id="late").end()
     assert cluster.outcomes() == (1, 1, 2)
 
 

@@ -245,3 +245,36 @@ def test_chat_messages_are_pairs() -> None:
 def test_an_id_outside_the_vocabulary_is_named_by_its_index() -> None:
     with pytest.raises(RequestError, match=r"ids\[2\].*found 9.*below the vocabulary's 9"):
         check_ids([0, 8, 9], "ids", 9)
+
+
+def test_the_digest_is_that_of_the_body_without_what_was_received(limits: Limits) -> None:
+    asked = message(request_id="r", sampling=pb.Sampling(seed=1))
+    again = message(request_id="r", sampling=pb.Sampling(seed=1), received=[pb.TokenIds(ids=[5])])
+    other = message(request_id="r", sampling=pb.Sampling(seed=2))
+    digests = [parse(each, limits).digest for each in (asked, again, other)]
+    assert digests[0] == digests[1] != digests[2]
+
+
+@pytest.mark.parametrize(
+    ("request_id", "resumable", "keep"), [("", False, False), ("r", False, True), ("", True, True), ("r", True, True)]
+)
+def test_an_answer_is_kept_if_anybody_can_ask_for_it(
+    limits: Limits, request_id: str, resumable: bool, keep: bool
+) -> None:
+    spec = parse(message(request_id=request_id, resumable=resumable), limits)
+    assert (spec.keep, spec.resumable) == (keep, resumable)
+
+
+def test_received_tokens_are_taken_by_choice(limits: Limits) -> None:
+    asked = message(sampling=pb.Sampling(n=3), received=[pb.TokenIds(ids=[5, 6]), pb.TokenIds()])
+    assert parse(asked, limits).received == ((5, 6), ())
+
+
+@pytest.mark.parametrize(
+    ("received", "field"),
+    [([pb.TokenIds(), pb.TokenIds()], "received"), ([pb.TokenIds(ids=[3, VOCAB])], r"received\[0\].ids\[1\]")],
+    ids=["more choices than there are", "an id that is none"],
+)
+def test_impossible_received_tokens_are_refused(limits: Limits, received: list[pb.TokenIds], field: str) -> None:
+    with pytest.raises(RequestError, match=f"'{field}'"):
+        parse(message(received=received), limits)

@@ -1,0 +1,121 @@
+"""`octet.v1.Generation`: protobuf in, protobuf out."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+from cluster.chunks import concatenate, to_chunk
+from cluster.frontend import Frontend
+from cluster.record import Reader
+from cluster.status_codes import Context, abort
+from cluster.validation import chat_messages, check_ids, parse_request, require_tokenizer
+from model.config import ARCHITECTURE
+from octet.errors import OctetError, RequestError, SlowReaderError
+from octet.ids import RequestId
+from octet.metadata import REQUEST_ID
+from octet.v1 import octet_pb2 as pb
+from octet.v1 import octet_pb2_grpc as rpc
+
+
+class GenerationService(rpc.GenerationServicer):
+    def __init__(self, frontend: Frontend, model_name: str, num_parameters: int, max_stall_s: float) -> None:
+        """
+        Args:
+            max_stall_s: a client that takes no chunk for so long is cut off.
+        """
+        self._frontend, self._model_name, self._num_parameters = frontend, model_name, num_parameters
+        self._max_stall_s = max_stall_s
+
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
+        response = pb.GenerateResponse()
+        choices: dict[int, pb.Choice] = {}
+        async with _errors_as_status(context):
+            spec = parse_request(request, self._frontend.limits, self._frontend.tokenizer)
+            with self._frontend.generate(spec, context.time_remaining()) as reader:
+                await _tell_accepted(context, reader)
+                async for increment in reader.increments():
+                    chunk = to_chunk(reader.request_id, increment)
+                    concatenate(choices.setdefault(chunk.index, pb.Choice(index=chunk.index)), chunk)
+                    response.prompt_logprobs.extend(chunk.prompt_logprobs)
+                    if chunk.HasField("usage"):
+                        response.usage.CopyFrom(chunk.usage)
+                response.request_id = reader.request_id
+        response.choices.extend(choices[index] for index in sorted(choices))
+        return response
+
+    async def GenerateStream(self, request: pb.GenerateRequest, context: Context) -> None:
+        async with _errors_as_status(context):
+            spec = parse_request(request, self._frontend.limits, self._frontend.tokenizer)
+            with self._frontend.generate(spec, context.time_remaining()) as reader:
+                await self._stream(reader, context)
+
+    async def GenerationResume(self, request: pb.GenerationResumeRequest, context: Context) -> None:
+        async with _errors_as_status(context):
+            request_id, offsets = RequestId(request.request_id), request.offsets
+            with self._frontend.resume(request_id, offsets, context.time_remaining()) as reader:
+                await self._stream(reader, context)
+
+    async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
+        self._frontend.abort(RequestId(request.request_id))
+        return pb.AbortResponse()
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
+        async with _errors_as_status(context):
+            tokenizer = require_tokenizer(self._frontend.tokenizer, request.WhichOneof("input") or "input")
+            if request.WhichOneof("input") == "chat":
+                return pb.TokenizeResponse(token_ids=tokenizer.apply_chat_template(chat_messages(request.chat)))
+            if request.WhichOneof("input") == "text":
+                return pb.TokenizeResponse(token_ids=tokenizer.encode(request.text))
+            raise RequestError("input", "nothing", "one of text, chat")
+        raise AssertionError("an error is raised again as a status")
+
+    async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
+        async with _errors_as_status(context):
+            tokenizer = require_tokenizer(self._frontend.tokenizer, "token_ids")
+            token_ids = list(request.token_ids)
+            check_ids(token_ids, "token_ids", self._frontend.limits.model.vocab_size)
+            return pb.DetokenizeResponse(text=tokenizer.decode(token_ids, request.keep_special_tokens))
+        raise AssertionError("an error is raised again as a status")
+
+    async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Context) -> pb.GetModelInfoResponse:
+        model, tokenizer = self._frontend.limits.model, self._frontend.tokenizer
+        return pb.GetModelInfoResponse(
+            model=self._model_name,
+            architecture=ARCHITECTURE,
+            vocab_size=model.vocab_size,
+            max_model_len=self._frontend.limits.max_model_len,
+            num_layers=model.num_hidden_layers,
+            num_experts=model.n_routed_experts,
+            num_experts_per_tok=model.num_experts_per_tok,
+            eos_token_ids=model.eos_token_ids,
+            has_tokenizer=tokenizer is not None,
+            has_chat_template=tokenizer is not None and tokenizer.has_chat_template,
+            num_parameters=self._num_parameters,
+        )
+
+    async def _stream(self, reader: Reader, context: Context) -> None:
+        await _tell_accepted(context, reader)
+        with reader.interruptible():
+            async for increment in reader.increments():
+                try:
+                    async with asyncio.timeout(self._max_stall_s):
+                        await context.write(to_chunk(reader.request_id, increment))
+                except TimeoutError:
+                    raise SlowReaderError(
+                        f"the client took nothing for {self._max_stall_s:g} s (frontend.max_stall_s)"
+                    ) from None
+
+
+@contextlib.asynccontextmanager
+async def _errors_as_status(context: Context) -> AsyncIterator[None]:
+    try:
+        yield
+    except OctetError as error:
+        await abort(context, error)
+
+
+async def _tell_accepted(context: Context, reader: Reader) -> None:
+    """Before any token: from now on the client may resume."""
+    await context.send_initial_metadata(((REQUEST_ID, reader.request_id),))

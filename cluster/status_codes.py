@@ -1,0 +1,52 @@
+"""Typed errors as gRPC statuses, with what a client can act on in the details."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import grpc
+from google.protobuf import any_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from octet import errors
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+_CODES: tuple[tuple[type[errors.OctetError], Any], ...] = (
+    (errors.RequestError, code_pb2.INVALID_ARGUMENT),
+    (errors.RequestExistsError, code_pb2.ALREADY_EXISTS),
+    (errors.RequestUnknownError, code_pb2.NOT_FOUND),
+    (errors.RequestCancelledError, code_pb2.CANCELLED),
+    (errors.QueueFullError, code_pb2.RESOURCE_EXHAUSTED),
+    (errors.SlowReaderError, code_pb2.RESOURCE_EXHAUSTED),
+    (errors.UnavailableError, code_pb2.UNAVAILABLE),
+    (errors.DeadlineExceededError, code_pb2.DEADLINE_EXCEEDED),
+)
+_DOMAIN = "octet"
+
+
+async def abort(context: Context, error: errors.OctetError) -> NoReturn:
+    """End the call with the code of the error. Details: a google.rpc.BadRequest names the field of a RequestError, an
+    ErrorInfo tells that an accepted request has failed for good."""
+    code = next((code for cls, code in _CODES if isinstance(error, cls)), code_pb2.INTERNAL)
+    status = rpc_status.to_status(status_pb2.Status(code=code, message=str(error), details=_details(error)))
+    await context.abort(status.code, status.details or "", status.trailing_metadata or ())
+    raise AssertionError("abort raises")
+
+
+def _details(error: errors.OctetError) -> list[any_pb2.Any]:
+    details = []
+    match error:
+        case errors.RequestError(field=field):
+            violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=str(error))
+            details.append(_packed(error_details_pb2.BadRequest(field_violations=[violation])))
+        case errors.RequestFailedError():
+            details.append(_packed(error_details_pb2.ErrorInfo(reason="REQUEST_FAILED", domain=_DOMAIN)))
+    return details
+
+
+def _packed(message: Any) -> any_pb2.Any:
+    packed = any_pb2.Any()
+    packed.Pack(message)
+    return packed
