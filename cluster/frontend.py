@@ -10,12 +10,13 @@ import logging
 import secrets
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
+from cluster.admission import Demand, admit
 from cluster.dispatcher import Dispatcher
 from cluster.live_requests import LiveRequest, LiveRequests
+from cluster.load_meter import LoadMeter
 from cluster.plan import ServingPlan
 from cluster.record import Outcome, Reader, Record
 from cluster.results import KeptResults
-from cluster.scheduler import admit
 from cluster.validation import GenerateSpec, Limits
 from model.tokenizer import Tokenizer
 from octet.errors import (
@@ -46,6 +47,8 @@ class Totals:
     finished: int = 0
     failed: int = 0
     cancelled: int = 0
+    refused: int = 0
+    """Requests that were never accepted, for lack of room or time."""
 
 
 class Frontend:
@@ -62,6 +65,7 @@ class Frontend:
         self._mailbox = mailbox
         self._live = LiveRequests()
         self._kept = KeptResults(self._config)
+        self._meter = LoadMeter()
         self._dispatcher = Dispatcher(plan, self._mailbox, self._live, self._give_up)
         self._unavailable = "the pools are starting"
         self._idle = asyncio.Event()
@@ -119,9 +123,18 @@ class Frontend:
         """
         record = self._find_same(spec)
         if record is None:
-            record = self._admit(spec).record
+            record = self._admit(spec, timeout_s).record
         with self._attached(record, [len(token_ids) for token_ids in spec.received], timeout_s) as reader:
             yield reader
+
+    def refuse_early(self, request_id: RequestId, priority: int, timeout_s: float | None) -> None:
+        """Refuse a request before it is parsed, if a prompt of a single token would be. Known ones never are.
+
+        Raises: UnavailableError, QueueFullError.
+        """
+        if self._find(request_id) is None:
+            timeout_s = self._config.default_timeout_s if timeout_s is None else timeout_s
+            self._check_admission(Demand(prompt_tokens=1, new_tokens=1, priority=priority, timeout_s=timeout_s))
 
     @contextlib.contextmanager
     def resume(self, request_id: RequestId, offsets: Sequence[int], timeout_s: float | None = None) -> Iterator[Reader]:
@@ -181,14 +194,27 @@ class Frontend:
         record.check_received(spec.received)
         return record
 
-    def _admit(self, spec: GenerateSpec) -> LiveRequest:
+    def _check_admission(self, demand: Demand) -> None:
+        """Raises: UnavailableError, QueueFullError."""
         if self._unavailable:
             raise UnavailableError(self._unavailable)
-        shed = admit(len(self._live), self._config.max_requests)
-        if shed is not None:
-            raise QueueFullError(shed.reason)
+        refusal = admit(demand, self._meter.backlog(demand.priority), self._meter.rates, self._config)
+        if refusal is not None:
+            self.totals.refused += 1
+            raise QueueFullError(refusal.reason, refusal.retry_after_s)
+
+    def _admit(self, spec: GenerateSpec, timeout_s: float | None) -> LiveRequest:
+        most_tokens = spec.request.stopping.max_new_tokens * len(spec.request.choices)
+        demand = Demand(
+            prompt_tokens=spec.request.num_tokens,
+            new_tokens=most_tokens - sum(map(len, spec.received)),
+            priority=spec.request.priority,
+            timeout_s=self._config.default_timeout_s if timeout_s is None else timeout_s,
+        )
+        self._check_admission(demand)
         request = dataclasses.replace(spec.request, frontend=self._worker_id, attempt=next(self._first_attempts))
-        live = LiveRequest(spec, request, self.tokenizer)
+        live = LiveRequest(spec, request, demand, self.tokenizer)
+        self._meter.accept(demand, _now_s())
         self._kept.forget(live.request_id)
         self._live.add(live)
         self._idle.clear()
@@ -238,6 +264,13 @@ class Frontend:
         setattr(self.totals, outcome.kind, getattr(self.totals, outcome.kind) + 1)
         self._live.remove(live)
         self._dispatcher.forget(live)
+        self._meter.end(
+            live.demand,
+            live.num_generated,
+            prefilled=live.prefilled,
+            finished=outcome.kind == "finished",
+            now_s=_now_s(),
+        )
         for name in list(live.timers):
             live.set_timer(name, None)
         live.record.end(outcome)
@@ -283,7 +316,7 @@ class Frontend:
         match event:
             case TokenEvent():
                 if live.commit(event):
-                    self.totals.tokens += 1
+                    self._count(live)
                     self._dispatcher.note_token(live, event, worker_id)
                     if live.journal.ended:
                         self._end(live, Outcome(kind="finished"))
@@ -293,6 +326,14 @@ class Frontend:
                 self._dispatcher.failed(live, event, worker_id)
             case Failed(reason=reason):
                 self._give_up(live, reason)
+
+    def _count(self, live: LiveRequest) -> None:
+        """One token was committed."""
+        self.totals.tokens += 1
+        if not live.prefilled:
+            live.prefilled = True
+            self._meter.prefilled(live.demand, _now_s())
+        self._meter.generated(_now_s())
 
 
 def _now_s() -> float:

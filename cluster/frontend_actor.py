@@ -106,6 +106,7 @@ class FrontendActor:
             requests_finished=totals.finished,
             requests_failed=totals.failed,
             requests_cancelled=totals.cancelled,
+            requests_refused=totals.refused,
             uptime_s=time.monotonic() - self._started_s,
         )
         if status.telemetry is not None:

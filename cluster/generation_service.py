@@ -10,13 +10,16 @@ from cluster.chunks import concatenate, to_chunk
 from cluster.frontend import Frontend
 from cluster.record import Reader
 from cluster.status_codes import Context, abort
-from cluster.validation import chat_messages, check_ids, parse_request, require_tokenizer
+from cluster.validation import GenerateSpec, chat_messages, check_ids, parse_request, require_tokenizer
 from model.config import ARCHITECTURE
 from octet.errors import OctetError, RequestError, SlowReaderError
 from octet.ids import RequestId
 from octet.metadata import REQUEST_ID
 from octet.v1 import octet_pb2 as pb
 from octet.v1 import octet_pb2_grpc as rpc
+
+_LONG_BYTES = 2**15
+"""A request of this size takes some milliseconds to tokenize."""
 
 
 class GenerationService(rpc.GenerationServicer):
@@ -32,7 +35,7 @@ class GenerationService(rpc.GenerationServicer):
         response = pb.GenerateResponse()
         choices: dict[int, pb.Choice] = {}
         async with _errors_as_status(context):
-            spec = parse_request(request, self._frontend.limits, self._frontend.tokenizer)
+            spec = await self._parse(request, context)
             with self._frontend.generate(spec, context.time_remaining()) as reader:
                 await _tell_accepted(context, reader)
                 async for increment in reader.increments():
@@ -47,7 +50,7 @@ class GenerationService(rpc.GenerationServicer):
 
     async def GenerateStream(self, request: pb.GenerateRequest, context: Context) -> None:
         async with _errors_as_status(context):
-            spec = parse_request(request, self._frontend.limits, self._frontend.tokenizer)
+            spec = await self._parse(request, context)
             with self._frontend.generate(spec, context.time_remaining()) as reader:
                 await self._stream(reader, context)
 
@@ -94,6 +97,14 @@ class GenerationService(rpc.GenerationServicer):
             has_chat_template=tokenizer is not None and tokenizer.has_chat_template,
             num_parameters=self._num_parameters,
         )
+
+    async def _parse(self, request: pb.GenerateRequest, context: Context) -> GenerateSpec:
+        """Refuse what can be refused unread; tokenize a long prompt where it holds up nobody's stream."""
+        self._frontend.refuse_early(RequestId(request.request_id), request.priority, context.time_remaining())
+        limits, tokenizer = self._frontend.limits, self._frontend.tokenizer
+        if request.ByteSize() <= _LONG_BYTES:
+            return parse_request(request, limits, tokenizer)
+        return await asyncio.to_thread(parse_request, request, limits, tokenizer)
 
     async def _stream(self, reader: Reader, context: Context) -> None:
         await _tell_accepted(context, reader)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
+from cluster.admission import Demand
 from cluster.answer import Answer, Piece
 from cluster.journal import Journal
 from cluster.record import Record
@@ -19,16 +20,20 @@ from octet.messages import PrefillRequest, TokenEvent
 class LiveRequest:
     """One request: what is committed of it, what its clients may read, and where it is computed."""
 
-    def __init__(self, spec: GenerateSpec, request: PrefillRequest, tokenizer: Tokenizer | None) -> None:
+    def __init__(
+        self, spec: GenerateSpec, request: PrefillRequest, demand: Demand, tokenizer: Tokenizer | None
+    ) -> None:
         """
         Args:
             request: `spec.request` with its first attempt.
+            demand: what it was admitted with.
 
         Raises: RequestError if its client claims to have received what this request cannot answer.
         """
         self.journal = Journal(request)
         self.record = Record(request.request_id, spec.digest, request.choices, request.num_prompt_tokens)
-        self.resumable, self.keep = spec.resumable, spec.keep
+        self.resumable, self.keep, self.demand = spec.resumable, spec.keep, demand
+        self.prefilled = False
         self._answers = {
             choice: Answer(choice, tokenizer, request.stopping, spec.stop_strings) for choice in request.choices
         }
@@ -42,10 +47,16 @@ class LiveRequest:
         """The dispatcher's."""
         for choice, token_ids in zip(request.choices, spec.received, strict=False):
             self._adopt(choice, token_ids)
+        self._num_received = self.record.usage.completion_tokens
 
     @property
     def request_id(self) -> RequestId:
         return self.record.request_id
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens that were committed since it was accepted."""
+        return self.record.usage.completion_tokens - self._num_received
 
     def first_requests(self) -> list[PrefillRequest]:
         """What is to be computed: everything, or what comes after the tokens that its client has."""

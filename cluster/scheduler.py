@@ -1,4 +1,4 @@
-"""Admission and the choice of workers: pure functions of what the frontend knows."""
+"""The choice of workers: a pure function of what the frontend knows."""
 
 from __future__ import annotations
 
@@ -41,22 +41,10 @@ class Assignment:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Shed:
-    reason: str
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Wait:
     """No worker may take it now."""
 
     reason: str
-
-
-def admit(num_live: int, max_requests: int) -> Shed | None:
-    """Whether one more request is refused."""
-    if num_live >= max_requests:
-        return Shed(reason=f"{num_live} requests are live, the limit (frontend.max_requests) is {max_requests}")
-    return None
 
 
 def schedule(

@@ -10,6 +10,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from octet import errors
+from octet.metadata import RETRY_PUSHBACK_MS
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -27,11 +28,17 @@ _DOMAIN = "octet"
 
 
 async def abort(context: Context, error: errors.OctetError) -> NoReturn:
-    """End the call with the code of the error. Details: a google.rpc.BadRequest names the field of a RequestError, an
-    ErrorInfo tells that an accepted request has failed for good."""
+    """End the call with the code of the error.
+
+    Details: a google.rpc.BadRequest names the field of a RequestError, a RetryInfo tells when to try a refused request
+    again (as does the trailing metadata), an ErrorInfo that an accepted request has failed for good.
+    """
     code = next((code for cls, code in _CODES if isinstance(error, cls)), code_pb2.INTERNAL)
     status = rpc_status.to_status(status_pb2.Status(code=code, message=str(error), details=_details(error)))
-    await context.abort(status.code, status.details or "", status.trailing_metadata or ())
+    metadata = tuple(status.trailing_metadata or ())
+    if isinstance(error, errors.QueueFullError):
+        metadata += ((RETRY_PUSHBACK_MS, str(round(error.retry_after_s * 1000))),)
+    await context.abort(status.code, status.details or "", metadata)
     raise AssertionError("abort raises")
 
 
@@ -41,6 +48,10 @@ def _details(error: errors.OctetError) -> list[any_pb2.Any]:
         case errors.RequestError(field=field):
             violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=str(error))
             details.append(_packed(error_details_pb2.BadRequest(field_violations=[violation])))
+        case errors.QueueFullError(retry_after_s=retry_after_s):
+            retry = error_details_pb2.RetryInfo()
+            retry.retry_delay.FromMilliseconds(round(retry_after_s * 1000))
+            details.append(_packed(retry))
         case errors.RequestFailedError():
             details.append(_packed(error_details_pb2.ErrorInfo(reason="REQUEST_FAILED", domain=_DOMAIN)))
     return details

@@ -119,6 +119,11 @@ class FrontendConfig(_Node):
     """0 picks a free one."""
     max_requests: int = pydantic.Field(1024, ge=1)
     """Live requests; one more is answered RESOURCE_EXHAUSTED."""
+    max_queued_tokens: int = pydantic.Field(1_000_000, ge=1)
+    """Tokens of prompts that wait for their first token; a longer queue is refused likewise. One prompt always may."""
+    reserve: float = pydantic.Field(0.1, ge=0, lt=0.5)
+    """Share of these limits, and of the time up to a deadline, that requests of priority 0 leave to those below 0;
+    those above 0 leave twice as much."""
     default_timeout_s: float = pydantic.Field(600.0, gt=0)
     """Deadline of a request whose call carries none."""
     max_attempts: int = pydantic.Field(10, ge=1)

@@ -59,7 +59,15 @@ class SlowReaderError(OctetError):
 
 
 class QueueFullError(OctetError):
-    """The cluster sheds this request: RESOURCE_EXHAUSTED at the edge."""
+    """The cluster has too much to do for this request: RESOURCE_EXHAUSTED at the edge."""
+
+    def __init__(self, reason: str, retry_after_s: float) -> None:
+        """
+        Args:
+            retry_after_s: when there may be room for it.
+        """
+        self.retry_after_s = retry_after_s
+        super().__init__(f"{reason}; try again in {retry_after_s:.1f} s")
 
 
 class UnavailableError(OctetError):

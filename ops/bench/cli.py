@@ -67,6 +67,34 @@ def bench_serve(
     run(grpc, options, json_file, plot)
 
 
+@bench.command("overload")
+def bench_overload(
+    grpc: Address = DEFAULT_ADDRESS,
+    streams: Annotated[int, typer.Option(min=1, help="Of the closed loop that finds the sustainable rate.")] = 16,
+    multiples: Annotated[list[float] | None, typer.Option("--multiple", min=0.01, help="May be repeated.")] = None,
+    seconds: Annotated[float, typer.Option(min=1, help="Of every multiple.")] = 30.0,
+    deadline: Annotated[float, typer.Option(min=0.1, help="Seconds of every request.")] = 10.0,
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    new_tokens: Annotated[int, typer.Option(min=1)] = 32,
+    seed: int = 0,
+    json_file: _JsonFile = None,
+) -> None:
+    """Goodput and refusals of a running cluster at multiples of the rate that it sustains; by default 0.5 to 10."""
+    from ops.bench.overload import OverloadOptions
+    from ops.bench.overload import bench_overload as run
+
+    options = OverloadOptions(
+        streams=streams,
+        multiples=tuple(multiples or (0.5, 1.0, 2.0, 5.0, 10.0)),
+        seconds=seconds,
+        deadline_s=deadline,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        seed=seed,
+    )
+    run(grpc, options, json_file)
+
+
 @bench.command("prefix")
 def bench_prefix(
     grpc: Address = DEFAULT_ADDRESS,

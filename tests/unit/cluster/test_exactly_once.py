@@ -135,8 +135,8 @@ class Machine(RuleBasedStateMachine):
     @rule()
     def publish(self) -> None:
         async def act() -> None:
-            addresses = [dict.fromkeys(pool, "nowhere") for pool in (self.pools.prefill, self.pools.decode)]
-            self.frontend.set_workers(*addresses, self.draining)
+            prefill, decode = (dict.fromkeys(pool, "nowhere") for pool in (self.pools.prefill, self.pools.decode))
+            self.frontend.set_workers(prefill, decode, self.draining)
 
         self.do(act())
 

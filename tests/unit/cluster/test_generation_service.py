@@ -10,6 +10,8 @@ from typing import Any
 
 import grpc
 import pytest
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
 
 from cluster.generation_service import GenerationService
 from cluster.grpc_service import ClusterService, GrpcServer
@@ -22,12 +24,11 @@ from octet.v1 import octet_pb2_grpc as rpc
 from tests.unit.cluster.played import PATIENT_S, PROMPT, Cluster, abort, failed, playing, soon, token
 from tests.unit.cluster.proxy import Proxy, proxy
 
-PLAN = make_plan(
-    load_config(None, ["frontend={port: 0, resume_grace_s: 20, max_stall_s: 0.3, max_unread_tokens: 100}"])
-)
+SETTINGS = "{port: 0, max_requests: 2, resume_grace_s: 20, max_stall_s: 0.3, max_unread_tokens: 100}"
+PLAN = make_plan(load_config(None, [f"frontend={SETTINGS}"]))
 
 
-async def no_status() -> pb.GetStatusResponse:
+async def no_status(request: pb.GetStatusRequest) -> pb.GetStatusResponse:
     return pb.GetStatusResponse()
 
 
@@ -101,7 +102,7 @@ async def test_a_stream_is_resumed_by_its_offsets(cluster: Cluster, stub: Any) -
 async def test_resuming_an_unknown_request_is_not_found(stub: Any) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         await anext(stub.GenerationResume(pb.GenerationResumeRequest(request_id="r")).__aiter__())
-    assert caught.value.code() == grpc.StatusCode.NOT_FOUND  # type: ignore[attr-defined]
+    assert caught.value.code() == grpc.StatusCode.NOT_FOUND
 
 
 async def test_a_client_that_takes_nothing_is_cut_off(cluster: Cluster, stub: Any) -> None:
@@ -118,13 +119,53 @@ async def test_a_client_that_takes_nothing_is_cut_off(cluster: Cluster, stub: An
     with pytest.raises(grpc.RpcError) as caught:
         async for _ in call:
             pass
-    assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED  # type: ignore[attr-defined]
+    assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 def wide_token(request: PrefillRequest, index: int) -> TokenEvent:
     top = tuple((number, -1.0) for number in range(10_000))
     logprob = TokenLogprob(token_id=100, logprob=-1.0, top=top)
     return dataclasses.replace(token(request, index, 100), logprob=logprob)
+
+
+async def test_a_refusal_tells_when_to_try_again(cluster: Cluster, client: AsyncClient, stub: Any) -> None:
+    calls = [stub.GenerateStream(asked()) for _ in range(2)]
+    for call in calls:
+        await soon(call.initial_metadata())
+    with pytest.raises(grpc.RpcError) as caught:
+        await stub.Generate(asked())
+    error: Any = caught.value
+    retry = error_details_pb2.RetryInfo()
+    assert rpc_status.from_call(error).details[0].Unpack(retry)
+    assert dict(error.trailing_metadata())["grpc-retry-pushback-ms"] == str(retry.retry_delay.ToMilliseconds())
+    with pytest.raises(CallError, match=r"RESOURCE_EXHAUSTED: 2 requests are live.*try again in 1\.0 s") as refused:
+        await client.generate(PROMPT)
+    assert refused.value.retry_after_s == 1.0
+    assert cluster.frontend.totals.refused == 2
+    for call in calls:
+        call.cancel()
+
+
+async def test_a_prompt_is_not_read_before_it_is_refused(cluster: Cluster, stub: Any) -> None:
+    """It is wrong, and only once there is room does anybody say so."""
+    calls = [stub.GenerateStream(asked()) for _ in range(2)]
+    for call in calls:
+        await soon(call.initial_metadata())
+    with pytest.raises(grpc.RpcError, match="RESOURCE_EXHAUSTED"):
+        await stub.Generate(pb.GenerateRequest(text=""))
+    for call in calls:
+        call.cancel()
+    for _ in calls:
+        assert await cluster.prefill.next_request()
+    for _ in calls:
+        await cluster.prefill.next()
+    with pytest.raises(grpc.RpcError, match="INVALID_ARGUMENT"):
+        await stub.Generate(pb.GenerateRequest(text=""))
+
+
+async def test_a_long_prompt_is_tokenized_beside_the_streams(cluster: Cluster, stub: Any) -> None:
+    with pytest.raises(grpc.RpcError, match=r"INVALID_ARGUMENT(.|\n)*fewer than the context"):
+        await stub.Generate(pb.GenerateRequest(text="x " * 10**5))
 
 
 # Clients that go on by themselves.

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from cluster.scheduler import Assignment, DecodeView, PrefillView, Shed, Wait, admit, schedule
+from cluster.scheduler import Assignment, DecodeView, PrefillView, Wait, schedule
 from octet.ids import WorkerId
 
 
@@ -50,16 +50,6 @@ def test_the_same_state_gives_the_same_decision_in_any_order() -> None:
     random.shuffle(decodes)
     decision = assign(prefills, decodes)
     assert (decision.prefill, decision.decode) == ("prefill-0", "decode-0")
-
-
-def test_a_request_over_the_limit_is_shed_with_the_reason() -> None:
-    decision = admit(7, 7)
-    assert isinstance(decision, Shed)
-    assert decision.reason == "7 requests are live, the limit (frontend.max_requests) is 7"
-
-
-def test_the_last_request_below_the_limit_is_admitted() -> None:
-    assert admit(6, 7) is None
 
 
 def test_a_request_is_admitted_though_no_page_is_free() -> None:
