@@ -272,6 +272,18 @@ def bench_interference(
     run(model_dir, options, json_file)
 
 
+@bench.command("kernels")
+def bench_kernels(
+    device: Annotated[str, typer.Option(help="cuda, with the shapes of GLM-4.6; or cpu, with tiny ones.")] = "cuda",
+    layers: Annotated[int | None, typer.Option(min=1, help="That take turns; default: as many as fit.")] = None,
+    json_file: _JsonFile = None,
+) -> None:
+    """What share of a GPU's bandwidth and matmul rate a layer's kernels reach."""
+    from ops.bench.kernels.command import bench_kernels as run
+
+    run(device, layers, json_file)
+
+
 def _numbers(option: str, text: str) -> tuple[int, ...]:
     """Raises: typer.BadParameter."""
     try:

@@ -12,6 +12,7 @@ import itertools
 import statistics
 from collections.abc import Iterator, Sequence
 
+from octet.errors import ConfigError
 from ops.bench.summary import percentiles
 
 
@@ -71,7 +72,7 @@ def compare(rounds: Sequence[tuple[Phase, Phase]]) -> Comparison:
     Args:
         rounds: a quiet and a disturbed phase each.
 
-    Raises: ValueError if no gap counts, as when streams end before the first long prompt is answered.
+    Raises: ConfigError if no gap counts, as when the first streams end before the last one has its first token.
     """
     return Comparison(
         quiet=latency([gap for quiet, _ in rounds for gap in quiet.gaps_s]),
@@ -83,7 +84,9 @@ def compare(rounds: Sequence[tuple[Phase, Phase]]) -> Comparison:
 
 def latency(gaps_s: Sequence[float]) -> Latency:
     if not gaps_s:
-        raise ValueError("there is no gap in which every stream ran: give more new tokens")
+        raise ConfigError(
+            "bench interference --new-tokens", "streams that ended before all of them ran", "more of them"
+        )
     of_all = percentiles(gaps_s)
     return Latency(p50_s=of_all.p50, p99_s=of_all.p99, longest_s=max(gaps_s), gaps=len(gaps_s))
 

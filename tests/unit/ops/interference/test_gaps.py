@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from octet.errors import ConfigError
 from ops.bench.interference.gaps import Phase, compare
 
 
@@ -40,5 +41,5 @@ def test_a_ratio_is_taken_within_each_round() -> None:
 
 def test_streams_that_end_too_early_are_no_measurement() -> None:
     quiet = Phase(streams=[ticks(0.0, 0.1, 0.1)], long=[])
-    with pytest.raises(ValueError, match="more new tokens"):
+    with pytest.raises(ConfigError, match="more of them"):
         compare([(quiet, Phase(streams=[ticks(0.0, 0.1)], long=[(5.0, 6.0)]))])
