@@ -19,6 +19,8 @@ _MOST_CORRECTION = 1.5
 """A latency is no measure of how much is missing, as queues grow without bound: one correction adds a half at most."""
 _LEAST_LEVEL = 0.05
 """Keeps quotients finite."""
+_AIM = 0.8
+"""Of its target, the 95th percentile that is aimed at, so that the 99th keeps the target."""
 _PACE_TARGET = 0.7
 """Of its target, the TPOT that shards are sized for."""
 _BLAMES_EXPERTS = 0.5
@@ -128,7 +130,7 @@ def expert_demand(signals: Signals, config: AutoscalerConfig) -> Demand:
     misses = [
         (pool.slo_ratio, name)
         for pool, name in ((signals.prefill, "TTFT"), (signals.decode, "TPOT"))
-        if pool.slo_ratio is not None and pool.slo_ratio > 1 and pool.expert_wait_share >= _BLAMES_EXPERTS
+        if pool.slo_ratio is not None and pool.slo_ratio > _AIM and pool.expert_wait_share >= _BLAMES_EXPERTS
     ]
     # Idle shards answer no sooner for being more: the wait is then the way to them.
     if not misses or mean / level < target / 2:
@@ -136,7 +138,7 @@ def expert_demand(signals: Signals, config: AutoscalerConfig) -> Demand:
     ratio, name = max(misses)
     return dataclasses.replace(
         load,
-        correction=num * min(ratio, _MOST_CORRECTION),
+        correction=num * min(ratio / _AIM, _MOST_CORRECTION),
         correction_reason=f"p95 {name} is {ratio:.2f} of its target, and most of a step is the wait for experts",
     )
 
@@ -182,10 +184,10 @@ def _staffed(load: float, target: float, beta: float) -> float:
 def _corrected(load: Demand, pool: PoolSignals, num: int, name: str) -> Demand:
     """Adds what a missed target asks of the workers themselves."""
     ratio = pool.slo_ratio
-    if ratio is None or ratio <= 1 or pool.expert_wait_share >= _BLAMES_EXPERTS:
+    if ratio is None or ratio <= _AIM or pool.expert_wait_share >= _BLAMES_EXPERTS:
         return load
     return dataclasses.replace(
         load,
-        correction=num * min(ratio, _MOST_CORRECTION),
+        correction=num * min(ratio / _AIM, _MOST_CORRECTION),
         correction_reason=f"p95 {name} is {ratio:.2f} of its target",
     )

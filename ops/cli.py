@@ -15,6 +15,7 @@ from octet.errors import OctetError
 from ops import render
 from ops.bench.cli import DEFAULT_ADDRESS, Address, bench
 from ops.experts_cli import experts
+from ops.render_decisions import print_decisions
 from ops.render_experts import print_experts
 
 app = typer.Typer(
@@ -109,6 +110,7 @@ def status(
     experts: Annotated[
         bool, typer.Option("--experts", help="Show every expert's load, and who waits for whom.")
     ] = False,
+    decisions: Annotated[bool, typer.Option("--decisions", help="Show what the autoscaler did, and why.")] = False,
     window: Annotated[float | None, typer.Option(min=0.1, help="Seconds of telemetry; default: all there is.")] = None,
 ) -> None:
     """Show the pools, their members and what every expert does."""
@@ -118,6 +120,8 @@ def status(
         print(render.as_json(answer))
     elif experts:
         print_experts(answer)
+    elif decisions:
+        print_decisions(answer)
     else:
         render.print_status(answer)
 

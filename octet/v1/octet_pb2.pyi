@@ -392,8 +392,26 @@ class HotExpert(_message.Message):
     ratio: float
     def __init__(self, layer: _Optional[int] = ..., expert: _Optional[int] = ..., tokens: _Optional[int] = ..., ratio: _Optional[float] = ...) -> None: ...
 
+class ScalingDecision(_message.Message):
+    __slots__ = ("age_s", "pool", "current", "wanted", "target", "reason", "outcome")
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    POOL_FIELD_NUMBER: _ClassVar[int]
+    CURRENT_FIELD_NUMBER: _ClassVar[int]
+    WANTED_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    age_s: float
+    pool: str
+    current: int
+    wanted: int
+    target: int
+    reason: str
+    outcome: str
+    def __init__(self, age_s: _Optional[float] = ..., pool: _Optional[str] = ..., current: _Optional[int] = ..., wanted: _Optional[int] = ..., target: _Optional[int] = ..., reason: _Optional[str] = ..., outcome: _Optional[str] = ...) -> None: ...
+
 class GetStatusResponse(_message.Message):
-    __slots__ = ("state", "pools", "epoch", "placement_version", "live_requests", "tokens_served", "requests_finished", "requests_failed", "requests_cancelled", "expert_counts", "uptime_s", "reason", "window_s", "balancedness", "hottest", "window_tokens_per_s", "requests_refused")
+    __slots__ = ("state", "pools", "epoch", "placement_version", "live_requests", "tokens_served", "requests_finished", "requests_failed", "requests_cancelled", "expert_counts", "uptime_s", "reason", "window_s", "balancedness", "hottest", "window_tokens_per_s", "requests_refused", "autoscaler_enabled", "decisions", "latest_decisions")
     STATE_FIELD_NUMBER: _ClassVar[int]
     POOLS_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -411,6 +429,9 @@ class GetStatusResponse(_message.Message):
     HOTTEST_FIELD_NUMBER: _ClassVar[int]
     WINDOW_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_REFUSED_FIELD_NUMBER: _ClassVar[int]
+    AUTOSCALER_ENABLED_FIELD_NUMBER: _ClassVar[int]
+    DECISIONS_FIELD_NUMBER: _ClassVar[int]
+    LATEST_DECISIONS_FIELD_NUMBER: _ClassVar[int]
     state: str
     pools: _containers.RepeatedCompositeFieldContainer[Pool]
     epoch: int
@@ -428,4 +449,7 @@ class GetStatusResponse(_message.Message):
     hottest: _containers.RepeatedCompositeFieldContainer[HotExpert]
     window_tokens_per_s: float
     requests_refused: int
-    def __init__(self, state: _Optional[str] = ..., pools: _Optional[_Iterable[_Union[Pool, _Mapping]]] = ..., epoch: _Optional[int] = ..., placement_version: _Optional[int] = ..., live_requests: _Optional[int] = ..., tokens_served: _Optional[int] = ..., requests_finished: _Optional[int] = ..., requests_failed: _Optional[int] = ..., requests_cancelled: _Optional[int] = ..., expert_counts: _Optional[_Iterable[_Union[ExpertCounts, _Mapping]]] = ..., uptime_s: _Optional[float] = ..., reason: _Optional[str] = ..., window_s: _Optional[float] = ..., balancedness: _Optional[float] = ..., hottest: _Optional[_Iterable[_Union[HotExpert, _Mapping]]] = ..., window_tokens_per_s: _Optional[float] = ..., requests_refused: _Optional[int] = ...) -> None: ...
+    autoscaler_enabled: bool
+    decisions: _containers.RepeatedCompositeFieldContainer[ScalingDecision]
+    latest_decisions: _containers.RepeatedCompositeFieldContainer[ScalingDecision]
+    def __init__(self, state: _Optional[str] = ..., pools: _Optional[_Iterable[_Union[Pool, _Mapping]]] = ..., epoch: _Optional[int] = ..., placement_version: _Optional[int] = ..., live_requests: _Optional[int] = ..., tokens_served: _Optional[int] = ..., requests_finished: _Optional[int] = ..., requests_failed: _Optional[int] = ..., requests_cancelled: _Optional[int] = ..., expert_counts: _Optional[_Iterable[_Union[ExpertCounts, _Mapping]]] = ..., uptime_s: _Optional[float] = ..., reason: _Optional[str] = ..., window_s: _Optional[float] = ..., balancedness: _Optional[float] = ..., hottest: _Optional[_Iterable[_Union[HotExpert, _Mapping]]] = ..., window_tokens_per_s: _Optional[float] = ..., requests_refused: _Optional[int] = ..., autoscaler_enabled: _Optional[bool] = ..., decisions: _Optional[_Iterable[_Union[ScalingDecision, _Mapping]]] = ..., latest_decisions: _Optional[_Iterable[_Union[ScalingDecision, _Mapping]]] = ...) -> None: ...

@@ -5,9 +5,9 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from cluster.slo import HANDOFF_S
 from octet.config import OctetConfig
 from ops.simulate.outcome import Result, Run
-from ops.simulate.slo import HANDOFF_S
 
 _SHOWN = 40
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from cluster.members import POOLS
 from cluster.scheduler import Wait, admit
+from cluster.slo import Slo
 from octet.config import OctetConfig
 from ops.simulate import decode_pool
 from ops.simulate.clock import Clock
@@ -27,7 +28,6 @@ from ops.simulate.outcome import End, Moment, Run, Served
 from ops.simulate.prefill_worker import PrefillWorker, Task
 from ops.simulate.scaling import Scaling
 from ops.simulate.shape import Shape
-from ops.simulate.slo import Slo
 from ops.simulate.step_times import StepTimes
 from ops.simulate.views import Views, number_of
 

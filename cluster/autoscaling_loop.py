@@ -1,0 +1,89 @@
+"""The autoscaler at work: observe, decide, record, act, and again.
+
+What it observes and how it acts are given to it, so that it runs without Ray and its tests do as well.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from cluster.autoscaler import REDUNDANCY, Fleet, PoolDecision, State, decide
+from cluster.decision_log import DecisionLog
+from cluster.members import POOLS
+from cluster.signals import Signals
+from octet.config import AutoscalerConfig
+from octet.errors import OctetError
+
+_log = logging.getLogger(__name__)
+
+Observe = Callable[[], Awaitable[Signals]]
+Act = Callable[[PoolDecision], Awaitable[None]]
+"""Carries a decision about one pool out. Raises: OctetError, if it was refused or rolled back."""
+WantNodes = Callable[[dict[str, int]], Awaitable[None]]
+"""Told the size of every pool that nodes have to be there for."""
+
+
+class AutoscalingLoop:
+    """Belongs to the controller's event loop. Actions go on while the next decisions are made."""
+
+    def __init__(
+        self,
+        config: AutoscalerConfig,
+        fleet: Fleet,
+        observe: Observe,
+        act: Act,
+        want_nodes: WantNodes | None = None,
+        clock: Callable[[], float] | None = None,
+    ) -> None:
+        self._config, self._fleet = config, fleet
+        self._observe, self._act, self._want_nodes = observe, act, want_nodes
+        self._clock = clock or asyncio.get_running_loop().time
+        self._state = State()
+        self._actions: set[asyncio.Task[None]] = set()
+        self.log = DecisionLog()
+
+    async def run(self) -> None:
+        """Until it is cancelled; actions under way are cancelled with it."""
+        try:
+            while True:
+                await asyncio.sleep(self._config.metrics_interval_s)
+                await self.step()
+        finally:
+            for action in self._actions:
+                action.cancel()
+
+    async def step(self) -> None:
+        """One decision. Without signals there is none: the pools stay as they are."""
+        try:
+            signals = await self._observe()
+        except OctetError as error:
+            _log.warning("the autoscaler sees nothing: %s", error)
+            return
+        decision, self._state = decide(self._clock(), signals, self._config, self._fleet, self._state)
+        self.log.add(decision)
+        sizes = {str(one.pool): max(one.current, one.target) for one in decision.pools if one.pool in POOLS}
+        for one in decision.actions:
+            _log.info("%s: %d → %d: %s", one.pool, one.current, one.target, one.reason)
+            task = asyncio.get_running_loop().create_task(self._carry_out(one, sizes))
+            self._actions.add(task)
+            task.add_done_callback(self._actions.discard)
+
+    async def _carry_out(self, one: PoolDecision, sizes: dict[str, int]) -> None:
+        """Nodes are asked for before members need them, and given back after members have left."""
+        outcome = "done"
+        try:
+            async with asyncio.timeout(self._config.action_timeout_s):
+                if self._want_nodes is not None and one.pool != REDUNDANCY and one.target > one.current:
+                    await self._want_nodes(sizes)
+                await self._act(one)
+                if self._want_nodes is not None and one.target < one.current and one.pool != REDUNDANCY:
+                    await self._want_nodes({**sizes, one.pool: one.target})
+        except TimeoutError:
+            outcome = f"not complete after {self._config.action_timeout_s:g} s"
+        except OctetError as error:
+            outcome = str(error)
+        if outcome != "done":
+            _log.warning("%s: %d → %d: %s", one.pool, one.current, one.target, outcome)
+        self.log.end(one.pool, one.target, outcome)
