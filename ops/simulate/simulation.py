@@ -12,8 +12,10 @@ import dataclasses
 import time
 from collections.abc import Sequence
 
+from cluster.admission import Demand, admit
+from cluster.load_meter import LoadMeter
 from cluster.members import POOLS
-from cluster.scheduler import Wait, admit
+from cluster.scheduler import Wait
 from cluster.slo import Slo
 from octet.config import OctetConfig
 from ops.simulate import decode_pool
@@ -92,6 +94,7 @@ class Simulation:
         self._scaling = Scaling(self, config, options.slots_that_fit) if options.autoscale else None
         self._served: list[Served | None] = [None] * len(requests)
         self._leases: dict[int, tuple[PrefillWorker, Task]] = {}
+        self._meter = LoadMeter()
         self._held: set[int] = set()
         """Requests for which there is no worker at all."""
         self._live = self._arrived = 0
@@ -157,7 +160,8 @@ class Simulation:
             self._end(number, "refused")
             return
         self._held.discard(number)
-        if admit(self._live + len(self._held), self._config.frontend.max_requests) is not None:
+        demand = self._demand(request)
+        if admit(demand, self._meter.backlog(0), self._meter.rates, self._config.frontend) is not None:
             self._end(number, "shed")
             return
         decision, known = self._views.schedule(request)
@@ -174,6 +178,7 @@ class Simulation:
             decode=number_of(decision.decode),
         )
         self._live += 1
+        self._meter.accept(demand, self.clock.now_s)
         self.arrived_tokens += task.expected
         self._views.promise(task.decode, task.pages)
         worker = self.fleet.prefill[number_of(decision.prefill)]
@@ -204,6 +209,7 @@ class Simulation:
     def _first_token(self, worker: PrefillWorker, task: Task) -> None:
         request, now_s = task.request, self.clock.now_s
         task.ttft_s = now_s - request.at_s
+        self._meter.prefilled(self._demand(request), now_s)
         self.slo_ratios["prefill"].append((now_s, self._slo.first_ratio(task.ttft_s, request.prompt_tokens)))
         self._leases[task.number] = (worker, task)
         if request.new_tokens == 1:
@@ -258,8 +264,19 @@ class Simulation:
         self.decode.set_step(row, float(self.times.decode_steps_s(rows)[0]) if self.decode.batch[row] > 0 else 1.0)
         self._views.look_at_decode(row)
 
+    def _demand(self, request: Request) -> Demand:
+        return Demand(
+            prompt_tokens=request.prompt_tokens,
+            new_tokens=request.new_tokens,
+            priority=0,
+            timeout_s=self._config.frontend.default_timeout_s,
+        )
+
     def _finish(self, number: int, ttft_s: float, tpot_s: float) -> None:
         self._live -= 1
+        # Single tokens are not told to the meter, so admission goes by requests and prompts, and not by decode's rate.
+        demand = self._demand(self._requests[number])
+        self._meter.end(demand, 0, prefilled=True, finished=False, now_s=self.clock.now_s)
         self._end(number, "finished", ttft_s, tpot_s)
 
     def _end(self, number: int, end: End, ttft_s: float = 0.0, tpot_s: float = 0.0) -> None:

@@ -81,7 +81,7 @@ def test_a_known_prefix_is_not_computed_again() -> None:
 
 
 def test_requests_beyond_the_limit_are_shed() -> None:
-    done = run([request(0.0)] * 5, WORK, config(frontend={"max_requests": 2}))
+    done = run([request(0.0)] * 5, WORK, config(frontend={"max_requests": 2, "reserve": 0}))
     assert [one.end for one in done.served] == ["finished"] * 2 + ["shed"] * 3
     assert summarized(done, 1.0).shed == 3
 

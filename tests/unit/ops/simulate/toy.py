@@ -47,7 +47,7 @@ def loads(drift: float = 0.0, every_s: float = 60.0, duration_s: float = 0.0) ->
 def config(**sections: object) -> OctetConfig:
     prompt: dict[str, object] = {
         "kv": {"page_size": 16},
-        "frontend": {"max_requests": 100_000},
+        "frontend": {"max_requests": 100_000, "max_queued_tokens": 10**9, "default_timeout_s": 1e6},
         "lane": {"ping_pong_rows": None},
     }
     return OctetConfig.model_validate(prompt | sections)
