@@ -9,6 +9,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from cluster.generation_service import GenerationService
+from cluster.server_tls import server_credentials
 from cluster.status_codes import Context, abort
 from octet.config import FrontendConfig
 from octet.errors import ConfigError, OctetError
@@ -55,10 +56,17 @@ class GrpcServer:
         reflection.enable_server_reflection((*SERVICES[:2], health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
 
     async def start(self) -> int:
-        """Listen, not serving yet. Returns: the port. Raises: ConfigError if it is taken."""
+        """Listen, not serving yet. Returns: the port.
+
+        Raises: ConfigError if it is taken, or a TLS file cannot be read.
+        """
         address = f"{self._config.host}:{self._config.port}"
+        credentials = server_credentials(self._config.tls)
         try:
-            port = self._server.add_insecure_port(address)
+            if credentials is None:
+                port = self._server.add_insecure_port(address)
+            else:
+                port = self._server.add_secure_port(address, credentials)
         except RuntimeError as error:
             raise ConfigError("frontend.port", address, "a free address of this machine", str(error)) from error
         await self.set_serving(False)

@@ -4,6 +4,7 @@
 """
 
 from octet.client import AsyncClient, CallError, Client
+from octet.tls import Tls
 
-__all__ = ["AsyncClient", "CallError", "Client", "__version__"]
+__all__ = ["AsyncClient", "CallError", "Client", "Tls", "__version__"]
 __version__ = "0.1.0"

@@ -19,6 +19,7 @@ import grpc
 
 from octet.errors import RequestError
 from octet.resumption import CallError, Resumption, typed
+from octet.tls import Tls
 from octet.v1 import octet_pb2 as pb
 from octet.v1 import octet_pb2_grpc as rpc
 
@@ -43,14 +44,21 @@ __all__ = ["AsyncClient", "CallError", "Client", "make_request"]
 class Client:
     """A blocking client; its methods may be called from any thread."""
 
-    def __init__(self, address: str, timeout_s: float = 300.0, *, resume: bool = True) -> None:
+    def __init__(self, address: str, timeout_s: float = 300.0, *, resume: bool = True, tls: Tls | None = None) -> None:
         """
         Args:
             address: `host:port` of a frontend.
             timeout_s: deadline of each call that is not given its own.
             resume: whether generation goes on after a lost connection.
+            tls: None speaks in the clear.
+
+        Raises: ConfigError for a TLS file that cannot be read.
         """
-        self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        self._channel = (
+            grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+            if tls is None
+            else grpc.secure_channel(address, tls.credentials(), options=_CHANNEL_OPTIONS)
+        )
         self._generation = rpc.GenerationStub(self._channel)
         self._cluster = rpc.ClusterStub(self._channel)
         self._timeout_s, self._resume = timeout_s, resume
@@ -151,8 +159,13 @@ class Client:
 class AsyncClient:
     """The same for asyncio. Belongs to the event loop that it is first used in."""
 
-    def __init__(self, address: str, timeout_s: float = 300.0, *, resume: bool = True) -> None:
-        self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+    def __init__(self, address: str, timeout_s: float = 300.0, *, resume: bool = True, tls: Tls | None = None) -> None:
+        """As for `Client`."""
+        self._channel = (
+            grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+            if tls is None
+            else grpc.aio.secure_channel(address, tls.credentials(), options=_CHANNEL_OPTIONS)
+        )
         self._generation: Any = rpc.GenerationStub(self._channel)
         self._cluster: Any = rpc.ClusterStub(self._channel)
         self._timeout_s, self._resume = timeout_s, resume

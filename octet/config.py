@@ -112,11 +112,28 @@ class HandoffConfig(_Node):
     """Deadline of one part of a transfer; a prompt's pages go in parts of at most 4 MiB."""
 
 
+class TlsConfig(_Node):
+    """PEM files on the node of the frontend. Without them gRPC is in the clear."""
+
+    cert: str | None = None
+    """The server's certificate, with the chain that signs it."""
+    key: str | None = None
+    client_ca: str | None = None
+    """If given, clients must show a certificate signed by one of these."""
+
+    @pydantic.model_validator(mode="after")
+    def _cert_and_key_come_together(self) -> TlsConfig:
+        if (self.cert is None) != (self.key is None) or (self.client_ca is not None and self.cert is None):
+            raise ValueError("cert and key come together, and client_ca only with them")
+        return self
+
+
 class FrontendConfig(_Node):
     host: str = "127.0.0.1"
     """Address that the gRPC server listens on; 0.0.0.0 for every interface."""
     port: int = pydantic.Field(50051, ge=0, le=65535)
     """0 picks a free one."""
+    tls: TlsConfig = TlsConfig()
     max_requests: int = pydantic.Field(1024, ge=1)
     """Live requests; one more is answered RESOURCE_EXHAUSTED."""
     max_queued_tokens: int = pydantic.Field(1_000_000, ge=1)

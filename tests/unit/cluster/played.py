@@ -175,10 +175,12 @@ async def playing(plan: ServingPlan = PLAN) -> AsyncIterator[Cluster]:
     frontend = Frontend(FRONTEND, plan, TOKENIZER, AsyncMailbox(HOST))
     cluster = Cluster(frontend, Worker(PREFILL, frontend), Worker(DECODE, frontend))
     frontend.serve({PREFILL: cluster.prefill.mailbox.address}, {DECODE: cluster.decode.mailbox.address})
-    yield cluster
-    frontend.close()
-    for worker in (cluster.prefill, cluster.decode, *cluster.others):
-        worker.mailbox.close()
+    try:
+        yield cluster
+    finally:
+        frontend.close()
+        for worker in (cluster.prefill, cluster.decode, *cluster.others):
+            worker.mailbox.close()
 
 
 def token(
