@@ -26,3 +26,23 @@ def record(
 
     with Client(grpc, timeout_s=30.0) as client:
         run(client, file, seconds, step, Console(stderr=True, highlight=False))
+
+
+@experts.command()
+def report(
+    model_dir: Annotated[pathlib.Path | None, typer.Argument(help="Hugging Face directory; default: embedded.")] = None,
+    corpus: Annotated[
+        pathlib.Path | None,
+        typer.Option(help="A directory of LABEL.txt files, or a .jsonl file; default: Octet's own."),
+    ] = None,
+    out: Annotated[
+        pathlib.Path | None, typer.Option(help="FILE.html, FILE.png or FILE.txt; default: print it.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="Text to be shown token by token.")] = None,
+    seed: Annotated[int, typer.Option(help="Shuffles labels, to tell what is chance.")] = 0,
+) -> None:
+    """Run a labelled corpus through a model in this process, and show which experts fire on what."""
+    from cluster.planning import EMBEDDED_MODEL
+    from ops.specialise.command import report as run
+
+    run(model_dir or EMBEDDED_MODEL, corpus, prompt, out, seed)

@@ -20,7 +20,7 @@ from octet.config import TelemetryConfig
 from octet.counters import FrameCounters
 from octet.ids import WorkerId
 from router.telemetry_samples import Sample, ShardSample, WorkerSample
-from router.telemetry_sums import ShardSums, WorkerSums, added, shard_sums, worker_sums
+from router.telemetry_sums import ShardSums, WorkerSums, shard_sums, total, worker_sums
 from router.telemetry_window import LaneTelemetry, ShardTelemetry, TelemetryWindow, WorkerTelemetry
 
 Sums = ShardSums | WorkerSums
@@ -88,18 +88,17 @@ class Telemetry:
         steps = list(self._steps)
         if last_s is not None:
             steps = [step for step in steps if step.start_s >= now_s - last_s] or steps[-1:]
-        sums: dict[WorkerId, Sums] = {}
         loads_LE = np.zeros(self._total_LE.shape, dtype=np.int64)
+        did: dict[WorkerId, list[Sums]] = collections.defaultdict(list)
         for step in steps:
             loads_LE += step.tokens_LE
             for worker_id, of_step in step.members.items():
-                sums[worker_id] = added(sums[worker_id], of_step) if worker_id in sums else of_step
-        heard = {
-            worker_id: member
+                did[worker_id].append(of_step)
+        parts = [
+            _telemetry(member, total(did[worker_id]))
             for worker_id, member in sorted(self._members.items())
-            if now_s - member.heard_s <= self._config.silent_s and worker_id in sums
-        }
-        parts = [_telemetry(member, sums[worker_id]) for worker_id, member in heard.items()]
+            if now_s - member.heard_s <= self._config.silent_s and worker_id in did
+        ]
         return TelemetryWindow(
             end_s=self._recorded_s,
             duration_s=sum(step.end_s - step.start_s for step in steps),
@@ -141,7 +140,7 @@ class Telemetry:
         member.recent_whole = member.recent_whole * fade + whole
         self._members[sample.worker_id] = member
         of_step = step.members.get(sample.worker_id)
-        step.members[sample.worker_id] = counted if of_step is None else added(of_step, counted)
+        step.members[sample.worker_id] = counted if of_step is None else total([of_step, counted])
         step.tokens_LE += tokens_LE
         self._total_LE += tokens_LE
 

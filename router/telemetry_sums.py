@@ -6,8 +6,9 @@ Shapes: `L` mixture-of-experts layers.
 from __future__ import annotations
 
 import dataclasses
-import operator
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any, TypeVar
 
 import numpy as np
@@ -74,29 +75,39 @@ def since(new: _T, old: _T) -> _T:
 
     A number that fell was counted from 0 again, and a new key begins at 0: a lane that is formed anew does both.
     """
-    difference: _T = _by_field(new, old, _since)
-    return difference
+    counted: _T = _since(new, old)
+    return counted
 
 
-def added(first: _T, second: _T) -> _T:
-    """The sum; a key that only one side has stays as it is."""
-    total: _T = _by_field(first, second, operator.add, union=True)
-    return total
+def total(parts: Sequence[_T]) -> _T:
+    """The sum; a key that only some have counts as 0 in the others."""
+    added: _T = _total(parts)
+    return added
 
 
 def _since(new: Any, old: Any) -> Any:
+    if isinstance(new, Mapping):
+        return {key: _since(value, old[key]) if key in old else value for key, value in new.items()}
+    if dataclasses.is_dataclass(new):
+        make: Any = type(new)
+        return make(**{name: _since(getattr(new, name), getattr(old, name)) for name in _names(make)})
     if isinstance(new, np.ndarray):
         return np.where(new < old, new, new - old)
     return new if new < old else new - old
 
 
-def _by_field(first: Any, second: Any, operation: Callable[[Any, Any], Any], union: bool = False) -> Any:
+def _total(parts: Sequence[Any]) -> Any:
+    first = parts[0]
     if isinstance(first, Mapping):
-        merged = {k: _by_field(v, second[k], operation, union) if k in second else v for k, v in first.items()}
-        return {**second, **merged} if union else merged
+        return {key: _total([part[key] for part in parts if key in part]) for key in dict.fromkeys(chain(*parts))}
     if dataclasses.is_dataclass(first):
-        names = [field.name for field in dataclasses.fields(first)]
-        parts = {name: _by_field(getattr(first, name), getattr(second, name), operation, union) for name in names}
         make: Any = type(first)
-        return make(**parts)
-    return operation(first, second)
+        return make(**{name: _total([getattr(part, name) for part in parts]) for name in _names(make)})
+    if isinstance(first, np.ndarray):
+        return np.sum(parts, axis=0)
+    return sum(parts)
+
+
+@functools.cache
+def _names(cls: type) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(cls))

@@ -171,6 +171,14 @@ def bench_balance() -> None:
     run()
 
 
+@bench.command("telemetry")
+def bench_telemetry(rounds: Annotated[int, typer.Option(min=1, help="Of two clusters in turn.")] = 5) -> None:
+    """What counting costs, as a share of the step that is counted."""
+    from ops.bench.telemetry import bench_telemetry as run
+
+    run(rounds)
+
+
 @bench.command("lane")
 def bench_lane() -> None:
     """A dispatch and combine without experts, against gloo's own all-to-all."""
