@@ -292,6 +292,22 @@ def bench_kernels(
     run(device, layers, json_file)
 
 
+@bench.command("simulator")
+def bench_simulator(
+    calibrate: Annotated[pathlib.Path, typer.Option(metavar="F.json", help="From `octet bench breakdown --json`.")],
+    streams: Annotated[int, typer.Option(min=1)] = 8,
+    requests: Annotated[int, typer.Option(min=1)] = 32,
+    repeats: Annotated[int, typer.Option(min=1)] = 3,
+) -> None:
+    """Simulated against measured throughput and TPOT of clusters of three sizes on this machine."""
+    from ops.bench.machine import describe
+    from ops.simulate.validation import ValidationOptions
+    from ops.simulate.validation import bench_simulator as run
+
+    options = ValidationOptions(streams=streams, requests=requests, repeats=repeats)
+    run(calibrate, options, describe().cores)
+
+
 def _numbers(option: str, text: str) -> tuple[int, ...]:
     """Raises: typer.BadParameter."""
     try:

@@ -51,6 +51,8 @@ class Options:
     seed: int
     tick_s: float = 1.0
     """How often waits at the shards and the lengths of steps are worked out anew."""
+    streams: int | None = None
+    """A closed loop: so many users, each of whom asks again when an answer is complete; arrival times are ignored."""
     most_members: int = 4096
     """Decode workers over all time."""
 
@@ -67,7 +69,7 @@ class Simulation:
         config: OctetConfig,
         options: Options,
     ) -> None:
-        self._requests, self._shape, self._costs = requests, shape, costs
+        self._requests, self._shape, self._costs = list(requests), shape, costs
         self._config, self._options = config, options
         self.clock = Clock()
         most_tokens = max(config.prefill.chunk_tokens, config.decode.max_batch)
@@ -140,17 +142,26 @@ class Simulation:
 
     def _next(self) -> None:
         """Whatever comes first: an arrival, an end of a sequence, or another event."""
-        arrival_s = self._requests[self._arrived].at_s if self._arrived < len(self._requests) else float("inf")
+        arrival_s = self._next_arrival_s()
         end_s, row = self.decode.next_end()
         if arrival_s <= end_s and arrival_s <= self.clock.next_s:
             self.clock.advance(arrival_s)
+            number = self._arrived
             self._arrived += 1
-            self._arrive(self._arrived - 1)
+            self._requests[number] = dataclasses.replace(self._requests[number], at_s=self.clock.now_s)
+            self._arrive(number)
         elif end_s <= self.clock.next_s:
             self.clock.advance(end_s)
             self._leave(row)
         else:
             self.clock.happen()
+
+    def _next_arrival_s(self) -> float:
+        if self._arrived == len(self._requests):
+            return float("inf")
+        if self._options.streams is None:
+            return self._requests[self._arrived].at_s
+        return self.clock.now_s if self._live + len(self._held) < self._options.streams else float("inf")
 
     def _arrive(self, number: int) -> None:
         request = self._requests[number]

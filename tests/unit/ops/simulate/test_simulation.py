@@ -122,3 +122,10 @@ def test_an_unbalanced_pool_is_slower_than_a_balanced_one() -> None:
     requests = poisson(3, 100, seed=3)
     balanced, numbered = (run(requests, cost, opts=options(experts=4, balance=on)) for on in (True, False))
     assert summarized(balanced, 0).ttft_s.p50 < summarized(numbered, 0).ttft_s.p50
+
+
+def test_in_a_closed_loop_the_next_request_comes_when_an_answer_is_complete() -> None:
+    cost = costs(prefill_fixed_s=1.0, decode_fixed_s=0.5)
+    done = run([request(99.0, new=3)] * 5, cost, opts=options(streams=1))
+    assert [one.at_s for one in done.served] == pytest.approx([0.0, 2.0, 4.0, 6.0, 8.0])
+    assert done.duration_s == pytest.approx(10.0)
