@@ -18,6 +18,8 @@ class Demand:
     prompt_tokens: int
     new_tokens: int
     """At most, over all choices."""
+    longest_answer: int
+    """At most, of one choice."""
     priority: int
     timeout_s: float
 
@@ -33,6 +35,8 @@ class Backlog:
     """Those of them that are served before the request at hand."""
     new_tokens: float
     """That are expected to be generated yet."""
+    answer_share: float = 1.0
+    """Of the tokens that an answer may have, those that it is expected to have."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +45,8 @@ class Rates:
 
     prefill_tokens_s: float | None
     decode_tokens_s: float | None
+    tpot_s: float | None
+    """From one token of an answer to the next."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,17 +56,19 @@ class Refusal:
 
 
 def admit(demand: Demand, backlog: Backlog, rates: Rates, config: FrontendConfig) -> Refusal | None:
-    """Refuse what is over a limit, or would wait past its deadline for what was accepted before it.
+    """Refuse what is over a limit, or would end past its deadline because of what was accepted before it.
 
     A priority class has its share of every limit: requests of priority below 0 may use all of it, those of 0 leave
     `reserve` of it to them, and those above 0 twice as much. So the unimportant are refused first.
 
     The wait is the time in which the slower of the two pools gets through what is ahead: prompts flow through both at
-    once, and where one holds up the other, the other's rate is measured accordingly. The request's own answer is not
-    counted: an idle cluster refuses nobody.
+    once, and where one holds up the other, the other's rate is measured accordingly. Then comes the request's own time.
+    It counts up to half of what the request has, so that with little to do nobody is refused for asking much, and an
+    idle cluster refuses nobody at all.
     """
     share = 1.0 - config.reserve * (1 + (demand.priority > 0) - (demand.priority < 0))
-    wait_s = _wait_s(backlog, rates)
+    wait_s, own_s = _wait_s(backlog, rates), _own_s(demand, backlog, rates)
+    allowed_s = demand.timeout_s * share - min(own_s, demand.timeout_s / 2)
     most_requests = math.ceil(config.max_requests * share)
     most_tokens = math.ceil(config.max_queued_tokens * share)
     if backlog.requests >= most_requests:
@@ -75,11 +83,11 @@ def admit(demand: Demand, backlog: Backlog, rates: Rates, config: FrontendConfig
             f"(frontend.max_queued_tokens) is {most_tokens} at priority {demand.priority}",
             retry_after_s=_retry_s(wait_s * demand.prompt_tokens / backlog.prompt_tokens),
         )
-    if wait_s > demand.timeout_s * share:
+    if wait_s > max(allowed_s, 0.0):
         return Refusal(
-            reason=f"it would wait {wait_s:.1f} s, of {demand.timeout_s:.1f} s up to its deadline: "
+            reason=f"it would wait {wait_s:.1f} s and take {own_s:.1f} s, of the {demand.timeout_s:.1f} s that it has: "
             f"{backlog.prompt_tokens_ahead} prompt tokens and {backlog.new_tokens:.0f} new tokens are ahead of it",
-            retry_after_s=_retry_s(wait_s - demand.timeout_s * share),
+            retry_after_s=_retry_s(wait_s - allowed_s),
         )
     return None
 
@@ -88,6 +96,11 @@ def _wait_s(backlog: Backlog, rates: Rates) -> float:
     prefill_s = backlog.prompt_tokens_ahead / rates.prefill_tokens_s if rates.prefill_tokens_s else 0.0
     decode_s = backlog.new_tokens / rates.decode_tokens_s if rates.decode_tokens_s else 0.0
     return max(prefill_s, decode_s)
+
+
+def _own_s(demand: Demand, backlog: Backlog, rates: Rates) -> float:
+    prefill_s = demand.prompt_tokens / rates.prefill_tokens_s if rates.prefill_tokens_s else 0.0
+    return prefill_s + demand.longest_answer * backlog.answer_share * (rates.tpot_s or 0.0)
 
 
 def _retry_s(delay_s: float) -> float:

@@ -134,7 +134,9 @@ class Frontend:
         """
         if self._find(request_id) is None:
             timeout_s = self._config.default_timeout_s if timeout_s is None else timeout_s
-            self._check_admission(Demand(prompt_tokens=1, new_tokens=1, priority=priority, timeout_s=timeout_s))
+            self._check_admission(
+                Demand(prompt_tokens=1, new_tokens=1, longest_answer=1, priority=priority, timeout_s=timeout_s)
+            )
 
     @contextlib.contextmanager
     def resume(self, request_id: RequestId, offsets: Sequence[int], timeout_s: float | None = None) -> Iterator[Reader]:
@@ -208,6 +210,7 @@ class Frontend:
         demand = Demand(
             prompt_tokens=spec.request.num_tokens,
             new_tokens=most_tokens - sum(map(len, spec.received)),
+            longest_answer=spec.request.stopping.max_new_tokens,
             priority=spec.request.priority,
             timeout_s=self._config.default_timeout_s if timeout_s is None else timeout_s,
         )
@@ -304,6 +307,8 @@ class Frontend:
             if self._dispatcher.report(message.worker_id, message.load):
                 for event in message.events:
                     self._take(event, message.worker_id)
+            # Messages that are there already are received without a pause, in which others have their turn.
+            await asyncio.sleep(0)
 
     def _take(self, event: TokenEvent | Evicted | Failed, worker_id: WorkerId) -> None:
         """Commit a token, or compute its choice again. What is not of a live attempt is dropped."""
@@ -316,7 +321,7 @@ class Frontend:
         match event:
             case TokenEvent():
                 if live.commit(event):
-                    self._count(live)
+                    self._count(live, event.choice)
                     self._dispatcher.note_token(live, event, worker_id)
                     if live.journal.ended:
                         self._end(live, Outcome(kind="finished"))
@@ -327,13 +332,15 @@ class Frontend:
             case Failed(reason=reason):
                 self._give_up(live, reason)
 
-    def _count(self, live: LiveRequest) -> None:
+    def _count(self, live: LiveRequest, choice: int) -> None:
         """One token was committed."""
+        now_s, last_s = _now_s(), live.last_token_s.get(choice)
         self.totals.tokens += 1
         if not live.prefilled:
             live.prefilled = True
-            self._meter.prefilled(live.demand, _now_s())
-        self._meter.generated(_now_s())
+            self._meter.prefilled(live.demand, now_s)
+        self._meter.generated(now_s, None if last_s is None else now_s - last_s)
+        live.last_token_s[choice] = now_s
 
 
 def _now_s() -> float:

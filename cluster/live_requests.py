@@ -34,6 +34,7 @@ class LiveRequest:
         self.record = Record(request.request_id, spec.digest, request.choices, request.num_prompt_tokens)
         self.resumable, self.keep, self.demand = spec.resumable, spec.keep, demand
         self.prefilled = False
+        self.last_token_s: dict[int, float] = {}
         self._answers = {
             choice: Answer(choice, tokenizer, request.stopping, spec.stop_strings) for choice in request.choices
         }

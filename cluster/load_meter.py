@@ -12,6 +12,8 @@ _ENOUGH_S = 1.0
 """Busy seconds after which a rate is one."""
 _ANSWER_WEIGHT = 0.05
 """Of the latest answer in the expected length of answers."""
+_TOKEN_WEIGHT = 0.01
+"""Of the latest token in the time from one to the next."""
 
 
 class Rate:
@@ -47,6 +49,7 @@ class LoadMeter:
         self._decoding = 0
         self._new_tokens = 0
         self._answer_share = 1.0
+        self._tpot_s: float | None = None
         self._prefill, self._decode = Rate(), Rate()
 
     def accept(self, demand: Demand, now_s: float) -> None:
@@ -60,8 +63,11 @@ class LoadMeter:
         self._decoding += 1
         self._note(now_s, prompt_tokens=demand.prompt_tokens)
 
-    def generated(self, now_s: float) -> None:
-        """One token."""
+    def generated(self, now_s: float, since_last_s: float | None) -> None:
+        """One token, so long after the one before it in its answer, if there was one."""
+        if since_last_s is not None:
+            before_s = since_last_s if self._tpot_s is None else self._tpot_s
+            self._tpot_s = before_s + _TOKEN_WEIGHT * (since_last_s - before_s)
         self._new_tokens -= 1
         self._note(now_s, new_tokens=1)
 
@@ -84,11 +90,12 @@ class LoadMeter:
             prompt_tokens=sum(self._waiting_tokens.values()),
             prompt_tokens_ahead=ahead,
             new_tokens=self._new_tokens * self._answer_share,
+            answer_share=self._answer_share,
         )
 
     @property
     def rates(self) -> Rates:
-        return Rates(prefill_tokens_s=self._prefill.per_s, decode_tokens_s=self._decode.per_s)
+        return Rates(prefill_tokens_s=self._prefill.per_s, decode_tokens_s=self._decode.per_s, tpot_s=self._tpot_s)
 
     def _note(self, now_s: float, *, prompt_tokens: int = 0, new_tokens: int = 0) -> None:
         self._prefill.note(now_s, prompt_tokens, any(self._waiting_tokens.values()))

@@ -279,6 +279,7 @@ class Simulation:
         return Demand(
             prompt_tokens=request.prompt_tokens,
             new_tokens=request.new_tokens,
+            longest_answer=request.new_tokens,
             priority=0,
             timeout_s=self._config.frontend.default_timeout_s,
         )

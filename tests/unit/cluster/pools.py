@@ -19,6 +19,17 @@ def token_of(request_id: str, choice: int, index: int) -> int:
     return 100 + (hash((request_id, choice)) + 7 * index) % 800
 
 
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """Time passes only when it is told to."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+        super().__init__()
+
+    def time(self) -> float:
+        return self.now_s
+
+
 @dataclasses.dataclass(slots=True)
 class Sequence:
     """One choice in a decode worker."""
@@ -77,9 +88,11 @@ class Pools:
         if going_on:
             self._offers[request.decode_worker].append((request, going_on))
 
-    def step_decode(self, worker: Worker) -> None:
-        """Take the offers that wait, and advance every sequence by a token."""
-        for request, choices in self._offers.pop(worker.worker_id, ()):
+    def step_decode(self, worker: Worker, max_batch: int = 10**6) -> None:
+        """Take the offers that wait, as far as there is room, and advance every sequence by a token."""
+        offers = self._offers[worker.worker_id]
+        while offers and len(worker.sequences) < max_batch:
+            request, choices = offers.popleft()
             index = request.num_tokens - request.num_prompt_tokens
             worker.sequences += [Sequence(request, choice, index + 1) for choice in choices]
         events = []

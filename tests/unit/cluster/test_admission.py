@@ -11,13 +11,19 @@ from cluster.admission import Backlog, Demand, Rates, Refusal, admit
 from octet.config import FrontendConfig
 
 IDLE = Backlog(requests=0, prompt_tokens=0, prompt_tokens_ahead=0, new_tokens=0)
-RATES = Rates(prefill_tokens_s=1000.0, decode_tokens_s=100.0)
-UNKNOWN = Rates(prefill_tokens_s=None, decode_tokens_s=None)
+RATES = Rates(prefill_tokens_s=1000.0, decode_tokens_s=100.0, tpot_s=0.1)
+UNKNOWN = Rates(prefill_tokens_s=None, decode_tokens_s=None, tpot_s=None)
 CONFIG = FrontendConfig(max_requests=10, max_queued_tokens=1000, reserve=0.2)
 
 
-def demand(priority: int = 0, prompt_tokens: int = 10, timeout_s: float = 100.0, new_tokens: int = 10) -> Demand:
-    return Demand(prompt_tokens=prompt_tokens, new_tokens=new_tokens, priority=priority, timeout_s=timeout_s)
+def demand(priority: int = 0, prompt_tokens: int = 10, timeout_s: float = 100.0, new_tokens: int = 0) -> Demand:
+    return Demand(
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        longest_answer=new_tokens,
+        priority=priority,
+        timeout_s=timeout_s,
+    )
 
 
 def backlog(**fields: Any) -> Backlog:
@@ -61,7 +67,19 @@ def test_what_would_wait_past_its_deadline_is_refused(ahead: dict[str, Any], wai
     assert admit(demand(-1, timeout_s=wait_s + 0.1), backlog(**ahead), RATES, CONFIG) is None
     refusal = refused(demand(-1, timeout_s=wait_s - 0.5), backlog(**ahead))
     assert f"it would wait {wait_s:.1f} s" in refusal.reason
-    assert refusal.retry_after_s == pytest.approx(0.5)
+    assert refusal.retry_after_s == pytest.approx(0.51)
+
+
+@pytest.mark.parametrize(("new_tokens", "allowed_s"), [(0, 19.99), (100, 9.99), (10**6, 10.0)])
+def test_its_own_time_counts_up_to_a_half(new_tokens: int, allowed_s: float) -> None:
+    asked = demand(-1, timeout_s=20.0, new_tokens=new_tokens)
+    assert admit(asked, backlog(new_tokens=100 * allowed_s - 1), RATES, CONFIG) is None
+    assert "it would wait" in refused(asked, backlog(new_tokens=100 * allowed_s + 2)).reason
+
+
+def test_answers_count_as_far_as_they_are_expected_to_go() -> None:
+    asked = demand(-1, timeout_s=20.0, new_tokens=100)
+    assert admit(asked, backlog(new_tokens=1500.0, answer_share=0.1), RATES, CONFIG) is None
 
 
 def test_the_slower_pool_is_what_is_waited_for() -> None:

@@ -21,22 +21,11 @@ from octet.errors import OctetError, RequestCancelledError
 from octet.ids import RequestId, WorkerId
 from octet.mailbox import AsyncMailbox
 from octet.v1 import octet_pb2 as pb
-from tests.unit.cluster.pools import Pools, PoolsMailbox, Worker, token_of
+from tests.unit.cluster.pools import Pools, PoolsMailbox, VirtualLoop, Worker, token_of
 
 GRACE_S = 10.0
 FRONTEND = WorkerId("frontend-0")
 PLAN = make_plan(load_config(None, [f"frontend={{resume_grace_s: {GRACE_S}, max_attempts: 100000}}"]))
-
-
-class VirtualLoop(asyncio.SelectorEventLoop):
-    """Time passes only when it is told to."""
-
-    def __init__(self) -> None:
-        self.now_s = 1000.0
-        super().__init__()
-
-    def time(self) -> float:
-        return self.now_s
 
 
 class Client:

@@ -9,7 +9,13 @@ from cluster.load_meter import LoadMeter, Rate
 
 
 def demand(priority: int = 0, prompt_tokens: int = 100, new_tokens: int = 20) -> Demand:
-    return Demand(prompt_tokens=prompt_tokens, new_tokens=new_tokens, priority=priority, timeout_s=10.0)
+    return Demand(
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        longest_answer=new_tokens,
+        priority=priority,
+        timeout_s=10.0,
+    )
 
 
 def test_a_rate_is_work_per_busy_second() -> None:
@@ -53,10 +59,11 @@ def test_rates_are_those_of_each_pool() -> None:
     meter.accept(asked, 0.0)
     meter.prefilled(asked, 2.0)
     for index in range(20):
-        meter.generated(2.0 + (index + 1) * 0.1)
+        meter.generated(2.0 + (index + 1) * 0.1, 0.1 if index else None)
     rates = meter.rates
     assert rates.prefill_tokens_s == pytest.approx(50.0)
     assert rates.decode_tokens_s == pytest.approx(10.0)
+    assert rates.tpot_s == pytest.approx(0.1)
 
 
 def test_answers_are_expected_to_be_as_long_as_they_were() -> None:
@@ -66,7 +73,7 @@ def test_answers_are_expected_to_be_as_long_as_they_were() -> None:
         meter.accept(asked, 0.0)
         meter.prefilled(asked, 0.0)
         for _ in range(25):
-            meter.generated(0.0)
+            meter.generated(0.0, None)
         meter.end(asked, 25, prefilled=True, finished=True, now_s=0.0)
     meter.accept(demand(new_tokens=1000), 0.0)
     assert meter.backlog(0).new_tokens == pytest.approx(250.0, rel=0.01)
@@ -81,7 +88,7 @@ def test_when_every_request_has_ended_nothing_is_in_hand(asked: list[tuple[int, 
         if generated:
             meter.prefilled(each, now_s)
         for _ in range(generated):
-            meter.generated(now_s)
+            meter.generated(now_s, None)
         meter.end(each, generated, prefilled=generated > 0, finished=finished, now_s=now_s)
     found = meter.backlog(1)
     assert (found.requests, found.prompt_tokens, found.prompt_tokens_ahead, found.new_tokens) == (0, 0, 0, 0)
