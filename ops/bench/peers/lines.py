@@ -48,6 +48,7 @@ class LinePeer:
                     start_new_session=True,
                 )
             except OSError as error:
+                self._log.unlink()
                 raise PeerError(name, f"does not start: {error}") from error
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, name=f"peer-{name}", daemon=True)

@@ -6,6 +6,7 @@ import io
 import json
 import pathlib
 import sys
+import tempfile
 import time
 
 import pytest
@@ -93,9 +94,13 @@ def test_what_is_no_json_is_shown() -> None:
         start("print('hello', flush=True); input()")
 
 
-def test_a_missing_program_is_a_peer_error() -> None:
+def test_a_missing_program_is_a_peer_error_and_leaves_no_log(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(PeerError, match="does not start"):
         LinePeer("none", ["/nowhere/python"], {}, start_s=1.0, answer_s=1.0)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_engine_answers_every_line() -> None:
