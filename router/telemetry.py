@@ -25,6 +25,9 @@ from router.telemetry_window import LaneTelemetry, ShardTelemetry, TelemetryWind
 
 Sums = ShardSums | WorkerSums
 
+_WHOLE = 0.9
+"""Of a step: a reading that comes a little early ends it all the same, or it would grow to twice its length."""
+
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class _Member:
@@ -112,8 +115,9 @@ class Telemetry:
         )
 
     def _step(self, now_s: float) -> _Step:
-        """The step that a reading belongs to, open to its end."""
-        if not self._steps or now_s - self._steps[-1].start_s > self._config.step_s:
+        """The step that a reading belongs to: the last one, unless it is as long as a step already."""
+        last = self._steps[-1] if self._steps else None
+        if last is None or last.end_s - last.start_s >= _WHOLE * self._config.step_s:
             tokens_LE = np.zeros_like(self._total_LE)
             self._steps.append(_Step(start_s=self._recorded_s, end_s=now_s, tokens_LE=tokens_LE, members={}))
         self._steps[-1].end_s = now_s

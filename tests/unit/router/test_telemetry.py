@@ -149,6 +149,14 @@ def test_readings_within_a_step_count_as_one_step(telemetry: Telemetry) -> None:
     np.testing.assert_array_equal(window.loads_LE, sum(counted[-num_ticks:]))
 
 
+def test_readings_that_come_a_little_early_or_late_are_steps_all_the_same(telemetry: Telemetry) -> None:
+    shard, now_s = Shard("experts-0"), 0.0
+    for _ in range(50):
+        now_s += random.uniform(0.95, 1.05)
+        telemetry.record(now_s, [shard.work(tokens_LE=1)])
+    assert telemetry.window(now_s, last_s=2.2).loads_LE.max() == 2
+
+
 def test_a_shard_that_joins_is_counted_from_its_start(telemetry: Telemetry) -> None:
     telemetry.record(1.0, [Shard("experts-0").work()])
     tokens = random_tokens()
