@@ -9,7 +9,7 @@ import numpy as np
 from ops.simulate.costs import Costs
 from ops.simulate.expert_loads import ExpertLoads
 from ops.simulate.shape import Shape
-from ops.simulate.shard_times import ShardTimes, shard_times
+from ops.simulate.shard_times import Batches, ShardTimes, sample_batches, shard_times
 from router.balancing.measure import balancedness, shard_loads
 from router.balancing.planner import Rebalance, plan
 from router.balancing.topology import Budget, Topology
@@ -43,6 +43,8 @@ class ExpertPool:
         self.asked_redundant = redundant
         """More come with it where shards have as many slots each."""
         self.placement = self.planned(num_shards, redundant)
+        self._sampled: tuple[int, Batches] | None = None
+        """The window that they are of, and batches."""
         self._look()
 
     @property
@@ -103,13 +105,10 @@ class ExpertPool:
 
     def _look(self) -> None:
         """What the placement that serves makes of the loads that hold."""
-        self.times: ShardTimes = shard_times(
-            self.placement,
-            self.loads_LE,
-            self._costs,
-            FEW_ROWS["gpu" if self._options.gpu else "cpu"],
-            self._shape.experts_per_token,
-            self._options.most_tokens,
-            self._options.seed,
-        )
+        options = self._options
+        if self._sampled is None or self._sampled[0] != self._window:
+            batches = sample_batches(self.loads_LE, self._shape.experts_per_token, options.most_tokens, options.seed)
+            self._sampled = (self._window, batches)
+        few_rows = FEW_ROWS["gpu" if options.gpu else "cpu"]
+        self.times: ShardTimes = shard_times(self.placement, self._sampled[1], self._costs, few_rows)
         self.level = float(balancedness(shard_loads(self.placement, self.loads_LE)).mean())

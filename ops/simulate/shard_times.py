@@ -8,6 +8,7 @@ Shapes: `L` layers, `E` experts, `X` shards, `T` tokens, `K` experts per token, 
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 
 import numpy as np
@@ -35,28 +36,43 @@ class ShardTimes:
     """Over all shards: each token once per shard that holds one of its experts."""
 
 
-def shard_times(
-    placement: Placement, loads_LE: Loads, costs: Costs, few_rows: int, top_k: int, most_tokens: int, seed: int
-) -> ShardTimes:
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Batches:
+    """Experts that sampled batches ask for, whatever the placement."""
+
+    most_tokens: int
+    ids: tuple[tuple[int, int, npt.NDArray[np.int64]], ...]
+    """(tokens, row of the layer, experts `[T, K]`)."""
+
+
+def sample_batches(loads_LE: Loads, top_k: int, most_tokens: int, seed: int) -> Batches:
+    """Small batches several times, since they differ more."""
     rng = np.random.default_rng(seed)
     sizes = [size for size in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096) if size < most_tokens]
-    sizes.append(most_tokens)
-    replicas = list(replicas_of(placement).values())
     layers = np.unique(np.linspace(0, len(loads_LE) - 1, _LAYERS_SAMPLED).round().astype(int)).tolist()
-    samples = np.zeros((len(sizes), 3))
-    for number, size in enumerate(sizes):
-        repeats = _SMALL_REPEATS if size <= _SMALL_BATCH else 1
-        for layer in layers:
-            for _ in range(repeats):
-                ids_TK = sampled_experts(loads_LE[layer], size, top_k, rng)
-                slots_TK = choose(ids_TK, replicas[layer], placement.num_shards, few_rows)
-                if slots_TK.size == 0:
-                    slots_TK = replicas[layer].slots_ER[ids_TK, 0]
-                samples[number] += _judged(slots_TK, placement, costs)
-        samples[number] /= repeats * len(layers)
-    every = np.arange(most_tokens + 1)
-    known = np.array([0, *sizes])
-    peak_s, mean_s, rows_sent = (np.interp(every, known, [0.0, *column]) for column in samples.T)
+    return Batches(
+        most_tokens=most_tokens,
+        ids=tuple(
+            (size, layer, sampled_experts(loads_LE[layer], size, top_k, rng))
+            for size in (*sizes, most_tokens)
+            for layer in layers
+            for _ in range(_SMALL_REPEATS if size <= _SMALL_BATCH else 1)
+        ),
+    )
+
+
+def shard_times(placement: Placement, batches: Batches, costs: Costs, few_rows: int) -> ShardTimes:
+    """What batches cost under a placement."""
+    replicas = list(replicas_of(placement).values())
+    judged: dict[int, list[tuple[float, float, float]]] = collections.defaultdict(list)
+    for size, layer, ids_TK in batches.ids:
+        slots_TK = choose(ids_TK, replicas[layer], placement.num_shards, few_rows)
+        if slots_TK.size == 0:
+            slots_TK = replicas[layer].slots_ER[ids_TK, 0]
+        judged[size].append(_judged(slots_TK, placement, costs))
+    every, known = np.arange(batches.most_tokens + 1), np.array([0, *judged])
+    means = np.array([np.mean(samples, axis=0) for samples in judged.values()])
+    peak_s, mean_s, rows_sent = (np.interp(every, known, [0.0, *column]) for column in means.T)
     return ShardTimes(peak_s=peak_s, mean_s=mean_s, rows_sent=rows_sent)
 
 

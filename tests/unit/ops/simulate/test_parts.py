@@ -18,7 +18,7 @@ from ops.simulate.expert_loads import drawn, recorded
 from ops.simulate.load import day, enveloped, read_requests, stacked
 from ops.simulate.outcome import Action, _most_reversals
 from ops.simulate.shape import GLM_4_6, shape, shape_of
-from ops.simulate.shard_times import shard_times
+from ops.simulate.shard_times import sample_batches, shard_times
 from router.placement import place_evenly
 from router.trace.files import TraceWriter
 from router.trace.values import TraceHeader, TraceWindow
@@ -127,7 +127,7 @@ def test_recorded_loads_become_shares_of_tokens(tmp_path: pathlib.Path, suffix: 
 def test_shards_take_longer_for_more_tokens_and_the_fullest_longest() -> None:
     loads = drawn(2, 8, 2, np.random.default_rng(0), (1.0, 1.0)).windows[0]
     cost = costs(expert_per_row_s=1.0, expert_per_read_s=0.1)
-    times = shard_times(place_evenly((1, 2), 8, 4), loads, cost, 64, 2, 256, seed=0)
+    times = shard_times(place_evenly((1, 2), 8, 4), sample_batches(loads, 2, 256, seed=0), cost, 64)
     assert times.peak_s[0] == times.mean_s[0] == 0
     assert (np.diff(times.peak_s) > 0).all()
     assert (times.peak_s[1:] >= times.mean_s[1:]).all()
