@@ -227,6 +227,7 @@ class Simulation:
             self._take_lease(task.number)
             self._views.ended(task.decode)
             self._finish(task.number, task.ttft_s, 0.0)
+            self.fleet.release_if_drained("decode", task.decode)
             return
         self.decode.offers[task.decode].append(
             decode_pool.Sequence(

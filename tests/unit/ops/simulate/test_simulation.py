@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ops.simulate.outcome import Run, summarized
-from tests.unit.ops.simulate.toy import config, costs, options, poisson, request, run
+from ops.simulate.simulation import Simulation
+from tests.unit.ops.simulate.toy import SHAPE, config, costs, loads, options, poisson, request, run
 
 WORK = costs(
     decode_fixed_s=0.01, decode_per_sequence_s=0.001, prefill_fixed_s=0.01, prefill_per_token_s=0.001,
@@ -129,3 +130,14 @@ def test_in_a_closed_loop_the_next_request_comes_when_an_answer_is_complete() ->
     done = run([request(99.0, new=3)] * 5, cost, opts=options(streams=1))
     assert [one.at_s for one in done.served] == pytest.approx([0.0, 2.0, 4.0, 6.0, 8.0])
     assert done.duration_s == pytest.approx(10.0)
+
+
+def test_a_worker_that_drains_leaves_also_if_the_last_request_on_its_way_never_comes() -> None:
+    """An answer of one token ends at its prefill worker."""
+    cost = costs(prefill_fixed_s=1.0, decode_fixed_s=0.5)
+    requests = [request(0.0, new=1), request(0.0, new=1), request(50.0, new=1)]
+    simulation = Simulation(requests, loads(), SHAPE, cost, config(), options(prefill=2, decode=2))
+    simulation.clock.after(0.5, simulation.fleet.drain, "decode", 1)
+    done = simulation.run()
+    assert done.moments[-1].sizes["decode"] == 1
+    assert done.gpu_hours["decode"] * 3600 == pytest.approx(51 + 1, abs=1.0)
