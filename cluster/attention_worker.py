@@ -1,22 +1,21 @@
-"""A prefill or decode worker as a process: mailbox, model, lane, channels, and the thread that steps the engine.
+"""A prefill or decode worker as a process: mailbox, model, lanes, KV channels, and the loop that steps the engine.
 
-Plain classes; `cluster.actors` puts them on Ray.
+Plain classes; `cluster.pool_actors` puts them on Ray.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
+import dataclasses
 import os
 import pathlib
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from cluster.lanes import open_exchange, serving_dtype
+from cluster.engine_loop import Engine, EngineLoop
+from cluster.lanes import lane_builder, serving_dtype
 from cluster.members import Endpoint, MemberStatus, Role
 from cluster.plan import ServingPlan
 from cluster.process import resident_bytes
@@ -32,63 +31,58 @@ from model.runner import ModelRunner
 from model.transformer import Transformer
 from model.weights import AttentionWeights, MtpWeights, gates_of, load_attention_weights, load_mtp_weights
 from octet.counters import StepCounters
-from octet.errors import LaneError, UnavailableError
-from octet.ids import WorkerId
+from octet.ids import Epoch, WorkerId
 from octet.mailbox import Mailbox
-from octet.messages import KvPull, Message, WorkerLoad
+from octet.messages import KvPull
 from prefill.engine import PrefillEngine
 from prefill.handoff import KvSender
 from prefill.leases import LeaseTable
 from router.channel import GroupChannel, KvChannel
-from router.exchange import Exchange
 from router.group import Group, GroupStore
+from router.plan import Planner
 from router.routed_experts import RoutedExperts
+from router.routing import Routing
 from router.telemetry_samples import WorkerSample
 
-_log = logging.getLogger(__name__)
 
-_IDLE_WAIT_S = 0.2
-"""How long an idle loop sleeps at most; a message wakes it at once."""
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Parts:
+    """What there is once the weights are loaded."""
 
-
-class Engine(Protocol):
-    """What the loop drives: `PrefillEngine` or `DecodeEngine`."""
-
-    @property
-    def busy(self) -> bool: ...
-    def handle(self, message: Message) -> None: ...
-    def step(self, now_s: float) -> list[tuple[WorkerId, Message]]: ...
-    def fail_all(self, reason: str, retryable: bool = False) -> None: ...
-    def flush(self) -> list[tuple[WorkerId, Message]]: ...
-    def load(self) -> WorkerLoad: ...
+    engine: Engine
+    routed: RoutedExperts
+    loop: EngineLoop
+    sender: KvSender | None
+    receiver: KvReceiver | None
 
 
 class AttentionWorker:
-    """Called in this order: `endpoint`, `load`, `connect`, `start`; `status`, `telemetry` and `progress` at any time;
-    `stop`."""
+    """Called in this order: `endpoint`, `load`, `link` (and `send_to`, `receive_from`), `start`; `stop` at the end.
 
-    def __init__(self, worker_id: WorkerId, role: Role, plan: ServingPlan, host: str, node_id: str) -> None:
+    While it serves, `link` and `adopt` take it from one state of the expert pool to the next, and peers come and go.
+    """
+
+    def __init__(
+        self, worker_id: WorkerId, role: Role, plan: ServingPlan, host: str, node_id: str, report: Callable[[str], None]
+    ) -> None:
+        """
+        Args:
+            report: told when the lane has broken, and why; returns at once.
+        """
         torch.set_num_threads(plan.threads[role])
         self._worker_id, self._role, self._plan, self._host, self._node_id = worker_id, role, plan, host, node_id
+        self._report = report
         self._device = torch.device(plan.device)
         self._dtype = serving_dtype(plan)
         self._mailbox = Mailbox(host)
-        self._store = GroupStore.host(host, plan.config.ray.start_timeout_s)
+        self._store = GroupStore.host(host, plan.config.lane.connect_s)
+        self._lanes = lane_builder(worker_id, role, plan, self._store, host)
+        self._joined: dict[str, GroupStore] = {}
+        self._connecting = threading.Lock()
         self._progress = LoadProgress(time.monotonic())
-        self._state, self._reason = "STARTING", ""
-        self._stopping = threading.Event()
-        self._closing: list[
-            contextlib.closing[Exchange] | contextlib.closing[KvSender] | contextlib.closing[KvReceiver]
-        ]
-        self._closing = []
-        self._weights: AttentionWeights | None = None
-        self._mtp_weights: MtpWeights | None = None
-        self._engine: Engine | None = None
-        self._exchange: Exchange | None = None
-        self._routed: RoutedExperts | None = None
-        self._thread: threading.Thread | None = None
+        self._state = "STARTING"
+        self._parts: _Parts | None = None
         self._incarnation, self._serving_since_s = time.time_ns(), 0.0
-        self._num_steps, self._step_s = 0, 0.0
 
     def endpoint(self) -> Endpoint:
         return Endpoint(worker_id=self._worker_id, mailbox=self._mailbox.address, store=self._store.address)
@@ -100,167 +94,152 @@ class AttentionWorker:
         """Read this worker's tensors. Raises: CheckpointError."""
         self._state = "LOADING"
         checkpoint = Checkpoint.open(pathlib.Path(self._plan.model_dir))
-        self._weights = load_attention_weights(checkpoint, self._dtype, self._device, self._progress)
+        weights = load_attention_weights(checkpoint, self._dtype, self._device, self._progress)
+        mtp = None
         if self._plan.config.speculation.num_draft_layers:
-            self._mtp_weights = load_mtp_weights(checkpoint, self._dtype, self._device, self._progress)
+            mtp = load_mtp_weights(checkpoint, self._dtype, self._device, self._progress)
         warm_up(self._device)
+        self._parts = self._build(weights, mtp)
 
-    def connect(self, peers: Mapping[WorkerId, str], channels: Sequence[Endpoint]) -> None:
-        """Form this worker's lane and its KV channels; every other member does so at the same time.
+    def meet(self, peers: Mapping[WorkerId, str]) -> None:
+        """Be able to write to these mailboxes."""
+        self._mailbox.connect(dict(peers))
 
-        Args:
-            peers: mailbox addresses.
-            channels: the members of the other attention pool, in the order that every member uses.
+    def link(self, shards: Sequence[WorkerId], epoch: Epoch) -> None:
+        """Connect to shards, each of which joins at the same time. The lane in use is not touched.
 
         Raises: LaneTimeoutError.
         """
-        self._mailbox.connect(dict(peers))
-        self._exchange = open_exchange(self._worker_id, self._role, self._plan, self._store, self._host)
-        kv_channels = {peer.worker_id: self._channel(peer) for peer in channels}
-        self._engine = self._build_engine(self._exchange, kv_channels)
+        with self._connecting:
+            self._lanes.link(shards, epoch)
 
-    def start(self) -> None:
+    def send_to(self, peer: WorkerId) -> None:
+        """Open a channel on which KV pages go to a decode worker, which calls `receive_from` at the same time.
+
+        Raises: LaneTimeoutError.
+        """
+        sender = self._built.sender
+        assert sender is not None
+        with self._connecting:
+            channel = self._channel(self._store, self._worker_id, peer, rank=0)
+        sender.connect(peer, channel)
+
+    def receive_from(self, peer: Endpoint) -> None:
+        """The other end of `send_to`. Raises: LaneTimeoutError."""
+        receiver = self._built.receiver
+        assert receiver is not None
+        with self._connecting:
+            if peer.store not in self._joined:
+                self._joined[peer.store] = GroupStore.join(peer.store, self._plan.config.lane.connect_s)
+            channel = self._channel(self._joined[peer.store], peer.worker_id, self._worker_id, rank=1)
+        receiver.connect(peer.worker_id, channel)
+
+    def forget(self, peers: Sequence[WorkerId]) -> None:
+        """These workers are gone: close what joins us. Idempotent."""
+        for peer in peers:
+            if self._built.sender is not None:
+                self._built.sender.disconnect(peer)
+            if self._built.receiver is not None:
+                self._built.receiver.disconnect(peer)
+        self._mailbox.disconnect(peers)
+
+    def start(self, routing: Routing) -> None:
+        """Serve by this routing, all of whose shards are linked, from now on."""
+        planner = Planner(routing.placement, self._device)
         self._serving_since_s = time.perf_counter()
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._thread.start()
-        self._state = "READY"
+        self._built.loop.start(planner, self._lanes.exchange(routing.shards))
+
+    def adopt(self, routing: Routing) -> None:
+        """Route by this from the next step on; returns when it is so. All its shards are linked.
+
+        Raises: LaneTimeoutError if the step under way does not end in time.
+        """
+        planner = Planner(routing.placement, self._device)
+        self._built.loop.adopt(planner, self._lanes.exchange(routing.shards))
+        self._lanes.unlink(others_than=routing.shards)
 
     def status(self) -> MemberStatus:
+        parts = self._parts
         return MemberStatus(
             worker_id=self._worker_id,
             node_id=self._node_id,
             pid=os.getpid(),
             resident_bytes=resident_bytes(),
-            state=self._state,
-            load=self._engine.load() if self._engine is not None else None,
-            reason=self._reason,
+            state=parts.loop.state if parts is not None else self._state,
+            load=parts.engine.load() if parts is not None else None,
+            reason=parts.loop.reason if parts is not None else "",
         )
 
     def telemetry(self) -> WorkerSample | None:
         """What was counted so far; None before it serves."""
-        if self._state != "READY" or self._engine is None or self._routed is None:
+        parts = self._parts
+        if parts is None or parts.loop.state == "CONNECTING":
             return None
-        load = self._engine.load()
+        load = parts.engine.load()
         return WorkerSample(
             worker_id=self._worker_id,
             incarnation=self._incarnation,
             uptime_s=time.perf_counter() - self._serving_since_s,
             role=self._role,
             steps=StepCounters(
-                steps=self._num_steps, step_s=self._step_s, combine_s=self._routed.combine_s, tokens=load.tokens
+                steps=parts.loop.num_steps,
+                step_s=parts.loop.step_s,
+                combine_s=parts.routed.combine_s,
+                tokens=load.tokens,
             ),
             load=load,
         )
 
     def stop(self, timeout_s: float = 5.0) -> None:
         """End the loop and close every connection. Idempotent."""
-        self._stopping.set()
-        if self._thread is not None:
-            self._mailbox.wake()
-            self._thread.join(timeout_s)
-        for part in self._closing:
-            part.__exit__(None, None, None)
-        self._closing.clear()
+        if (parts := self._parts) is None:
+            return
+        self._parts, self._state = None, "STOPPED"
+        parts.loop.stop(timeout_s)
+        self._lanes.unlink(others_than=())
+        for end in (parts.sender, parts.receiver):
+            if end is not None:
+                end.close()
 
-    def _channel(self, peer: Endpoint) -> KvChannel:
-        """The prefill worker of a pair hosts the store and is rank 0."""
-        plan, timeout_s = self._plan, self._plan.config.ray.start_timeout_s
-        prefill, decode = (
-            (self._worker_id, peer.worker_id) if self._role == "prefill" else (peer.worker_id, self._worker_id)
-        )
-        store = self._store if self._role == "prefill" else GroupStore.join(peer.store, timeout_s)
-        rank = 0 if self._role == "prefill" else 1
-        name = f"kv/{prefill}/{decode}/{plan.epoch}"
-        transfer_s = plan.config.handoff.timeout_s
-        return GroupChannel(Group(store, name, rank, 2, self._host, timeout_s, transfer_s), plan.epoch, transfer_s)
+    @property
+    def _built(self) -> _Parts:
+        assert self._parts is not None, "load comes first"
+        return self._parts
 
-    def _build_engine(self, exchange: Exchange, channels: Mapping[WorkerId, KvChannel]) -> Engine:
-        assert self._weights is not None, "load comes before connect"
-        plan, weights, mtp = self._plan, self._weights, self._mtp_weights
+    def _channel(self, store: GroupStore, source: WorkerId, target: WorkerId, rank: int) -> KvChannel:
+        """The source hosts the store and is rank 0."""
+        config, epoch = self._plan.config, self._plan.routing.epoch
+        name, transfer_s = f"kv/{source}/{target}", config.handoff.timeout_s
+        group = Group(store, name, rank, 2, self._host, config.lane.connect_s, transfer_s)
+        return GroupChannel(group, epoch, transfer_s)
+
+    def _build(self, weights: AttentionWeights, mtp: MtpWeights | None) -> _Parts:
+        plan = self._plan
         speculation, page_size = plan.config.speculation, plan.config.kv.page_size
         num_pages = plan.prefill_pages if self._role == "prefill" else plan.decode_pages
         cache = KvCache(plan.model, num_pages, page_size, self._dtype, self._device, speculation.num_draft_layers)
         transformer = Transformer(plan.model, weights, cache, plan.max_model_len)
-        self._routed = RoutedExperts(plan.model, gates_of(weights, mtp), plan.placement, exchange, self._device)
+        routed = RoutedExperts(plan.model, gates_of(weights, mtp), self._device)
         runner = ModelRunner(
             transformer,
-            self._routed,
+            routed,
             PagePool(num_pages, page_size),
             cache,
             self._device,
             plan.config.lane.ping_pong_rows,
             MtpHead(transformer, mtp, plan.model.num_hidden_layers) if mtp is not None else None,
         )
-        self._closing.append(contextlib.closing(exchange))
+        engine: Engine
         if self._role == "prefill":
-            leases = LeaseTable(plan.config.handoff.lease_s)
-            sender = KvSender(cache, leases, channels)
-            self._closing.append(contextlib.closing(sender))
-            return PrefillEngine(self._worker_id, plan.epoch, runner, leases, sender, plan.config.prefill)
-        receiver = KvReceiver(self._worker_id, cache, channels, self._ask, self._mailbox.wake)
-        self._closing.append(contextlib.closing(receiver))
-        speculator = Speculator(MtpDrafter(runner), speculation) if mtp is not None else None
-        return DecodeEngine(self._worker_id, plan.epoch, runner, receiver, plan.config.decode, speculator)
+            leases, receiver = LeaseTable(plan.config.handoff.lease_s), None
+            sender = KvSender(cache, leases, {})
+            engine = PrefillEngine(self._worker_id, plan.routing.epoch, runner, leases, sender, plan.config.prefill)
+        else:
+            sender, receiver = None, KvReceiver(self._worker_id, cache, {}, self._ask, self._mailbox.wake)
+            speculator = Speculator(MtpDrafter(runner), speculation) if mtp is not None else None
+            engine = DecodeEngine(self._worker_id, plan.routing.epoch, runner, receiver, plan.config.decode, speculator)
+        loop = EngineLoop(self._worker_id, engine, routed, self._mailbox, plan.config.lane, self._report)
+        return _Parts(engine=engine, routed=routed, loop=loop, sender=sender, receiver=receiver)
 
     def _ask(self, to: WorkerId, pull: KvPull) -> None:
         self._mailbox.send(to, pull)
-
-    def _run(self) -> None:
-        """Receive, step, send, until stopped. A broken lane ends every request here, and the loop."""
-        assert self._engine is not None
-        engine, last_step_s = self._engine, time.monotonic()
-        try:
-            while not self._stopping.is_set():
-                for message in self._mailbox.receive(0.0 if engine.busy else _IDLE_WAIT_S):
-                    engine.handle(message)
-                last_step_s = self._keep_lane(engine, last_step_s)
-                self._send(self._step(engine))
-        except Exception as error:
-            expected = isinstance(error, LaneError)
-            _log.log(
-                logging.WARNING if expected else logging.ERROR,
-                "%s ends: %s",
-                self._worker_id,
-                error,
-                exc_info=not expected,
-            )
-            self._state, self._reason = "FAILED", f"{type(error).__name__}: {error}"
-            engine.fail_all(f"{self._worker_id} failed: {self._reason}", retryable=True)
-            self._send(engine.flush())
-            self._refuse_until_stopped(engine)
-
-    def _step(self, engine: Engine) -> list[tuple[WorkerId, Message]]:
-        """One step, timed if there is anything to compute."""
-        if not engine.busy:
-            return engine.step(time.monotonic())
-        begun_s = time.perf_counter()
-        outgoing = engine.step(time.monotonic())
-        self._step_s += time.perf_counter() - begun_s
-        self._num_steps += 1
-        return outgoing
-
-    def _keep_lane(self, engine: Engine, last_step_s: float) -> float:
-        """A lane that carries no step carries heartbeats."""
-        now_s = time.monotonic()
-        if engine.busy:
-            return now_s
-        if now_s - last_step_s >= self._plan.config.lane.heartbeat_s:
-            assert self._exchange is not None
-            self._exchange.heartbeat()
-            return now_s
-        return last_step_s
-
-    def _refuse_until_stopped(self, engine: Engine) -> None:
-        """A failed worker answers what still comes, so that nobody waits for it."""
-        while not self._stopping.is_set():
-            for message in self._mailbox.receive(_IDLE_WAIT_S):
-                engine.handle(message)
-            engine.fail_all(f"{self._worker_id} failed: {self._reason}", retryable=True)
-            self._send(engine.flush())
-
-    def _send(self, outgoing: Sequence[tuple[WorkerId, Message]]) -> None:
-        for to, message in outgoing:
-            try:
-                self._mailbox.send(to, message)
-            except UnavailableError as error:
-                _log.warning("a %s is lost: %s", type(message).__name__, error)

@@ -1,45 +1,37 @@
-"""The controller: brings the pools up in order, watches them, and takes them down."""
+"""The controller: brings the cluster up, watches it, decides on its changes, and takes it down."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
 import logging
-from collections.abc import Awaitable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.frontend_actor import ClusterStatus, FrontendActor
-from cluster.members import POOLS, Endpoint, MemberStatus, Pool, Role
+from cluster.changes import Changes
+from cluster.frontend_actor import FrontendActor
+from cluster.members import POOLS, ClusterStatus, MemberStatus, Pool
+from cluster.membership import Membership
 from cluster.plan import ServingPlan
-from cluster.pool_actors import DecodeWorker, ExpertShard, PrefillWorker, node_id
+from cluster.pool_actors import node_id
+from cluster.pools import TASK_EVENTS, Member, Pools, call, call_all
 from cluster.router_actor import Router
-from octet.config import PoolConfig
+from cluster.watch import Watch
 from octet.errors import OctetError, StartupError
 from octet.ids import WorkerId
+from router.proposal import Proposal
 from router.telemetry_window import TelemetryWindow
 
 _log = logging.getLogger(__name__)
-_T = TypeVar("_T")
 
 FRONTEND = WorkerId("frontend-0")
-_WATCH_EVERY_S = 1.0
 _ANSWER_S = 10.0
 _STOP_S = 10.0
-_CONCURRENCY = 4
-"""Status and progress are answered while a member loads or connects."""
-_TASK_EVENTS = False
-"""Ray's GCS would keep an event of every call, of which the watch makes several a second."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Member:
-    worker_id: WorkerId
-    pool: Pool
-    actor: Any
+_RETRY_S = 1.0
+"""Between two attempts to replace what was lost."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,14 +56,23 @@ class StartProgress:
 
 
 class Controller:
-    """An async Ray actor. Called in this order: `start`, `drain`, `stop`; `status` and `progress` at any time."""
+    """An async Ray actor. Called in this order: `start`, `drain`, `stop`; everything else in between.
+
+    States: STARTING, READY, DEGRADED while a pool lacks members that were lost, DRAINING, FAILED.
+    """
 
     def __init__(self, plan: ServingPlan) -> None:
         self._plan = plan
         self._state, self._reason, self._phase = "STARTING", "", "starting the frontend"
-        self._members: list[Member] = []
-        self._groups: list[PlacementGroup] = []
-        self._watcher: asyncio.Task[None] | None = None
+        self._sizes: dict[Pool, int] = {pool: getattr(plan.config.pools, pool).size for pool in POOLS}
+        self._starting: list[Member] = []
+        self._pools: Pools | None = None
+        self._membership: Membership | None = None
+        self._changes: Changes | None = None
+        self._watch: Watch | None = None
+        self._lost: dict[WorkerId, str] = {}
+        """Members that still have to be done without, and why."""
+        self._tasks: set[asyncio.Task[None]] = set()
         self._frontend: Any = None
         self._router: Any = None
 
@@ -85,37 +86,41 @@ class Controller:
             async with asyncio.timeout(timeout_s):
                 return await self._start()
         except TimeoutError:
-            raise StartupError(f"the cluster was not up within {timeout_s} s; it was {self._phase}") from None
+            waiting_for = self._pools.waiting_for if self._pools is not None else ""
+            phase = f"waiting for Ray to place {waiting_for}" if waiting_for else self._phase
+            raise StartupError(f"the cluster was not up within {timeout_s} s; it was {phase}") from None
 
     async def _start(self) -> int:
-        plan = self._plan
-        controller = ray.get_runtime_context().current_actor
-        self._frontend = self._control_actor(FrontendActor, FRONTEND, FRONTEND, plan, controller)
+        plan, this = self._plan, ray.get_runtime_context().current_actor
+        self._frontend = self._control_actor(FrontendActor, FRONTEND, FRONTEND, plan, this)
         self._router = self._control_actor(Router, "router", plan)
-        listening: tuple[str, int] = await _answer(self._frontend.listen.remote(), FRONTEND)
+        listening: tuple[str, int] = await call(FRONTEND, self._frontend.listen.remote())
         frontend_mailbox, port = listening
+        self._pools = Pools(plan, this)
+        self._membership = Membership(plan, {FRONTEND: frontend_mailbox})
+        self._watch = Watch(plan.config.health, self._on_lost)
+        self._changes = Changes(plan, self._pools, self._membership, self._frontend, self._router, self._watch.set)
         self._phase = "waiting for Ray to place the pools"
         for pool in POOLS:
-            await self._place(pool)
+            self._starting += await self._pools.start(pool, self._sizes[pool])
         self._phase = "starting the pools' processes"
-        endpoints = await self._endpoints()
+        await self._membership.reach(self._starting)
         self._phase = "loading weights"
-        await self._all([member.actor.load.remote() for member in self._members], self._members)
+        await self._membership.load(self._starting, plan.routing)
         self._phase = "connecting lanes"
-        await self._connect({FRONTEND: frontend_mailbox}, endpoints)
-        workers = [*self._pool("prefill"), *self._pool("decode")]
-        await self._all([member.actor.start.remote() for member in workers], workers)
-        await self._router.watch.remote({member.worker_id: member.actor for member in self._members})
-        mailboxes = {pool: {e.worker_id: e.mailbox for e in endpoints[pool]} for pool in ("prefill", "decode")}
-        await self._frontend.serve.remote(mailboxes["prefill"], mailboxes["decode"])
-        self._state, self._phase = "READY", "ready"
-        self._watcher = asyncio.get_running_loop().create_task(self._watch())
+        await self._membership.found(self._starting)
+        await self._changes.tell_router()
+        mailboxes = self._membership.mailboxes
+        await call(FRONTEND, self._frontend.serve.remote(mailboxes("prefill"), mailboxes("decode")))
+        self._state, self._phase, self._starting = "READY", "ready", []
+        self._spawn(self._control())
         return port
 
     async def progress(self) -> StartProgress:
         if self._phase != "loading weights":
             return StartProgress(phase=self._phase)
-        snapshots = await asyncio.gather(*(_answer(m.actor.progress.remote(), m.worker_id) for m in self._members))
+        members = self._starting
+        snapshots = await call_all([(m, m.actor.progress.remote()) for m in members], _ANSWER_S)
         return StartProgress(
             phase=self._phase,
             loading=tuple(
@@ -128,7 +133,7 @@ class Controller:
                     rate_bytes_s=snapshot.rate_bytes_s,
                     eta_s=snapshot.eta_s,
                 )
-                for member, snapshot in zip(self._members, snapshots, strict=True)
+                for member, snapshot in zip(members, snapshots, strict=True)
             ),
         )
 
@@ -139,142 +144,183 @@ class Controller:
     async def status(self, window_s: float | None = None) -> ClusterStatus:
         """Of all members; telemetry of the last `window_s` seconds, or of all that there is."""
         members: dict[str, list[MemberStatus]] = {pool: [] for pool in POOLS}
-        answers = await asyncio.gather(*(self._member_status(member) for member in self._members))
-        for member, status in zip(self._members, answers, strict=True):
+        known = self._membership.all() if self._membership is not None else []
+        answers = await asyncio.gather(*(member_status(member) for member in known))
+        for member, status in zip(known, answers, strict=True):
             members[member.pool].append(status)
-        telemetry = await self._telemetry(window_s)
-        return ClusterStatus(state=self._state, reason=self._reason, members=members, telemetry=telemetry)
+        routing = self._membership.routing if self._membership is not None else self._plan.routing
+        return ClusterStatus(
+            state=self._state,
+            reason=self._reason,
+            members=members,
+            telemetry=await self._telemetry(window_s),
+            epoch=routing.epoch,
+            placement_version=routing.placement.version,
+            changes=self._changes.records if self._changes is not None else (),
+            under_way=self._changes.under_way if self._changes is not None else "",
+        )
 
-    async def _telemetry(self, window_s: float | None) -> TelemetryWindow | None:
-        """Up to now; None where the router service does not answer, of which the watch takes care."""
-        if self._router is None:
-            return None
-        try:
-            answer = self._router.telemetry.remote(window_s, fresh=True)
-            window: TelemetryWindow = await asyncio.wait_for(answer, _ANSWER_S)
-        except (TimeoutError, ray.exceptions.RayError) as error:
-            _log.warning("no telemetry: %s", error)
-            return None
-        return window
+    async def rebalance(self, dry_run: bool) -> Proposal:
+        """Move experts after the loads of the telemetry window, now. Raises: OctetError."""
+        return await self._ready().rebalance(dry_run=dry_run, reason="it was asked for")
+
+    async def scale(self, sizes: Mapping[Pool, int], reason: str = "it was asked for") -> None:
+        """Bring pools to these sizes, one after the other. Raises: OctetError."""
+        changes = self._ready()
+        for pool, size in sizes.items():
+            before, self._sizes[pool] = self._sizes[pool], size
+            try:
+                await changes.scale(pool, size, reason)
+            except BaseException:
+                self._sizes[pool] = before
+                raise
+
+    async def lane_broke(self, worker_id: WorkerId, reason: str) -> None:
+        """An attention worker's lane has broken: the shard behind it is looked at now and not at the next turn."""
+        _log.warning("%s: its lane has broken: %s", worker_id, reason)
+        if self._watch is not None:
+            self._watch.look_at("experts")
 
     async def drain(self) -> None:
         """Let live requests end, admit no more."""
-        if self._state == "READY":
+        if self._state in ("READY", "DEGRADED"):
             self._state, self._reason = "DRAINING", "a stop was asked for"
             await self._frontend.drain.remote(self._plan.config.frontend.drain_s)
 
     async def stop(self) -> None:
         """Take everything down, whatever state it is in."""
-        if self._watcher is not None:
-            self._watcher.cancel()
+        for task in self._tasks:
+            task.cancel()
+        if self._watch is not None:
+            self._watch.close()
+        members = self._membership.all() if self._membership is not None else []
+        members = [*members, *(member for member in self._starting if member not in members)]
         services = [service for service in (self._router, self._frontend) if service is not None]
-        actors: list[Any] = [*services, *(m.actor for m in self._members)]
+        actors: list[Any] = [*services, *(member.actor for member in members)]
         stops = [asyncio.wait_for(actor.stop.remote(), _STOP_S) for actor in actors]
         # Whoever does not stop in time is killed with the rest.
         await asyncio.gather(*stops, return_exceptions=True)
-        for actor in actors:
-            ray.kill(actor)
-        for group in self._groups:
-            remove_placement_group(group)
+        for service in services:
+            ray.kill(service)
+        if self._pools is not None:
+            for member in members:
+                self._pools.end(member)
+            self._pools.close()
+
+    def _ready(self) -> Changes:
+        """Raises: StartupError before everything serves."""
+        if self._changes is None or self._state == "STARTING":
+            raise StartupError(f"the cluster is {self._state}: {self._phase}")
+        return self._changes
 
     def _control_actor(self, cls: type, name: str, *args: Any) -> Any:
         """On this node, where `octet serve` runs, so that the address it prints is the right one."""
         here = NodeAffinitySchedulingStrategy(node_id(), soft=False)
-        namespace = self._plan.config.ray.namespace
         options = {
             "name": name,
-            "namespace": namespace,
+            "namespace": self._plan.config.ray.namespace,
             "num_cpus": 0,
             "scheduling_strategy": here,
             "max_concurrency": 1000,
-            "enable_task_events": _TASK_EVENTS,
+            "enable_task_events": TASK_EVENTS,
         }
         return ray.remote(cls).options(**options).remote(*args)
 
-    def _pool(self, pool: Pool) -> list[Member]:
-        return [member for member in self._members if member.pool == pool]
-
-    async def _place(self, pool: Pool) -> None:
-        """Reserve the pool's bundles, and start one actor in each."""
-        config: PoolConfig = getattr(self._plan.config.pools, pool)
-        bundle = {"CPU": config.num_cpus, "GPU": config.num_gpus, **config.resources}
-        bundle = {name: amount for name, amount in bundle.items() if amount > 0}
-        # A bundle may not be empty; this much of a CPU is Ray's smallest share.
-        group = placement_group([bundle or {"CPU": 0.0001}] * config.size, strategy=config.strategy)
-        self._groups.append(group)
-        self._phase = f"waiting for Ray to place {config.size} × {bundle} for the {pool} pool"
-        await group.ready()
-        for index in range(config.size):
-            worker_id = WorkerId(f"{pool}-{index}")
-            strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
-            options = {
-                "name": worker_id,
-                "namespace": self._plan.config.ray.namespace,
-                "num_cpus": config.num_cpus,
-                "num_gpus": config.num_gpus,
-                "resources": config.resources,
-                "scheduling_strategy": strategy,
-                "max_concurrency": _CONCURRENCY,
-                "enable_task_events": _TASK_EVENTS,
-            }
-            args = (worker_id, index, self._plan) if pool == "experts" else (worker_id, self._plan)
-            actor: Any = ray.remote(_CLASSES[pool]).options(**options).remote(*args)
-            self._members.append(Member(worker_id=worker_id, pool=pool, actor=actor))
-
-    async def _endpoints(self) -> dict[Role, list[Endpoint]]:
-        shards = self._pool("experts")
-        await self._all([member.actor.status.remote() for member in shards], shards)
-        roles: tuple[Role, ...] = ("prefill", "decode")
-        return {
-            role: await self._all([m.actor.endpoint.remote() for m in self._pool(role)], self._pool(role))
-            for role in roles
-        }
-
-    async def _connect(self, frontends: dict[WorkerId, str], endpoints: dict[Role, list[Endpoint]]) -> None:
-        """Every member joins its groups at the same time, all in the same order."""
-        peers = frontends | {e.worker_id: e.mailbox for role in endpoints.values() for e in role}
-        workers = [(role, endpoint) for role, of_role in endpoints.items() for endpoint in of_role]
-        calls = []
-        for member in self._members:
-            if member.pool == "experts":
-                calls.append(member.actor.connect.remote(workers))
-            else:
-                others = endpoints["decode" if member.pool == "prefill" else "prefill"]
-                calls.append(member.actor.connect.remote(peers, others))
-        await self._all(calls, self._members)
-
-    async def _all(self, calls: Sequence[Any], members: Sequence[Member]) -> list[Any]:
-        """Wait for every call; the first failure counts."""
-        named = [_answer(call, member.worker_id) for call, member in zip(calls, members, strict=True)]
-        return await asyncio.gather(*named)
-
-    async def _watch(self) -> None:
-        """Observe every process; one that is lost or has failed ends the service, and every live request hears it."""
-        while True:
-            await asyncio.sleep(_WATCH_EVERY_S)
-            for name, actor in ((FRONTEND, self._frontend), ("router", self._router)):
-                if self._state == "READY" and await _is_gone(actor):
-                    self._state, self._reason = "FAILED", f"{name}: its process is gone"
-                    _log.error("the cluster has failed: %s", self._reason)
-                    if actor is not self._frontend:
-                        await self._frontend.fail.remote(self._reason)
-            for status in await asyncio.gather(*(self._member_status(member) for member in self._members)):
-                if status.state == "FAILED" and self._state == "READY":
-                    self._state, self._reason = "FAILED", f"{status.worker_id}: {status.reason}"
-                    _log.error("the cluster has failed: %s", self._reason)
-                    await self._frontend.fail.remote(self._reason)
-
-    async def _member_status(self, member: Member) -> MemberStatus:
+    async def _telemetry(self, window_s: float | None = None) -> TelemetryWindow | None:
+        """Up to now; None where the router service does not answer, of which the control loop takes care."""
+        if self._router is None:
+            return None
         try:
-            status: MemberStatus = await asyncio.wait_for(member.actor.status.remote(), _ANSWER_S)
-        except ray.exceptions.RayActorError as error:
-            return _unknown(member, "FAILED", f"its process is gone ({type(error).__name__})")
-        except TimeoutError:
-            return _unknown(member, "SILENT", f"no answer within {_ANSWER_S} s")
-        return status
+            asked = self._router.telemetry.remote(window_s, fresh=True)
+            window: TelemetryWindow = await call("the router", asked, _ANSWER_S)
+        except OctetError as error:
+            _log.warning("no telemetry: %s", error)
+            return None
+        return window
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _on_lost(self, worker_id: WorkerId, reason: str) -> None:
+        _log.error("%s is lost: %s", worker_id, reason)
+        if self._state not in ("READY", "DEGRADED"):
+            return
+        self._lost[worker_id] = reason
+        self._ready().interrupt()
+        if self._state == "READY":
+            self._spawn(self._recover())
+        self._state, self._reason = "DEGRADED", "; ".join(f"{w}: {why}" for w, why in self._lost.items())
+
+    async def _recover(self) -> None:
+        """Go on without what is lost, then replace it; as often as it takes, and with what is lost meanwhile."""
+        changes, replaced = self._ready(), ", ".join(self._lost)
+        while self._state == "DEGRADED" and (self._lost or not self._complete()):
+            lost = dict(self._lost)
+            try:
+                if lost:
+                    replaced = ", ".join(sorted(lost))
+                    await changes.recover(lost)
+                    self._lost = {worker_id: why for worker_id, why in self._lost.items() if worker_id not in lost}
+                else:
+                    for pool, size in self._sizes.items():
+                        await changes.scale(pool, size, f"to replace {replaced}")
+            except OctetError as error:
+                _log.warning("no recovery yet: %s", error)
+                await asyncio.sleep(_RETRY_S)
+        if self._state == "DEGRADED":
+            self._state, self._reason = "READY", ""
+
+    def _complete(self) -> bool:
+        assert self._membership is not None
+        return all(len(self._membership.pool(pool)) == size for pool, size in self._sizes.items())
+
+    async def _control(self) -> None:
+        """Observe what no member's death tells: the services, and how level the load of the experts is."""
+        config = self._plan.config.balancing
+        loop = asyncio.get_running_loop()
+        balanced_s = loop.time()
+        while True:
+            await asyncio.sleep(self._plan.config.health.period_s)
+            await self._look_after_services()
+            if config.auto and self._state == "READY" and loop.time() - balanced_s >= config.check_every_s:
+                balanced_s = loop.time()
+                if await self._rebalance_if_it_pays():
+                    balanced_s += config.cooldown_s
+
+    async def _look_after_services(self) -> None:
+        if self._state in ("READY", "DEGRADED") and await _is_gone(self._frontend):
+            self._state, self._reason = "FAILED", f"{FRONTEND}: its process is gone"
+            _log.error("the cluster has failed: %s", self._reason)
+        if self._state in ("READY", "DEGRADED") and await _is_gone(self._router):
+            # It holds nothing that others do not know, but for the telemetry of the last minutes.
+            _log.warning("the router service is gone: another one takes its place")
+            self._router = self._control_actor(Router, "router", self._plan)
+            await self._ready().replace_router(self._router)
+
+    async def _rebalance_if_it_pays(self) -> bool:
+        config = self._plan.config.balancing
+        window = await self._telemetry()
+        if window is None or window.tokens < config.min_tokens:
+            return False
+        reason = f"balancedness is {window.balancedness:.3f} over {window.tokens:.0f} tokens"
+        try:
+            proposal = await self._ready().rebalance(dry_run=False, min_gain=config.min_gain, reason=reason)
+        except OctetError as error:
+            _log.warning("the experts stay where they are: %s", error)
+            return True
+        return bool(proposal.transition.fills) and proposal.relative_gain >= config.min_gain
 
 
-_CLASSES: dict[Pool, type] = {"prefill": PrefillWorker, "decode": DecodeWorker, "experts": ExpertShard}
+async def member_status(member: Member) -> MemberStatus:
+    try:
+        status: MemberStatus = await asyncio.wait_for(member.actor.status.remote(), _ANSWER_S)
+    except ray.exceptions.RayActorError as error:
+        return _unknown(member, "FAILED", f"its process is gone ({type(error).__name__})")
+    except TimeoutError:
+        return _unknown(member, "SILENT", f"no answer within {_ANSWER_S} s")
+    return status
 
 
 async def _is_gone(actor: Any) -> bool:
@@ -290,19 +336,3 @@ async def _is_gone(actor: Any) -> bool:
 
 def _unknown(member: Member, state: str, reason: str) -> MemberStatus:
     return MemberStatus(worker_id=member.worker_id, node_id="", pid=0, state=state, reason=reason)
-
-
-async def _answer(call: Awaitable[_T], worker_id: WorkerId) -> _T:
-    """Await an actor call; its own typed errors come through, anything else says whose it was.
-
-    Raises: OctetError.
-    """
-    try:
-        return await call
-    except ray.exceptions.RayTaskError as error:
-        cause = getattr(error, "cause", None)
-        if isinstance(cause, OctetError):
-            raise cause from None
-        raise StartupError(f"{worker_id}: {error}") from error
-    except ray.exceptions.RayActorError as error:
-        raise StartupError(f"{worker_id}: its process is gone: {error}") from error

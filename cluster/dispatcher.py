@@ -35,7 +35,7 @@ class Dispatcher:
         """
         self._mailbox, self._live, self._give_up = mailbox, live, give_up
         self._max_attempts = plan.config.frontend.max_attempts
-        self._workload = Workload(plan.config.kv.page_size)
+        self._workload = Workload(plan.config.kv.page_size, plan.decode_pages)
         remembered = plan.prefill_pages if plan.config.prefill.prefix_cache else 0
         self._prefixes = PrefixIndex([], plan.config.kv.page_size, remembered)
         self._addresses: dict[WorkerId, str] = {}

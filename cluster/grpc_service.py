@@ -1,34 +1,20 @@
-"""The gRPC server of a frontend, and the service about the cluster as a whole."""
+"""The gRPC server of a frontend."""
 
 from __future__ import annotations
-
-from collections.abc import Awaitable, Callable
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from cluster.cluster_service import ClusterService
 from cluster.generation_service import GenerationService
 from cluster.server_tls import server_credentials
-from cluster.status_codes import Context, abort
 from octet.config import FrontendConfig
-from octet.errors import ConfigError, OctetError
-from octet.v1 import octet_pb2 as pb
+from octet.errors import ConfigError
 from octet.v1 import octet_pb2_grpc as rpc
 
 SERVICES = ("octet.v1.Generation", "octet.v1.Cluster", "")
 """Services that have a health of their own; the empty name is the server's."""
-
-
-class ClusterService(rpc.ClusterServicer):
-    def __init__(self, status: Callable[[pb.GetStatusRequest], Awaitable[pb.GetStatusResponse]]) -> None:
-        self._status = status
-
-    async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.GetStatusResponse:
-        try:
-            return await self._status(request)
-        except OctetError as error:
-            await abort(context, error)
 
 
 class GrpcServer:

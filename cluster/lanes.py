@@ -1,17 +1,117 @@
-"""How the two ends of a lane are opened from a plan, so that they agree."""
+"""The two ends of a lane, opened from a plan so that they agree."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
 from cluster.members import Endpoint, Role
 from cluster.plan import ServingPlan
-from octet.ids import WorkerId
+from octet.errors import ConfigError
+from octet.ids import Epoch, WorkerId
 from router.exchange import Exchange, Port
 from router.frames import FrameLayout
 from router.group import Group, GroupStore
-from router.lane import LaneExchange, LanePort
+from router.lane import SHARD, WORKER, LaneExchange, LanePort, Link
 from router.nccl_lane import NcclGroup, NcclLaneExchange, NcclLanePort
+
+
+class LaneBuilder(Protocol):
+    """Makes the lanes of one attention worker, of one epoch after the other."""
+
+    def link(self, shards: Sequence[WorkerId], epoch: Epoch) -> None:
+        """Connect to shards, which call `open_port` at the same time. What is in use is not touched.
+
+        Raises: LaneTimeoutError if one does not come.
+        """
+
+    def exchange(self, shards: Sequence[WorkerId]) -> Exchange:
+        """The lane to these shards, all of which are linked."""
+
+    def unlink(self, others_than: Sequence[WorkerId]) -> None:
+        """Break the links to all other shards."""
+
+
+class GlooLanes:
+    """A link to each shard: lanes of successive epochs share those to the shards that stay."""
+
+    def __init__(self, worker_id: WorkerId, role: Role, plan: ServingPlan, store: GroupStore, host: str) -> None:
+        self._worker_id, self._role, self._plan, self._store, self._host = worker_id, role, plan, store, host
+        self._links: dict[WorkerId, Link] = {}
+
+    def link(self, shards: Sequence[WorkerId], epoch: Epoch) -> None:
+        for shard in shards:
+            name = _link_name(self._worker_id, shard, epoch)
+            group = _group(self._store, name, WORKER, 2, self._plan, self._host)
+            self._links[shard] = Link(group, frame_layout(self._role, self._plan), epoch)
+
+    def exchange(self, shards: Sequence[WorkerId]) -> Exchange:
+        return LaneExchange([self._links[shard] for shard in shards])
+
+    def unlink(self, others_than: Sequence[WorkerId]) -> None:
+        for shard in self._links.keys() - set(others_than):
+            self._links.pop(shard).close()
+
+
+class NcclLanes:
+    """One communicator of all shards, formed once."""
+
+    def __init__(self, worker_id: WorkerId, role: Role, plan: ServingPlan, store: GroupStore, host: str) -> None:
+        self._worker_id, self._role, self._plan, self._store, self._host = worker_id, role, plan, store, host
+        self._lane: NcclLaneExchange | None = None
+
+    def link(self, shards: Sequence[WorkerId], epoch: Epoch) -> None:
+        """Raises: ConfigError if there is a lane already: shards do not come and go over NCCL yet."""
+        if self._lane is not None:
+            raise ConfigError("pools.experts.size", "a change while serving", "the size at the start, on GPUs")
+        name, size, device = _lane_name(self._worker_id, epoch), len(shards) + 1, torch.device(self._plan.device)
+        control = _group(self._store, name, 0, size, self._plan, self._host)
+        data = NcclGroup(self._store, name, 0, size, device)
+        layout = frame_layout(self._role, self._plan)
+        self._lane = NcclLaneExchange(control, data, len(shards), layout, epoch, device)
+
+    def exchange(self, shards: Sequence[WorkerId]) -> Exchange:
+        assert self._lane is not None
+        return self._lane
+
+    def unlink(self, others_than: Sequence[WorkerId]) -> None:
+        if self._lane is not None and not others_than:
+            self._lane.close()
+
+
+def lane_builder(worker_id: WorkerId, role: Role, plan: ServingPlan, store: GroupStore, host: str) -> LaneBuilder:
+    return (GlooLanes if plan.device == "cpu" else NcclLanes)(worker_id, role, plan, store, host)
+
+
+def open_port(
+    peer: Endpoint,
+    role: Role,
+    shard: WorkerId,
+    linked: Sequence[WorkerId],
+    epoch: Epoch,
+    plan: ServingPlan,
+    store: GroupStore,
+    host: str,
+) -> Port:
+    """A shard's end of what `LaneBuilder.link` opens.
+
+    Args:
+        linked: the shards that the attention worker links in this call.
+        store: the attention worker's.
+
+    Raises: LaneTimeoutError.
+    """
+    layout, silence_s = frame_layout(role, plan), plan.config.lane.timeout_s
+    if plan.device == "cpu":
+        group = _group(store, _link_name(peer.worker_id, shard, epoch), SHARD, 2, plan, host)
+        return LanePort(group, layout, epoch, silence_s)
+    name, rank, size = _lane_name(peer.worker_id, epoch), linked.index(shard) + 1, len(linked) + 1
+    device = torch.device(plan.device)
+    control = _group(store, name, rank, size, plan, host)
+    data = NcclGroup(store, name, rank, size, device)
+    return NcclLanePort(control, data, layout, epoch, silence_s, device)
 
 
 def serving_dtype(plan: ServingPlan) -> torch.dtype:
@@ -19,41 +119,7 @@ def serving_dtype(plan: ServingPlan) -> torch.dtype:
     return torch.float32 if plan.device == "cpu" else torch.bfloat16
 
 
-def open_exchange(worker_id: WorkerId, role: Role, plan: ServingPlan, store: GroupStore, host: str) -> Exchange:
-    """The attention worker's end; returns when every shard has joined. Raises: LaneTimeoutError."""
-    num_shards, layout = plan.config.pools.experts.size, _layout(role, plan)
-    name = _name(worker_id, plan)
-    control = _group(store, name, 0, plan, host)
-    if plan.device == "cpu":
-        return LaneExchange(control, num_shards, layout, plan.epoch)
-    device = torch.device(plan.device)
-    data = NcclGroup(store, name, 0, num_shards + 1, device)
-    return NcclLaneExchange(control, data, num_shards, layout, plan.epoch, device)
-
-
-def open_port(peer: Endpoint, role: Role, shard: int, plan: ServingPlan, host: str) -> Port:
-    """A shard's end of the lane of `peer`. Raises: LaneTimeoutError."""
-    store = GroupStore.join(peer.store, plan.config.ray.start_timeout_s)
-    name, layout, silence_s = _name(peer.worker_id, plan), _layout(role, plan), plan.config.lane.timeout_s
-    control = _group(store, name, shard + 1, plan, host)
-    if plan.device == "cpu":
-        return LanePort(control, layout, plan.epoch, silence_s)
-    device = torch.device(plan.device)
-    data = NcclGroup(store, name, shard + 1, plan.config.pools.experts.size + 1, device)
-    return NcclLanePort(control, data, layout, plan.epoch, silence_s, device)
-
-
-def _group(store: GroupStore, name: str, rank: int, plan: ServingPlan, host: str) -> Group:
-    config = plan.config
-    size = config.pools.experts.size + 1
-    return Group(store, name, rank, size, host, config.ray.start_timeout_s, config.lane.timeout_s)
-
-
-def _name(worker_id: WorkerId, plan: ServingPlan) -> str:
-    return f"lane/{worker_id}/{plan.epoch}"
-
-
-def _layout(role: Role, plan: ServingPlan) -> FrameLayout:
+def frame_layout(role: Role, plan: ServingPlan) -> FrameLayout:
     config = plan.config
     return FrameLayout(
         hidden_size=plan.model.hidden_size,
@@ -63,3 +129,16 @@ def _layout(role: Role, plan: ServingPlan) -> FrameLayout:
         else config.decode.max_batch * (1 + config.speculation.num_speculative_tokens),
         dtype=serving_dtype(plan),
     )
+
+
+def _group(store: GroupStore, name: str, rank: int, size: int, plan: ServingPlan, host: str) -> Group:
+    lane = plan.config.lane
+    return Group(store, name, rank, size, host, lane.connect_s, lane.timeout_s)
+
+
+def _link_name(worker_id: WorkerId, shard: WorkerId, epoch: Epoch) -> str:
+    return f"link/{worker_id}/{shard}/{epoch}"
+
+
+def _lane_name(worker_id: WorkerId, epoch: Epoch) -> str:
+    return f"lane/{worker_id}/{epoch}"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
-from octet.ids import WorkerId
+from cluster.change_record import ChangeRecord
+from octet.ids import Epoch, PlacementVersion, WorkerId
 from octet.messages import WorkerLoad
+from router.telemetry_window import TelemetryWindow
 
 Role = Literal["prefill", "decode"]
 Pool = Literal["prefill", "decode", "experts"]
@@ -34,5 +37,22 @@ class MemberStatus:
     resident_bytes: int = 0
     num_rows: int = 0
     num_slots: int = 0
+    num_held: int = 0
     lanes: tuple[str, ...] = ()
     reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterStatus:
+    """What the controller knows."""
+
+    state: str
+    reason: str
+    members: Mapping[str, list[MemberStatus]]
+    telemetry: TelemetryWindow | None
+    epoch: Epoch
+    placement_version: PlacementVersion
+    changes: tuple[ChangeRecord, ...]
+    """The last ones, oldest first."""
+    under_way: str
+    """The change that is being carried out, if one is."""

@@ -7,8 +7,7 @@ import dataclasses
 from model.census import Census
 from model.config import GenerationDefaults, ModelConfig
 from octet.config import OctetConfig
-from octet.ids import Epoch
-from router.placement import Placement
+from router.routing import Routing
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,8 +21,8 @@ class ServingPlan:
     census: Census
     device: str
     """`cpu` or `cuda`."""
-    epoch: Epoch
-    placement: Placement
+    routing: Routing
+    """What the cluster starts with."""
     prefill_pages: int
     decode_pages: int
     max_model_len: int

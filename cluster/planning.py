@@ -5,14 +5,20 @@ from __future__ import annotations
 import os
 import pathlib
 
+import numpy as np
+
 from cluster.plan import ServingPlan
 from model.census import take_census
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig, read_generation_defaults
-from octet.config import OctetConfig
+from octet.config import ExpertPoolConfig, OctetConfig
 from octet.errors import ConfigError
-from octet.ids import Epoch
+from octet.ids import Epoch, WorkerId
+from router.balancing.planner import plan as plan_placement
+from router.balancing.topology import Budget, Topology
 from router.placement import place_evenly
+from router.routing import Routing
+from router.transition import shard_slots, with_capacity
 
 EMBEDDED_MODEL = pathlib.Path(__file__).resolve().parent.parent / "model" / "embedded"
 _CPU_ELEMENT_BYTES = 4
@@ -43,15 +49,34 @@ def make_plan(config: OctetConfig) -> ServingPlan:
         generation=read_generation_defaults(model_dir),
         census=take_census(model, element_bytes, element_bytes, num_draft_layers),
         device=device,
-        epoch=Epoch(1),
-        placement=place_evenly(
-            model.expert_layers(num_draft_layers), model.n_routed_experts, config.pools.experts.size
-        ),
+        routing=first_routing(config.pools.experts, model, num_draft_layers, device),
         prefill_pages=prefill_pages,
         decode_pages=decode_pages,
         max_model_len=_context(config, model, min(prefill_pages, decode_pages) * config.kv.page_size),
         threads=_threads(config),
     )
+
+
+def first_routing(pool: ExpertPoolConfig, model: ModelConfig, num_draft_layers: int, device: str) -> Routing:
+    """Every expert once in even runs, and where there are redundant slots, replicas as for equal loads.
+
+    Raises: ConfigError if the shards have no room for the experts.
+    """
+    num_experts, num_shards = model.n_routed_experts, pool.size
+    layers = model.expert_layers(num_draft_layers)
+    if num_shards > num_experts:
+        raise ConfigError("pools.experts.size", num_shards, f"at most the model's {num_experts} experts")
+    slots = shard_slots(num_experts, pool.redundant_experts, num_shards)
+    placement = place_evenly(layers, num_experts, num_shards)
+    if pool.redundant_experts:
+        placement = plan_placement(
+            np.ones((len(layers), num_experts)), Topology(slots=slots), Budget(), None, layers
+        ).placement
+    capacity = pool.slots_per_shard or (num_experts if device == "cpu" else max(slots))
+    if capacity < max(slots):
+        raise ConfigError("pools.experts.slots_per_shard", capacity, f"at least the {max(slots)} that are filled")
+    shards = tuple(WorkerId(f"experts-{number}") for number in range(num_shards))
+    return Routing(epoch=Epoch(1), shards=shards, placement=with_capacity(placement, min(capacity, num_experts)))
 
 
 def _draft_layers(config: OctetConfig, checkpoint: Checkpoint) -> int:

@@ -6,19 +6,22 @@ own processes, when they are made.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.util
 
 from cluster.members import Endpoint, MemberStatus, Role
 from cluster.plan import ServingPlan
-from octet.ids import WorkerId
+from octet.ids import Epoch, WorkerId
+from router.routing import Routing
 
 if TYPE_CHECKING:
     from model.checkpoint import LoadSnapshot
     from router.telemetry_samples import ShardSample, WorkerSample
+    from router.transition import SlotFill
 
 
 class _AttentionActor:
@@ -26,10 +29,18 @@ class _AttentionActor:
 
     _role: Role
 
-    def __init__(self, worker_id: WorkerId, plan: ServingPlan) -> None:
+    def __init__(self, worker_id: WorkerId, plan: ServingPlan, controller: Any) -> None:
         from cluster.attention_worker import AttentionWorker
 
-        self._worker = AttentionWorker(worker_id, self._role, plan, ray.util.get_node_ip_address(), node_id())
+        def report(reason: str) -> None:
+            controller.lane_broke.remote(worker_id, reason)
+
+        host = ray.util.get_node_ip_address()
+        self._worker = AttentionWorker(worker_id, self._role, plan, host, node_id(), report)
+        self._lifeline = _Lifeline()
+
+    def lifeline(self) -> None:
+        self._lifeline.hold()
 
     def endpoint(self) -> Endpoint:
         return self._worker.endpoint()
@@ -40,11 +51,26 @@ class _AttentionActor:
     def load(self) -> None:
         self._worker.load()
 
-    def connect(self, peers: Mapping[WorkerId, str], channels: Sequence[Endpoint]) -> None:
-        self._worker.connect(peers, channels)
+    def meet(self, peers: Mapping[WorkerId, str]) -> None:
+        self._worker.meet(peers)
 
-    def start(self) -> None:
-        self._worker.start()
+    def link(self, shards: Sequence[WorkerId], epoch: Epoch) -> None:
+        self._worker.link(shards, epoch)
+
+    def send_to(self, peer: WorkerId) -> None:
+        self._worker.send_to(peer)
+
+    def receive_from(self, peer: Endpoint) -> None:
+        self._worker.receive_from(peer)
+
+    def forget(self, peers: Sequence[WorkerId]) -> None:
+        self._worker.forget(peers)
+
+    def start(self, routing: Routing) -> None:
+        self._worker.start(routing)
+
+    def adopt(self, routing: Routing) -> None:
+        self._worker.adopt(routing)
 
     def status(self) -> MemberStatus:
         return self._worker.status()
@@ -53,6 +79,7 @@ class _AttentionActor:
         return self._worker.telemetry()
 
     def stop(self) -> None:
+        self._lifeline.let_go()
         self._worker.stop()
 
 
@@ -67,19 +94,35 @@ class DecodeWorker(_AttentionActor):
 class ExpertShard:
     """See `ShardWorker`, to which every method goes."""
 
-    def __init__(self, worker_id: WorkerId, shard: int, plan: ServingPlan) -> None:
+    def __init__(self, worker_id: WorkerId, plan: ServingPlan, controller: Any) -> None:
         from cluster.shard_worker import ShardWorker
 
-        self._worker = ShardWorker(worker_id, shard, plan, ray.util.get_node_ip_address(), node_id())
+        self._worker = ShardWorker(worker_id, plan, ray.util.get_node_ip_address(), node_id())
+        self._lifeline = _Lifeline()
+
+    def lifeline(self) -> None:
+        self._lifeline.hold()
+
+    def endpoint(self) -> Endpoint:
+        return self._worker.endpoint()
 
     def progress(self) -> LoadSnapshot:
         return self._worker.progress()
 
-    def load(self) -> None:
-        self._worker.load()
+    def load(self, held: Mapping[int, Sequence[int]]) -> None:
+        self._worker.load(held)
 
-    def connect(self, workers: Sequence[tuple[Role, Endpoint]]) -> None:
-        self._worker.connect(workers)
+    def link(self, peer: Endpoint, role: Role, linked: Sequence[WorkerId], epoch: Epoch) -> None:
+        self._worker.link(peer, role, linked, epoch)
+
+    def prepare(self, fills: Sequence[SlotFill], lenders: Mapping[WorkerId, Endpoint], attempt: str) -> int:
+        return self._worker.prepare(fills, lenders, attempt)
+
+    def lend(self, to: WorkerId, experts: Sequence[tuple[int, int]], attempt: str) -> None:
+        self._worker.lend(to, experts, attempt)
+
+    def retire(self, held: Mapping[int, Sequence[int]]) -> None:
+        self._worker.retire(held)
 
     def telemetry(self) -> ShardSample | None:
         return self._worker.telemetry()
@@ -88,7 +131,21 @@ class ExpertShard:
         return self._worker.status()
 
     def stop(self) -> None:
+        self._lifeline.let_go()
         self._worker.stop()
+
+
+class _Lifeline:
+    """A call that ends with its process: whoever awaits it hears of the process's death as soon as Ray does."""
+
+    def __init__(self) -> None:
+        self._stopping = threading.Event()
+
+    def hold(self) -> None:
+        self._stopping.wait()
+
+    def let_go(self) -> None:
+        self._stopping.set()
 
 
 def node_id() -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cluster.plan import ServingPlan
-from octet.ids import WorkerId
-from router.placement import Placement
+from octet.ids import Epoch, WorkerId
+from router.proposal import Proposal, make_proposal
+from router.routing import Routing
 from router.service import RouterService
 from router.telemetry_window import TelemetryWindow
 
@@ -25,16 +26,16 @@ class Router:
 
     def __init__(self, plan: ServingPlan) -> None:
         self._config = plan.config.telemetry
-        self._service = RouterService(
-            plan.placement, plan.epoch, plan.model.num_experts_per_tok, self._config, time.monotonic()
-        )
+        self._plan = plan
+        self._service = RouterService(plan.routing, plan.model.num_experts_per_tok, self._config, time.monotonic())
         self._members: Mapping[WorkerId, Any] = {}
         self._reading = asyncio.Lock()
         self._num_readings = 0
         self._reader: asyncio.Task[None] | None = None
 
-    async def watch(self, members: Mapping[WorkerId, Any]) -> None:
-        """Take telemetry from these actors, of all three pools, and from no others."""
+    async def watch(self, routing: Routing, members: Mapping[WorkerId, Any]) -> None:
+        """This is in force; take telemetry from these actors, of all three pools, and from no others."""
+        self._service.routing = routing
         if self._members.keys() - members.keys():
             # What the members that leave have counted last.
             await self._read(self._config.step_s)
@@ -46,8 +47,28 @@ class Router:
     async def ping(self) -> None:
         """Answered as long as the service's event loop runs."""
 
-    async def placement(self) -> Placement:
-        return self._service.placement
+    async def propose(
+        self,
+        current: Routing,
+        epoch: Epoch,
+        joining: Sequence[WorkerId] = (),
+        leaving: Sequence[WorkerId] = (),
+        lost: Sequence[WorkerId] = (),
+    ) -> Proposal:
+        """The next routing by the loads of the window; see `router.proposal`. Raises: ConfigError."""
+        config, loads_LE = self._plan.config, self._service.telemetry.window(time.monotonic()).loads_LE
+        return await asyncio.to_thread(
+            make_proposal,
+            current,
+            epoch,
+            loads_LE,
+            config.balancing,
+            config.pools.experts.redundant_experts,
+            self._plan.census.expert_bytes,
+            joining=joining,
+            leaving=leaving,
+            lost=lost,
+        )
 
     async def telemetry(self, last_s: float | None = None, fresh: bool = False) -> TelemetryWindow:
         """The last `last_s` seconds, or all of the window.

@@ -2,91 +2,151 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pathlib
+import threading
 import time
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from cluster.lanes import open_port, serving_dtype
 from cluster.members import Endpoint, MemberStatus, Role
 from cluster.plan import ServingPlan
 from cluster.process import resident_bytes
+from cluster.weight_transfer import Expert, borrow, lend
 from experts.loop import DECODE_FIRST, PREFILL_AFTER, ShardLoop
 from experts.shard import ExpertShard
-from experts.slots import ExpertSlots
+from experts.slots import EMPTY, ExpertSlots, Fill
 from model.checkpoint import Checkpoint, LoadProgress, LoadSnapshot
-from octet.ids import WorkerId
-from router.placement import EMPTY
+from octet.errors import LaneError
+from octet.ids import Epoch, WorkerId
+from router.channel import GroupChannel
+from router.group import Group, GroupStore
 from router.telemetry_samples import ShardSample
+from router.transition import SlotFill
+
+_log = logging.getLogger(__name__)
+
+_BORROWER, _LENDER = 1, 0
 
 
 class ShardWorker:
-    """Called in this order: `load`, `connect`; `status`, `telemetry` and `progress` at any time; `stop`."""
+    """Called in this order: `load`, then `link` for every attention worker; `stop` at the end.
 
-    def __init__(self, worker_id: WorkerId, shard: int, plan: ServingPlan, host: str, node_id: str) -> None:
+    While it serves, `prepare` fills free slots and `retire` empties those that no placement in use names; `status`,
+    `telemetry` and `progress` are answered at any time.
+    """
+
+    def __init__(self, worker_id: WorkerId, plan: ServingPlan, host: str, node_id: str) -> None:
         torch.set_num_threads(plan.threads["experts"])
-        self._worker_id, self._number, self._plan, self._host, self._node_id = worker_id, shard, plan, host, node_id
+        self._worker_id, self._plan, self._host, self._node_id = worker_id, plan, host, node_id
         self._device = torch.device(plan.device)
         self._progress = LoadProgress(time.monotonic())
         self._state = "STARTING"
+        self._store = GroupStore.host(host, plan.config.lane.connect_s)
+        self._joined: dict[str, GroupStore] = {}
+        self._changing = threading.Lock()
+        self._slots: ExpertSlots | None = None
         self._shard: ExpertShard | None = None
         self._loop: ShardLoop | None = None
         self._incarnation, self._serving_since_s = time.time_ns(), 0.0
 
+    def endpoint(self) -> Endpoint:
+        return Endpoint(worker_id=self._worker_id, mailbox="", store=self._store.address)
+
     def progress(self) -> LoadSnapshot:
         return self._progress.snapshot(time.monotonic())
 
-    def load(self) -> None:
-        """Read this shard's experts. Raises: CheckpointError."""
+    def load(self, held: Mapping[int, Sequence[int]]) -> None:
+        """Read the experts of these slots, by layer; slots that are EMPTY can be filled later.
+
+        Raises: CheckpointError.
+        """
         self._state = "LOADING"
         checkpoint = Checkpoint.open(pathlib.Path(self._plan.model_dir))
-        placement = self._plan.placement
-        held = {
-            layer: row.tolist() for layer, row in zip(placement.layers, placement.held_by(self._number), strict=True)
-        }
-        slots = ExpertSlots(checkpoint, held, serving_dtype(self._plan), self._device, self._progress)
-        self._shard = ExpertShard(slots)
-
-    def connect(self, workers: Sequence[tuple[Role, Endpoint]]) -> None:
-        """Join the lane of every attention worker, in the given order, and serve them.
-
-        Raises: LaneTimeoutError.
-        """
-        assert self._shard is not None, "load comes before connect"
+        self._slots = ExpertSlots(checkpoint, held, serving_dtype(self._plan), self._device, self._progress)
+        self._shard = ExpertShard(self._slots)
         self._loop = ShardLoop(self._shard)
-        for role, peer in workers:
-            port = open_port(peer, role, self._number, self._plan, self._host)
-            self._loop.add(peer.worker_id, port, DECODE_FIRST if role == "decode" else PREFILL_AFTER)
         self._serving_since_s = time.perf_counter()
         self._state = "READY"
 
+    def link(self, peer: Endpoint, role: Role, linked: Sequence[WorkerId], epoch: Epoch) -> None:
+        """Join the lane of an attention worker, which links these shards at the same time, and serve it.
+
+        Raises: LaneTimeoutError.
+        """
+        assert self._loop is not None, "load comes before link"
+        store = self._store_of(peer)
+        port = open_port(peer, role, self._worker_id, linked, epoch, self._plan, store, self._host)
+        self._loop.add(peer.worker_id, port, DECODE_FIRST if role == "decode" else PREFILL_AFTER)
+
+    def prepare(self, fills: Sequence[SlotFill], lenders: Mapping[WorkerId, Endpoint], attempt: str) -> int:
+        """Fill slots that nobody asks for yet. What a lender fails to send is read from the checkpoint.
+
+        Args:
+            lenders: other shards, whose `lend` is called at the same time with the experts of `fills` that name them,
+                in that order.
+            attempt: names this transfer among all.
+
+        Returns: bytes that came from lenders.
+        Raises: CheckpointError.
+        """
+        assert self._slots is not None, "load comes before prepare"
+        by_source: dict[WorkerId | None, list[Fill]] = defaultdict(list)
+        for fill in fills:
+            by_source[fill.source].append(Fill(layer=fill.layer, slot=fill.slot, expert=fill.expert))
+        unread, num_bytes = by_source.pop(None, []), 0
+        with self._changing:
+            for source, wanted in by_source.items():
+                assert source is not None
+                missing = self._borrow(lenders[source], wanted, attempt)
+                num_bytes += (len(wanted) - len(missing)) * self._slots.expert_bytes
+                unread += missing
+            if unread:
+                self._slots.fill(unread)
+        return num_bytes
+
+    def lend(self, to: WorkerId, experts: Sequence[Expert], attempt: str) -> None:
+        """Send experts to another shard while it prepares. Raises: LaneError."""
+        assert self._slots is not None, "load comes before lend"
+        config = self._plan.config
+        rate = config.balancing.move_mib_per_s
+        channel = self._channel(self._store, _LENDER, self._worker_id, to, attempt)
+        try:
+            lend(self._slots, experts, channel, None if rate is None else rate * 2**20)
+        finally:
+            channel.close()
+
+    def retire(self, held: Mapping[int, Sequence[int]]) -> None:
+        """Empty every slot that is EMPTY here. No attention worker may route to one of them."""
+        assert self._slots is not None, "load comes before retire"
+        assert self._shard is not None
+        with self._changing:
+            for layer, experts in held.items():
+                for slot, (kept, now) in enumerate(zip(experts, self._slots.held(layer), strict=True)):
+                    if kept == EMPTY and now != EMPTY:
+                        self._shard.release(layer, slot)
+
     def telemetry(self) -> ShardSample | None:
         """What was counted so far; None before it serves."""
-        if self._shard is None or self._loop is None or self._state != "READY":
+        if self._shard is None or self._loop is None:
             return None
         frames, lanes = self._loop.counters()
+        counts = self._shard.counts()
         return ShardSample(
             worker_id=self._worker_id,
             incarnation=self._incarnation,
             uptime_s=time.perf_counter() - self._serving_since_s,
-            tokens_LE=self._tokens(self._shard),
+            tokens_LE=np.stack([counts[layer] for layer in self._plan.routing.placement.layers]),
             activated=self._shard.num_activated,
             frames=frames,
             lanes=lanes,
             waiting=self._loop.num_waiting,
         )
-
-    def _tokens(self, shard: ExpertShard) -> npt.NDArray[np.int64]:
-        """Token rows `[L, E]` by logical expert."""
-        placement, counts = self._plan.placement, shard.counts()
-        tokens_LE = np.zeros((len(placement.layers), placement.num_experts), dtype=np.int64)
-        for tokens_E, layer, held_S in zip(tokens_LE, placement.layers, placement.held_by(self._number), strict=True):
-            np.add.at(tokens_E, held_S[held_S != EMPTY], counts[layer][held_S != EMPTY])
-        return tokens_LE
 
     def status(self) -> MemberStatus:
         return MemberStatus(
@@ -96,7 +156,8 @@ class ShardWorker:
             resident_bytes=resident_bytes(),
             state=self._state,
             num_rows=self._shard.num_rows if self._shard is not None else 0,
-            num_slots=self._plan.placement.slots_per_shard,
+            num_slots=self._slots.num_slots if self._slots is not None else 0,
+            num_held=self._slots.num_held if self._slots is not None else 0,
             lanes=tuple(self._loop.lanes) if self._loop is not None else (),
         )
 
@@ -105,3 +166,29 @@ class ShardWorker:
         if self._loop is not None:
             self._loop.close()
             self._loop = None
+
+    def _borrow(self, lender: Endpoint, fills: Sequence[Fill], attempt: str) -> list[Fill]:
+        assert self._slots is not None
+        try:
+            channel = self._channel(self._store_of(lender), _BORROWER, lender.worker_id, self._worker_id, attempt)
+        except LaneError as error:
+            _log.warning("%s lends nothing: %s", lender.worker_id, error)
+            return list(fills)
+        try:
+            return borrow(self._slots, fills, channel)
+        finally:
+            channel.close()
+
+    def _channel(
+        self, store: GroupStore, rank: int, lender: WorkerId, borrower: WorkerId, attempt: str
+    ) -> GroupChannel:
+        lane = self._plan.config.lane
+        name = f"weights/{lender}/{borrower}/{attempt}"
+        group = Group(store, name, rank, 2, self._host, lane.connect_s, lane.timeout_s)
+        return GroupChannel(group, Epoch(0), lane.timeout_s)
+
+    def _store_of(self, peer: Endpoint) -> GroupStore:
+        """Connecting to a store takes seconds now and then, hence once for each peer."""
+        if peer.store not in self._joined:
+            self._joined[peer.store] = GroupStore.join(peer.store, self._plan.config.lane.connect_s)
+        return self._joined[peer.store]

@@ -22,6 +22,10 @@ _CODES: tuple[tuple[type[errors.OctetError], Any], ...] = (
     (errors.QueueFullError, code_pb2.RESOURCE_EXHAUSTED),
     (errors.SlowReaderError, code_pb2.RESOURCE_EXHAUSTED),
     (errors.UnavailableError, code_pb2.UNAVAILABLE),
+    (errors.StartupError, code_pb2.UNAVAILABLE),
+    (errors.LaneError, code_pb2.UNAVAILABLE),
+    (errors.ConfigError, code_pb2.FAILED_PRECONDITION),
+    (errors.CheckpointError, code_pb2.FAILED_PRECONDITION),
     (errors.DeadlineExceededError, code_pb2.DEADLINE_EXCEEDED),
 )
 _DOMAIN = "octet"

@@ -39,8 +39,12 @@ class _Tally:
 class Workload:
     """Stages, added up by worker; belongs to the dispatcher."""
 
-    def __init__(self, page_size: int) -> None:
-        self._page_size = page_size
+    def __init__(self, page_size: int, decode_pages: int) -> None:
+        """
+        Args:
+            decode_pages: of each decode worker; one that has not reported yet has them all free.
+        """
+        self._page_size, self._decode_pages = page_size, decode_pages
         self._tallies: dict[WorkerId, _Tally] = {}
         self._prefill: tuple[WorkerId, ...] = ()
         self._decode: tuple[WorkerId, ...] = ()
@@ -114,7 +118,7 @@ class Workload:
         return [
             DecodeView(
                 worker_id=worker_id,
-                free_pages=self._loads[worker_id].kv_pages_free if worker_id in self._loads else 0,
+                free_pages=self._loads[worker_id].kv_pages_free if worker_id in self._loads else self._decode_pages,
                 promised_pages=self._tallies[worker_id].promised_pages,
                 live_sequences=self._tallies[worker_id].sequences,
             )

@@ -25,8 +25,17 @@ class Arrival:
     reason: str = ""
 
 
+class _Peer:
+    """A worker's channel, and the offers to be pulled over it."""
+
+    def __init__(self, channel: KvChannel) -> None:
+        self.channel = channel
+        self.offers: queue.SimpleQueue[tuple[KvOffer, Sequence[int]] | None] = queue.SimpleQueue()
+        self.thread: threading.Thread
+
+
 class KvReceiver:
-    """One thread per prefill worker: a peer that fell silent delays nobody else's pages."""
+    """One thread per worker that pages come from: a peer that fell silent delays nobody else's pages."""
 
     def __init__(
         self,
@@ -41,26 +50,41 @@ class KvReceiver:
             ask: sends a pull to a prefill worker; any thread may call it.
             wake: called when an arrival waits; any thread may call it.
         """
-        self._worker_id, self._cache, self._channels, self._ask, self._wake = worker_id, cache, channels, ask, wake
+        self._worker_id, self._cache, self._ask, self._wake = worker_id, cache, ask, wake
         self._arrivals: queue.SimpleQueue[Arrival] = queue.SimpleQueue()
-        self._offers: dict[WorkerId, queue.SimpleQueue[tuple[KvOffer, Sequence[int]] | None]] = {
-            prefill: queue.SimpleQueue() for prefill in channels
-        }
-        self._threads = [
-            threading.Thread(target=self._pull_all, args=(prefill,), name=f"kv-from-{prefill}", daemon=True)
-            for prefill in channels
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._peers: dict[WorkerId, _Peer] = {}
+        self._lock = threading.Lock()
+        for prefill, channel in channels.items():
+            self.connect(prefill, channel)
+
+    def connect(self, source: WorkerId, channel: KvChannel) -> None:
+        """Take pages from one more worker."""
+        peer = _Peer(channel)
+        peer.thread = threading.Thread(
+            target=self._pull_all, args=(source, peer), name=f"kv-from-{source}", daemon=True
+        )
+        self._peers[source] = peer
+        peer.thread.start()
+
+    def disconnect(self, source: WorkerId, timeout_s: float = 5.0) -> None:
+        """Break the channel from a worker that is gone; pulls that wait for it arrive with a reason. Idempotent."""
+        with self._lock:
+            # Behind it, no offer is put that nobody would answer.
+            if (peer := self._peers.pop(source, None)) is not None:
+                peer.offers.put(None)
+        if peer is not None:
+            peer.channel.close()
+            peer.thread.join(timeout_s)
 
     def pull(self, offer: KvOffer, pages: Sequence[int]) -> None:
         """Ask for the KV of an offer, to be put into `pages`; an `Arrival` follows, whatever happens.
 
         Nobody else may use the pages before it.
         """
-        if offer.prefill_worker in self._offers:
-            self._offers[offer.prefill_worker].put((offer, pages))
-        else:
+        with self._lock:
+            if (peer := self._peers.get(offer.prefill_worker)) is not None:
+                peer.offers.put((offer, pages))
+        if peer is None:
             self._arrivals.put(Arrival(offer.lease_id, f"no channel to {offer.prefill_worker}"))
 
     def arrived(self) -> list[Arrival]:
@@ -70,22 +94,18 @@ class KvReceiver:
         return arrivals
 
     def close(self, timeout_s: float = 5.0) -> None:
-        for offers in self._offers.values():
-            offers.put(None)
-        for channel in self._channels.values():
-            channel.close()
-        for thread in self._threads:
-            thread.join(timeout_s)
+        for source in list(self._peers):
+            self.disconnect(source, timeout_s)
 
-    def _pull_all(self, prefill: WorkerId) -> None:
+    def _pull_all(self, prefill: WorkerId, peer: _Peer) -> None:
         broken = ""
-        while (item := self._offers[prefill].get()) is not None:
+        while (item := peer.offers.get()) is not None:
             offer, pages = item
             reason = broken
             if not broken:
                 try:
                     self._ask(prefill, KvPull(lease_id=offer.lease_id, decode_worker=self._worker_id))
-                    reason = self._receive(self._channels[prefill], pages)
+                    reason = self._receive(peer.channel, pages)
                 except OctetError as error:
                     _log.warning("the channel from %s is given up: %s", prefill, error)
                     broken = reason = f"the channel from {prefill} broke: {error}"

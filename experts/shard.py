@@ -30,11 +30,8 @@ class ExpertShard:
 
     def __init__(self, slots: ExpertSlots) -> None:
         self._slots = slots
-        self._holds = {
-            layer: np.array([expert != EMPTY for expert in experts], dtype=bool)
-            for layer, experts in slots.held.items()
-        }
-        self._counts = {layer: np.zeros(len(experts), dtype=np.int64) for layer, experts in slots.held.items()}
+        self._counts = {layer: np.zeros(len(slots.held(layer)), dtype=np.int64) for layer in slots.layers}
+        self._released = {layer: np.zeros(slots.num_experts, dtype=np.int64) for layer in slots.layers}
         self.num_rows = 0
         self.num_activated = 0
         """Experts hit, summed over calls: what a call costs where reading weights is what takes time."""
@@ -55,11 +52,24 @@ class ExpertShard:
         return y_UH
 
     def counts(self) -> dict[int, npt.NDArray[np.int64]]:
-        """Tokens served since the start, by layer and slot. A copy."""
-        return {layer: counts.copy() for layer, counts in self._counts.items()}
+        """Tokens served since the start, `[E]` by logical expert for each layer. A copy."""
+        return {layer: self._count(layer) for layer in self._counts}
+
+    def release(self, layer: int, slot: int) -> None:
+        """Empty a slot that nobody asks for any more; what it served stays counted."""
+        expert, counts_S = self._slots.held(layer)[slot], self._counts[layer]
+        if expert != EMPTY:
+            self._released[layer][expert] += counts_S[slot]
+        counts_S[slot] = 0
+        self._slots.release(layer, slot)
+
+    def _count(self, layer: int) -> npt.NDArray[np.int64]:
+        counts_E, held_S = self._released[layer].copy(), np.array(self._slots.held(layer), dtype=np.int64)
+        np.add.at(counts_E, held_S[held_S != EMPTY], self._counts[layer][held_S != EMPTY])
+        return counts_E
 
     def _compute_packed(self, layer: int, rows: Rows) -> torch.Tensor:
-        slots_UK, holds_S = rows.slots_UK.numpy(), self._holds[layer]
+        slots_UK, holds_S = rows.slots_UK.numpy(), self._slots.holds[layer]
         counts_S = np.zeros(len(holds_S), dtype=np.int64)
         missing = grouped_cpu().count_rows(slots_UK, holds_S, counts_S)
         if missing >= 0:
@@ -75,12 +85,14 @@ class ExpertShard:
             parts[first_slot] = y_UH
 
         expert_numbers = (gate_up.numel() + down.numel()) // max(1, len(holds_S))
-        linear_cpu().in_parts(compute, len(holds_S), 2 * int((slots_UK >= 0).sum()) * expert_numbers)
+        # Slots are filled from the first on, so that those behind the last one held are no thread's share.
+        num_used = len(holds_S) - int(holds_S[::-1].argmax())
+        linear_cpu().in_parts(compute, num_used, 2 * int((slots_UK >= 0).sum()) * expert_numbers)
         # In the order of the slots, whichever thread was first.
         return parts[0] if len(parts) == 1 else torch.stack([parts[first] for first in sorted(parts)]).sum(0)
 
     def _compute_stacked(self, layer: int, rows: Rows) -> torch.Tensor:
-        holds_S = self._holds[layer]
+        holds_S = self._slots.holds[layer]
         counts_S = count_slots(rows.slots_UK, len(holds_S))
         for slot in counts_S.nonzero()[0].tolist():
             if slot >= len(holds_S) or not holds_S[slot]:
@@ -95,4 +107,4 @@ class ExpertShard:
         self.num_activated += int(np.count_nonzero(counts_S))
 
     def _missing(self, layer: int, slot: int) -> ExpertMissingError:
-        return ExpertMissingError(f"layer {layer}: no expert in slot {slot} of {len(self._holds[layer])}")
+        return ExpertMissingError(f"layer {layer}: no expert in slot {slot} of {len(self._slots.holds[layer])}")

@@ -134,6 +134,18 @@ class Client:
         status: pb.GetStatusResponse = self._call(self._cluster.GetStatus, request, timeout_s)
         return status
 
+    def rebalance(self, *, dry_run: bool = False, timeout_s: float | None = None) -> pb.RebalanceResponse:
+        """Move experts after their load. Raises: CallError."""
+        request = pb.RebalanceRequest(dry_run=dry_run)
+        response: pb.RebalanceResponse = self._call(self._cluster.Rebalance, request, timeout_s)
+        return response
+
+    def scale(self, *, timeout_s: float | None = None, **sizes: int) -> pb.ScaleResponse:
+        """Bring pools to other sizes, `experts=4`; answers when it is so. Raises: CallError."""
+        request = pb.ScaleRequest(sizes=[pb.PoolSize(pool=pool, size=size) for pool, size in sizes.items()])
+        response: pb.ScaleResponse = self._call(self._cluster.Scale, request, timeout_s)
+        return response
+
     def _ask(self, prompt: Prompt, timeout_s: float | None, options: dict[str, Any]) -> Resumption:
         return Resumption(make_request(prompt, **options), timeout_s or self._timeout_s, resume=self._resume)
 
@@ -243,6 +255,18 @@ class AsyncClient:
         request = pb.GetStatusRequest(window_s=window_s or 0)
         status: pb.GetStatusResponse = await self._call(self._cluster.GetStatus, request, timeout_s)
         return status
+
+    async def rebalance(self, *, dry_run: bool = False, timeout_s: float | None = None) -> pb.RebalanceResponse:
+        """Move experts after their load. Raises: CallError."""
+        request = pb.RebalanceRequest(dry_run=dry_run)
+        response: pb.RebalanceResponse = await self._call(self._cluster.Rebalance, request, timeout_s)
+        return response
+
+    async def scale(self, *, timeout_s: float | None = None, **sizes: int) -> pb.ScaleResponse:
+        """Bring pools to other sizes, `experts=4`; answers when it is so. Raises: CallError."""
+        request = pb.ScaleRequest(sizes=[pb.PoolSize(pool=pool, size=size) for pool, size in sizes.items()])
+        response: pb.ScaleResponse = await self._call(self._cluster.Scale, request, timeout_s)
+        return response
 
     def _ask(self, prompt: Prompt, timeout_s: float | None, options: dict[str, Any]) -> Resumption:
         return Resumption(make_request(prompt, **options), timeout_s or self._timeout_s, resume=self._resume)

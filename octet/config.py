@@ -47,6 +47,11 @@ class PoolConfig(_Node):
 
 class ExpertPoolConfig(PoolConfig):
     size: int = pydantic.Field(2, ge=1)
+    redundant_experts: int = pydantic.Field(0, ge=0)
+    """Slots per layer beyond one for each expert, over all shards: room for replicas of the busiest."""
+    slots_per_shard: int | None = pydantic.Field(None, ge=1)
+    """Slots per layer that each shard has memory for; null takes as many as there are experts on CPUs, where an empty
+    slot takes no memory, and on GPUs what is needed at the start. Moving experts takes free ones."""
 
 
 class PoolsConfig(_Node):
@@ -98,11 +103,45 @@ class SpeculationConfig(_Node):
 class LaneConfig(_Node):
     timeout_s: float = pydantic.Field(30.0, gt=0)
     """Silence of a shard, or of an attention worker that owes a heartbeat, after which the lane is given up."""
+    connect_s: float = pydantic.Field(60.0, gt=0)
+    """Deadline for both ends of a new connection to come, once their processes are ready."""
     heartbeat_s: float = pydantic.Field(5.0, gt=0)
     """An idle attention worker tells its shards so this often; well below `timeout_s`."""
+    recovery_s: float = pydantic.Field(30.0, gt=0)
+    """How long the sequences of an attention worker whose lane broke wait for another one, before they fail."""
     ping_pong_rows: int | None = pydantic.Field(64, ge=2)
     """Steps of at least this many tokens are computed as two micro-batches that take turns, so that attention goes on
     while experts do; null never. Small steps lose by it: each half reads all weights."""
+
+
+class HealthConfig(_Node):
+    """When a member is taken for lost, though its process may still be there."""
+
+    period_s: float = pydantic.Field(0.5, gt=0)
+    """Time between two signs of life."""
+    timeout_s: float = pydantic.Field(10.0, gt=0)
+    """How late one may be."""
+
+
+class BalancingConfig(_Node):
+    """How experts follow their load from shard to shard."""
+
+    auto: bool = False
+    """Move experts when their loads have drifted; false only when it is asked for."""
+    check_every_s: float = pydantic.Field(5.0, gt=0)
+    """How often the loads of the telemetry window are looked at."""
+    cooldown_s: float = pydantic.Field(60.0, ge=0)
+    """Least time from one automatic move of experts to the next."""
+    min_gain: float = pydantic.Field(0.05, ge=0, lt=1)
+    """Least part of the fullest shards' load that a plan has to take away, by the loads of the window."""
+    min_tokens: int = pydantic.Field(4096, ge=1)
+    """Least tokens of a window: fewer say little about the next."""
+    max_moves: int | None = pydantic.Field(None, ge=0)
+    """Most slots filled at a time, over all layers; null takes a tenth of all."""
+    two_domains: bool = False
+    """Keep every expert on two nodes if there are slots for it, so that the loss of one takes no expert with it."""
+    move_mib_per_s: float | None = pydantic.Field(512.0, gt=0)
+    """Most MiB per second that one shard sends another; null sends as fast as it goes."""
 
 
 class HandoffConfig(_Node):
@@ -296,6 +335,8 @@ class OctetConfig(_Node):
     decode: DecodeConfig = DecodeConfig()
     speculation: SpeculationConfig = SpeculationConfig()
     lane: LaneConfig = LaneConfig()
+    health: HealthConfig = HealthConfig()
+    balancing: BalancingConfig = BalancingConfig()
     handoff: HandoffConfig = HandoffConfig()
     frontend: FrontendConfig = FrontendConfig()
     telemetry: TelemetryConfig = TelemetryConfig()

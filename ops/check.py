@@ -12,6 +12,7 @@ from cluster.plan import ServingPlan
 from cluster.planning import make_plan
 from model.checkpoint import Checkpoint
 from octet.config import OctetConfig
+from router.transition import shard_slots
 
 
 def check(config: OctetConfig, console: Console | None = None) -> None:
@@ -46,7 +47,8 @@ def _rows(plan: ServingPlan, has_mtp: bool) -> Iterator[tuple[str, str]]:
         page_size = plan.config.kv.page_size
         yield "", f"{pages} pages of {page_size} tokens = {_size(pages * census.kv_bytes_per_page(page_size))}"
     yield "expert pool", f"{pools.experts.size} × at most {_size(shard_bytes)} of weights"
-    yield "", f"{plan.placement.slots_per_shard} slots per layer and shard, {_size(census.moe_layer_bytes)} per layer"
+    slots = max(shard_slots(model.n_routed_experts, pools.experts.redundant_experts, pools.experts.size))
+    yield "", f"{slots} slots per layer and shard, {_size(census.moe_layer_bytes)} per layer"
     yield "KV cache", f"{census.kv_bytes_per_token:,} bytes per token"
     yield "context", f"{plan.max_model_len:,} of {model.max_position_embeddings:,} tokens"
 

@@ -14,6 +14,7 @@ from octet.config import OctetConfig, load_config
 from octet.errors import OctetError
 from ops import render
 from ops.bench.cli import DEFAULT_ADDRESS, Address, bench
+from ops.changes import parse_sizes, print_rebalance
 from ops.experts_cli import experts
 from ops.render_decisions import print_decisions
 from ops.render_experts import print_experts
@@ -124,6 +125,34 @@ def status(
         print_decisions(answer)
     else:
         render.print_status(answer)
+
+
+@app.command()
+def rebalance(
+    grpc: Address = DEFAULT_ADDRESS,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be moved.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")] = False,
+) -> None:
+    """Move experts from shard to shard after their load, while the cluster serves."""
+    with Client(grpc, timeout_s=600.0) as client:
+        answer = client.rebalance(dry_run=dry_run)
+    if json:
+        print(render.as_json(answer))
+    else:
+        print_rebalance(answer, dry_run=dry_run)
+
+
+@app.command()
+def scale(
+    sizes: Annotated[list[str], typer.Argument(metavar="POOL=SIZE...", help="experts=4 decode=2 prefill=1")],
+    grpc: Address = DEFAULT_ADDRESS,
+    timeout: Annotated[float, typer.Option(help="Seconds.")] = 600.0,
+) -> None:
+    """Bring pools to other sizes while the cluster serves; returns when it is so."""
+    wanted = parse_sizes(sizes)
+    with Client(grpc, timeout_s=timeout) as client:
+        answer = client.scale(**wanted)
+    print("  ".join(f"{pool.pool} {pool.size}" for pool in answer.sizes), f" epoch {answer.epoch}")
 
 
 @app.command()

@@ -47,6 +47,7 @@ from prefill.leases import LeaseTable
 from router.channel import LocalChannel
 from router.exchange import LocalExchange
 from router.placement import Placement, place_evenly
+from router.plan import Planner
 from router.routed_experts import RoutedExperts
 
 PREFILL, DECODE, CALLER = WorkerId("prefill-0"), WorkerId("decode-0"), WorkerId("frontend-0")
@@ -88,7 +89,8 @@ class LocalEngine:
         )
         self.shards = [ExpertShard(load_slots(checkpoint, placement, s, dtype, device)) for s in range(num_shards)]
         exchange = LocalExchange([shard.serve for shard in self.shards])
-        self._routed = RoutedExperts(self.config, gates_of(weights, mtp), placement, exchange, device)
+        self._routed = RoutedExperts(self.config, gates_of(weights, mtp), device)
+        self._routed.adopt(Planner(placement, device), exchange)
         self.runner = self._runner(weights, mtp, num_pages)
         channel = LocalChannel(_TRANSFER_S)
         leases = LeaseTable(lease_s=60.0)

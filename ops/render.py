@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from octet.v1 import octet_pb2 as pb
+from ops.changes import print_changes
 from ops.heatmap import fold, heatmap
 
 STDERR = sys.stderr
@@ -36,6 +37,7 @@ def print_status(status: pb.GetStatusResponse, console: Console | None = None) -
         f"{status.requests_failed} failed, {status.requests_cancelled} cancelled"
     )
     console.print(_members(status))
+    print_changes(status, console)
     if status.expert_counts:
         console.print(_experts_in_short(status))
         if len(status.expert_counts) <= _MAX_LAYERS:

@@ -17,38 +17,53 @@ from router.channel import KvChannel
 _log = logging.getLogger(__name__)
 
 
+class _Peer:
+    """A decode worker's channel, and the pulls that wait for it."""
+
+    def __init__(self, channel: KvChannel) -> None:
+        self.channel = channel
+        self.pulls: queue.SimpleQueue[LeaseId | None] = queue.SimpleQueue()
+        self.thread: threading.Thread
+
+
 class KvSender:
     """Answers pulls, each decode worker's in a thread of its own: one that does not read holds up no other."""
 
     def __init__(self, cache: KvCache, leases: LeaseTable, channels: Mapping[WorkerId, KvChannel]) -> None:
-        self._cache, self._leases, self._channels = cache, leases, channels
-        self._pulls: dict[WorkerId, queue.SimpleQueue[LeaseId | None]] = {
-            worker_id: queue.SimpleQueue() for worker_id in channels
-        }
-        self._threads = [
-            threading.Thread(target=self._answer, args=(worker_id,), name=f"kv-to-{worker_id}", daemon=True)
-            for worker_id in channels
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._cache, self._leases = cache, leases
+        self._peers: dict[WorkerId, _Peer] = {}
+        for worker_id, channel in channels.items():
+            self.connect(worker_id, channel)
+
+    def connect(self, worker_id: WorkerId, channel: KvChannel) -> None:
+        """Answer the pulls of one more decode worker."""
+        peer = _Peer(channel)
+        peer.thread = threading.Thread(
+            target=self._answer, args=(worker_id, peer), name=f"kv-to-{worker_id}", daemon=True
+        )
+        self._peers[worker_id] = peer
+        peer.thread.start()
+
+    def disconnect(self, worker_id: WorkerId, timeout_s: float = 5.0) -> None:
+        """Break the channel to a decode worker that is gone. Idempotent."""
+        if (peer := self._peers.pop(worker_id, None)) is not None:
+            peer.pulls.put(None)
+            peer.channel.close()
+            peer.thread.join(timeout_s)
 
     def answer(self, pull: KvPull) -> None:
-        if pull.decode_worker in self._pulls:
-            self._pulls[pull.decode_worker].put(pull.lease_id)
+        if (peer := self._peers.get(pull.decode_worker)) is not None:
+            peer.pulls.put(pull.lease_id)
         else:
             _log.warning("a pull from %s, to which there is no channel", pull.decode_worker)
 
     def close(self, timeout_s: float = 5.0) -> None:
-        for pulls in self._pulls.values():
-            pulls.put(None)
-        for channel in self._channels.values():
-            channel.close()
-        for thread in self._threads:
-            thread.join(timeout_s)
+        for worker_id in list(self._peers):
+            self.disconnect(worker_id, timeout_s)
 
-    def _answer(self, worker_id: WorkerId) -> None:
-        channel = self._channels[worker_id]
-        while (lease_id := self._pulls[worker_id].get()) is not None:
+    def _answer(self, worker_id: WorkerId, peer: _Peer) -> None:
+        channel = peer.channel
+        while (lease_id := peer.pulls.get()) is not None:
             pages = self._leases.begin_sending(lease_id)
             try:
                 if pages is None:

@@ -1,7 +1,7 @@
-"""A two-ended channel that carries KV pages from a prefill to a decode worker, like a lane of two.
+"""A two-ended channel that carries large tensors, like a lane of two: KV pages, and experts' weights between shards.
 
-The decode worker pulls: it asks with a message, then receives. The answer is one frame, "gone", or as many as the pages
-have parts: neither end ever holds a whole prompt's KV beside its pages.
+A decode worker pulls KV pages: it asks with a message, then receives. The answer is one frame, "gone", or as many as
+the pages have parts: neither end ever holds a whole prompt's KV beside its pages.
 """
 
 from __future__ import annotations

@@ -18,7 +18,6 @@ from model.weights import GateWeights
 from octet.errors import LaneError
 from router.exchange import Exchange, ExpertRows, Ticket
 from router.gate import select_experts
-from router.placement import Placement
 from router.plan import Planner, ShardPlan
 
 
@@ -34,22 +33,23 @@ class Dispatched:
 class RoutedExperts:
     """gate → plan → dispatch, then combine. Between the two the caller computes what does not need the experts."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        gates: Mapping[int, GateWeights],
-        placement: Placement,
-        exchange: Exchange,
-        device: torch.device,
-    ) -> None:
-        self._config, self._gates, self._exchange = config, gates, exchange
-        self._planner = Planner(placement, device)
+    def __init__(self, config: ModelConfig, gates: Mapping[int, GateWeights], device: torch.device) -> None:
+        self._config, self._gates, self._device = config, gates, device
+        self._planner: Planner | None = None
+        self._exchange: Exchange | None = None
         self._under_way: collections.deque[Ticket] = collections.deque()
         self.combine_s = 0.0
         """Spent waiting for the experts' sums, since the start."""
 
+    def adopt(self, planner: Planner, exchange: Exchange) -> None:
+        """Route by this placement over this lane from now on. Between two steps, by the thread that takes them."""
+        assert not self._under_way, "no step is under way"
+        self._planner, self._exchange = planner, exchange
+
     def dispatch(self, layer: int, x_TH: torch.Tensor) -> Dispatched:
         """Raises: LaneError."""
+        assert self._planner is not None, "adopt comes first"
+        assert self._exchange is not None
         expert_ids_TK, weights_TK = select_experts(x_TH, self._gates[layer], self._config)
         plans = self._planner.plan(layer, expert_ids_TK, weights_TK)
         rows = [
@@ -64,6 +64,7 @@ class RoutedExperts:
 
     def combine(self, dispatched: Dispatched) -> torch.Tensor:
         """The sum over shards, `[T, H]` in fp32. Raises: LaneError."""
+        assert self._exchange is not None, "adopt comes first"
         ticket = self._under_way.popleft()
         assert ticket is dispatched.ticket, "combined in the order of the dispatches"
         begun_s = time.perf_counter()
@@ -77,7 +78,7 @@ class RoutedExperts:
 
     def drain(self) -> None:
         """Drop what is still under way after a step has failed, so that the exchange can be used again if it works."""
-        while self._under_way:
+        while self._under_way and self._exchange is not None:
             # What becomes of it does not matter; an exchange that is broken will say so at its next use.
             with contextlib.suppress(LaneError):
                 self._exchange.receive(self._under_way.popleft())

@@ -7,3 +7,6 @@ import hypothesis
 # Speed is measured by benchmarks; a loaded machine must fail no test.
 hypothesis.settings.register_profile("octet", deadline=None)
 hypothesis.settings.load_profile("octet")
+
+# One Ray for every test that needs one, whatever folder it is in.
+pytest_plugins = ("tests.clusters",)

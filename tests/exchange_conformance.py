@@ -35,7 +35,7 @@ from octet.ids import Epoch
 from router.exchange import Call, Exchange, ExpertRows, LocalExchange, Port, Serve
 from router.frames import FrameLayout
 from router.group import Group, GroupStore
-from router.lane import LaneExchange, LanePort
+from router.lane import SHARD, LaneExchange, LanePort, Link
 
 HOST = "127.0.0.1"
 EPOCH = Epoch(7)
@@ -138,12 +138,13 @@ class Local:
 
 @dataclasses.dataclass(frozen=True)
 class GlooEnds:
-    group: Group
+    groups: Sequence[Group]
     exchange: LaneExchange
     ports: Sequence[LanePort]
 
     def vanish(self) -> None:
-        self.group.abort()
+        for group in self.groups:
+            group.abort()
 
 
 class Gloo:
@@ -167,26 +168,26 @@ class Gloo:
 
     @contextlib.contextmanager
     def open(self, settings: LaneSettings) -> Iterator[GlooEnds]:
-        groups = form_groups(settings.num_shards + 1, settings.reply_s)
+        pairs = [form_pair(settings.reply_s) for _ in range(settings.num_shards)]
         try:
             yield GlooEnds(
-                groups[0],
-                LaneExchange(groups[0], settings.num_shards, settings.layout, EPOCH),
-                [LanePort(group, settings.layout, settings.port_epoch, settings.silence_s) for group in groups[1:]],
+                [worker for worker, _ in pairs],
+                LaneExchange([Link(worker, settings.layout, EPOCH) for worker, _ in pairs]),
+                [LanePort(shard, settings.layout, settings.port_epoch, settings.silence_s) for _, shard in pairs],
             )
         finally:
-            for group in groups:
-                group.abort()
+            for pair in pairs:
+                for group in pair:
+                    group.abort()
 
 
-def form_groups(size: int, transfer_s: float) -> list[Group]:
-    """Every rank of a new group, in this process. Each has a thread while they connect, as they wait for each other."""
+def form_pair(transfer_s: float) -> tuple[Group, Group]:
+    """Both ends of a new link, in this process. Each has a thread while they connect, as they wait for each other."""
     name = uuid.uuid4().hex
-    stores = [_store(rank) for rank in range(size)]
-    with ThreadPoolExecutor(size) as pool:
-        return list(
-            pool.map(lambda rank: Group(stores[rank], name, rank, size, HOST, CONNECT_S, transfer_s), range(size))
-        )
+    stores = [_store(rank) for rank in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        worker, shard = pool.map(lambda rank: Group(stores[rank], name, rank, 2, HOST, CONNECT_S, transfer_s), range(2))
+        return worker, shard
 
 
 @functools.cache
@@ -206,10 +207,10 @@ def serve_until_closed(port: Port, serve: Serve) -> None:
             port.reply(call, y_UH)
 
 
-def serve_in_process(store: str, name: str, rank: int, size: int, layout: FrameLayout) -> None:
+def serve_in_process(store: str, name: str, layout: FrameLayout) -> None:
     """The whole life of a shard's process."""
-    group = Group(GroupStore.join(store, CONNECT_S), name, rank, size, HOST, CONNECT_S, PATIENT_S)
-    serve_until_closed(LanePort(group, layout, EPOCH, PATIENT_S), Scale(rank - 1))
+    group = Group(GroupStore.join(store, CONNECT_S), name, SHARD, 2, HOST, CONNECT_S, PATIENT_S)
+    serve_until_closed(LanePort(group, layout, EPOCH, PATIENT_S), Scale(0))
 
 
 class ExchangeConformance:

@@ -277,7 +277,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self, window_s: _Optional[float] = ...) -> None: ...
 
 class Member(_message.Message):
-    __slots__ = ("worker_id", "node_id", "pid", "state", "kv_pages_total", "kv_pages_free", "running", "waiting", "tokens", "num_slots", "resident_bytes", "preemptions", "leases", "cached_tokens", "drafted_tokens", "accepted_tokens", "load")
+    __slots__ = ("worker_id", "node_id", "pid", "state", "kv_pages_total", "kv_pages_free", "running", "waiting", "tokens", "num_slots", "resident_bytes", "preemptions", "leases", "cached_tokens", "drafted_tokens", "num_held", "accepted_tokens", "load")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
@@ -293,6 +293,7 @@ class Member(_message.Message):
     LEASES_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DRAFTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_HELD_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
@@ -310,9 +311,10 @@ class Member(_message.Message):
     leases: int
     cached_tokens: int
     drafted_tokens: int
+    num_held: int
     accepted_tokens: int
     load: MemberLoad
-    def __init__(self, worker_id: _Optional[str] = ..., node_id: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[str] = ..., kv_pages_total: _Optional[int] = ..., kv_pages_free: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., tokens: _Optional[int] = ..., num_slots: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., preemptions: _Optional[int] = ..., leases: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., drafted_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ..., load: _Optional[_Union[MemberLoad, _Mapping]] = ...) -> None: ...
+    def __init__(self, worker_id: _Optional[str] = ..., node_id: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[str] = ..., kv_pages_total: _Optional[int] = ..., kv_pages_free: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., tokens: _Optional[int] = ..., num_slots: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., preemptions: _Optional[int] = ..., leases: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., drafted_tokens: _Optional[int] = ..., num_held: _Optional[int] = ..., accepted_tokens: _Optional[int] = ..., load: _Optional[_Union[MemberLoad, _Mapping]] = ...) -> None: ...
 
 class MemberLoad(_message.Message):
     __slots__ = ("busy_share", "busy_ewma", "rows_per_s", "activated_experts", "queue_depth", "frames_per_s", "wait_s", "step_s", "wait_share", "wait_ewma", "kv_share", "lanes", "total_busy_s")
@@ -410,8 +412,83 @@ class ScalingDecision(_message.Message):
     outcome: str
     def __init__(self, age_s: _Optional[float] = ..., pool: _Optional[str] = ..., current: _Optional[int] = ..., wanted: _Optional[int] = ..., target: _Optional[int] = ..., reason: _Optional[str] = ..., outcome: _Optional[str] = ...) -> None: ...
 
+class Move(_message.Message):
+    __slots__ = ("layer", "expert", "to")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_FIELD_NUMBER: _ClassVar[int]
+    TO_FIELD_NUMBER: _ClassVar[int]
+    FROM_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    expert: int
+    to: str
+    def __init__(self, layer: _Optional[int] = ..., expert: _Optional[int] = ..., to: _Optional[str] = ..., **kwargs) -> None: ...
+
+class RebalanceRequest(_message.Message):
+    __slots__ = ("dry_run",)
+    DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    dry_run: bool
+    def __init__(self, dry_run: _Optional[bool] = ...) -> None: ...
+
+class RebalanceResponse(_message.Message):
+    __slots__ = ("moves", "bytes", "balancedness_before", "balancedness_after", "relative_gain", "reason", "placement_version")
+    MOVES_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    BALANCEDNESS_BEFORE_FIELD_NUMBER: _ClassVar[int]
+    BALANCEDNESS_AFTER_FIELD_NUMBER: _ClassVar[int]
+    RELATIVE_GAIN_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    moves: _containers.RepeatedCompositeFieldContainer[Move]
+    bytes: int
+    balancedness_before: float
+    balancedness_after: float
+    relative_gain: float
+    reason: str
+    placement_version: int
+    def __init__(self, moves: _Optional[_Iterable[_Union[Move, _Mapping]]] = ..., bytes: _Optional[int] = ..., balancedness_before: _Optional[float] = ..., balancedness_after: _Optional[float] = ..., relative_gain: _Optional[float] = ..., reason: _Optional[str] = ..., placement_version: _Optional[int] = ...) -> None: ...
+
+class PoolSize(_message.Message):
+    __slots__ = ("pool", "size")
+    POOL_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    pool: str
+    size: int
+    def __init__(self, pool: _Optional[str] = ..., size: _Optional[int] = ...) -> None: ...
+
+class ScaleRequest(_message.Message):
+    __slots__ = ("sizes",)
+    SIZES_FIELD_NUMBER: _ClassVar[int]
+    sizes: _containers.RepeatedCompositeFieldContainer[PoolSize]
+    def __init__(self, sizes: _Optional[_Iterable[_Union[PoolSize, _Mapping]]] = ...) -> None: ...
+
+class ScaleResponse(_message.Message):
+    __slots__ = ("sizes", "epoch", "placement_version")
+    SIZES_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    sizes: _containers.RepeatedCompositeFieldContainer[PoolSize]
+    epoch: int
+    placement_version: int
+    def __init__(self, sizes: _Optional[_Iterable[_Union[PoolSize, _Mapping]]] = ..., epoch: _Optional[int] = ..., placement_version: _Optional[int] = ...) -> None: ...
+
+class Change(_message.Message):
+    __slots__ = ("at_s", "duration_s", "kind", "reason", "outcome", "succeeded")
+    AT_S_FIELD_NUMBER: _ClassVar[int]
+    DURATION_S_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    SUCCEEDED_FIELD_NUMBER: _ClassVar[int]
+    at_s: float
+    duration_s: float
+    kind: str
+    reason: str
+    outcome: str
+    succeeded: bool
+    def __init__(self, at_s: _Optional[float] = ..., duration_s: _Optional[float] = ..., kind: _Optional[str] = ..., reason: _Optional[str] = ..., outcome: _Optional[str] = ..., succeeded: _Optional[bool] = ...) -> None: ...
+
 class GetStatusResponse(_message.Message):
-    __slots__ = ("state", "pools", "epoch", "placement_version", "live_requests", "tokens_served", "requests_finished", "requests_failed", "requests_cancelled", "expert_counts", "uptime_s", "reason", "window_s", "balancedness", "hottest", "window_tokens_per_s", "requests_refused", "autoscaler_enabled", "decisions", "latest_decisions")
+    __slots__ = ("state", "pools", "epoch", "placement_version", "live_requests", "tokens_served", "requests_finished", "requests_failed", "requests_cancelled", "expert_counts", "uptime_s", "reason", "window_s", "balancedness", "hottest", "changes", "change_under_way", "window_tokens_per_s", "requests_refused", "autoscaler_enabled", "decisions", "latest_decisions")
     STATE_FIELD_NUMBER: _ClassVar[int]
     POOLS_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -427,6 +504,8 @@ class GetStatusResponse(_message.Message):
     WINDOW_S_FIELD_NUMBER: _ClassVar[int]
     BALANCEDNESS_FIELD_NUMBER: _ClassVar[int]
     HOTTEST_FIELD_NUMBER: _ClassVar[int]
+    CHANGES_FIELD_NUMBER: _ClassVar[int]
+    CHANGE_UNDER_WAY_FIELD_NUMBER: _ClassVar[int]
     WINDOW_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_REFUSED_FIELD_NUMBER: _ClassVar[int]
     AUTOSCALER_ENABLED_FIELD_NUMBER: _ClassVar[int]
@@ -447,9 +526,11 @@ class GetStatusResponse(_message.Message):
     window_s: float
     balancedness: float
     hottest: _containers.RepeatedCompositeFieldContainer[HotExpert]
+    changes: _containers.RepeatedCompositeFieldContainer[Change]
+    change_under_way: str
     window_tokens_per_s: float
     requests_refused: int
     autoscaler_enabled: bool
     decisions: _containers.RepeatedCompositeFieldContainer[ScalingDecision]
     latest_decisions: _containers.RepeatedCompositeFieldContainer[ScalingDecision]
-    def __init__(self, state: _Optional[str] = ..., pools: _Optional[_Iterable[_Union[Pool, _Mapping]]] = ..., epoch: _Optional[int] = ..., placement_version: _Optional[int] = ..., live_requests: _Optional[int] = ..., tokens_served: _Optional[int] = ..., requests_finished: _Optional[int] = ..., requests_failed: _Optional[int] = ..., requests_cancelled: _Optional[int] = ..., expert_counts: _Optional[_Iterable[_Union[ExpertCounts, _Mapping]]] = ..., uptime_s: _Optional[float] = ..., reason: _Optional[str] = ..., window_s: _Optional[float] = ..., balancedness: _Optional[float] = ..., hottest: _Optional[_Iterable[_Union[HotExpert, _Mapping]]] = ..., window_tokens_per_s: _Optional[float] = ..., requests_refused: _Optional[int] = ..., autoscaler_enabled: _Optional[bool] = ..., decisions: _Optional[_Iterable[_Union[ScalingDecision, _Mapping]]] = ..., latest_decisions: _Optional[_Iterable[_Union[ScalingDecision, _Mapping]]] = ...) -> None: ...
+    def __init__(self, state: _Optional[str] = ..., pools: _Optional[_Iterable[_Union[Pool, _Mapping]]] = ..., epoch: _Optional[int] = ..., placement_version: _Optional[int] = ..., live_requests: _Optional[int] = ..., tokens_served: _Optional[int] = ..., requests_finished: _Optional[int] = ..., requests_failed: _Optional[int] = ..., requests_cancelled: _Optional[int] = ..., expert_counts: _Optional[_Iterable[_Union[ExpertCounts, _Mapping]]] = ..., uptime_s: _Optional[float] = ..., reason: _Optional[str] = ..., window_s: _Optional[float] = ..., balancedness: _Optional[float] = ..., hottest: _Optional[_Iterable[_Union[HotExpert, _Mapping]]] = ..., changes: _Optional[_Iterable[_Union[Change, _Mapping]]] = ..., change_under_way: _Optional[str] = ..., window_tokens_per_s: _Optional[float] = ..., requests_refused: _Optional[int] = ..., autoscaler_enabled: _Optional[bool] = ..., decisions: _Optional[_Iterable[_Union[ScalingDecision, _Mapping]]] = ..., latest_decisions: _Optional[_Iterable[_Union[ScalingDecision, _Mapping]]] = ...) -> None: ...

@@ -373,6 +373,16 @@ class ClusterStub:
                 request_serializer=octet_dot_v1_dot_octet__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=octet_dot_v1_dot_octet__pb2.GetStatusResponse.FromString,
                 _registered_method=True)
+        self.Rebalance = channel.unary_unary(
+                '/octet.v1.Cluster/Rebalance',
+                request_serializer=octet_dot_v1_dot_octet__pb2.RebalanceRequest.SerializeToString,
+                response_deserializer=octet_dot_v1_dot_octet__pb2.RebalanceResponse.FromString,
+                _registered_method=True)
+        self.Scale = channel.unary_unary(
+                '/octet.v1.Cluster/Scale',
+                request_serializer=octet_dot_v1_dot_octet__pb2.ScaleRequest.SerializeToString,
+                response_deserializer=octet_dot_v1_dot_octet__pb2.ScaleResponse.FromString,
+                _registered_method=True)
 
 
 class ClusterServicer:
@@ -384,6 +394,21 @@ class ClusterServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Rebalance(self, request, context):
+        """Move experts after the loads of the telemetry window, while everybody serves. FAILED_PRECONDITION with the reason if
+        it cannot be done; the placement is then as it was.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Scale(self, request, context):
+        """Bring pools to other sizes, while everybody serves: no request fails by it. Answers when it is so.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ClusterServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -391,6 +416,16 @@ def add_ClusterServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=octet_dot_v1_dot_octet__pb2.GetStatusRequest.FromString,
                     response_serializer=octet_dot_v1_dot_octet__pb2.GetStatusResponse.SerializeToString,
+            ),
+            'Rebalance': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rebalance,
+                    request_deserializer=octet_dot_v1_dot_octet__pb2.RebalanceRequest.FromString,
+                    response_serializer=octet_dot_v1_dot_octet__pb2.RebalanceResponse.SerializeToString,
+            ),
+            'Scale': grpc.unary_unary_rpc_method_handler(
+                    servicer.Scale,
+                    request_deserializer=octet_dot_v1_dot_octet__pb2.ScaleRequest.FromString,
+                    response_serializer=octet_dot_v1_dot_octet__pb2.ScaleResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -420,6 +455,60 @@ class Cluster:
             '/octet.v1.Cluster/GetStatus',
             octet_dot_v1_dot_octet__pb2.GetStatusRequest.SerializeToString,
             octet_dot_v1_dot_octet__pb2.GetStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rebalance(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/octet.v1.Cluster/Rebalance',
+            octet_dot_v1_dot_octet__pb2.RebalanceRequest.SerializeToString,
+            octet_dot_v1_dot_octet__pb2.RebalanceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Scale(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/octet.v1.Cluster/Scale',
+            octet_dot_v1_dot_octet__pb2.ScaleRequest.SerializeToString,
+            octet_dot_v1_dot_octet__pb2.ScaleResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -31,6 +31,7 @@ from ops.local import load_slots
 from router.exchange import LocalExchange
 from router.gate import select_experts
 from router.placement import place_evenly
+from router.plan import Planner
 from router.routed_experts import Dispatched, RoutedExperts
 
 _MAX_TOKENS = 2048
@@ -63,7 +64,8 @@ class Observer:
         placement = place_evenly(self.config.moe_layers, self.config.n_routed_experts, num_shards=1)
         shard = ExpertShard(load_slots(checkpoint, placement, 0, torch.float32, _CPU))
         gates = gates_of(weights)
-        routed = RoutedExperts(self.config, gates, placement, LocalExchange([shard.serve]), _CPU)
+        routed = RoutedExperts(self.config, gates, _CPU)
+        routed.adopt(Planner(placement, _CPU), LocalExchange([shard.serve]))
         self._noting = _Noting(self.config, gates, routed)
         num_pages = -(-self._max_tokens // _PAGE_SIZE)
         cache = KvCache(self.config, num_pages, _PAGE_SIZE, torch.float32, _CPU)

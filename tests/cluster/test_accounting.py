@@ -9,7 +9,7 @@ import pytest
 
 from octet.client import AsyncClient, Client
 from ops.bench.soak import random_prefixes, random_request
-from tests.cluster.conftest import Start, at_baseline, wait_until
+from tests.clusters import Start, at_baseline, wait_until
 
 _REQUESTS, _AT_ONCE = 1000, 40
 

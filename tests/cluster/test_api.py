@@ -18,7 +18,7 @@ from cluster.launch import RunningCluster
 from octet.client import CallError, Client, make_request
 from octet.v1 import octet_pb2 as pb
 from octet.v1 import octet_pb2_grpc as rpc
-from tests.cluster.conftest import at_baseline, wait_until
+from tests.clusters import at_baseline, wait_until
 
 _LONG: dict[str, Any] = {"max_new_tokens": 4000, "ignore_eos": True}
 

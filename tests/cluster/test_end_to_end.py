@@ -14,7 +14,7 @@ from octet.messages import PrefillRequest, pack_ids
 from octet.request import Output, Sampling, Stopping
 from octet.v1 import octet_pb2 as pb
 from ops.local import CALLER, DECODE, LocalEngine
-from tests.cluster.conftest import Reference, Start, at_baseline, wait_until
+from tests.clusters import Reference, Start, at_baseline, wait_until
 
 _NEW_TOKENS = 24
 

@@ -6,7 +6,7 @@ import random
 
 from octet.client import Client
 from octet.v1 import octet_pb2 as pb
-from tests.cluster.conftest import Start, at_baseline, wait_until
+from tests.clusters import Start, at_baseline, wait_until
 
 
 def _settled(client: Client) -> pb.GetStatusResponse:

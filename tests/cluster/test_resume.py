@@ -13,7 +13,7 @@ from cluster.launch import RunningCluster
 from octet.client import AsyncClient, CallError, Client
 from octet.v1 import octet_pb2 as pb
 from octet.v1 import octet_pb2_grpc as rpc
-from tests.cluster.conftest import Start, at_baseline, wait_until
+from tests.clusters import Start, at_baseline, wait_until
 from tests.unit.cluster.proxy import proxy
 
 NUM_TOKENS = 120

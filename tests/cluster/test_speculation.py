@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from octet.client import Client
-from tests.cluster.conftest import Start, at_baseline, wait_until
+from tests.clusters import Start, at_baseline, wait_until
 
 
 def test_drafts_change_no_token_and_are_counted(start: Start) -> None:

@@ -14,7 +14,7 @@ import pytest
 from octet.client import Client
 from octet.v1 import octet_pb2 as pb
 from router.trace.files import read_trace
-from tests.cluster.conftest import Start
+from tests.clusters import Start
 
 TOP_K = 8
 STREAMS, PROMPT_TOKENS, NEW_TOKENS = 4, 40, 12

@@ -35,9 +35,10 @@ class AttentionHost:
 
         self._recorder = StepRecorder()
         self._recorder.install()
-        self._worker = AttentionWorker(worker_id, role, plan, HOST, "local")
-        self.endpoint, self.load, self.connect = self._worker.endpoint, self._worker.load, self._worker.connect
-        self.start, self.stop = self._worker.start, self._worker.stop
+        self._worker = worker = AttentionWorker(worker_id, role, plan, HOST, "local", report=lambda reason: None)
+        self.endpoint, self.load, self.link, self.meet = worker.endpoint, worker.load, worker.link, worker.meet
+        self.send_to, self.receive_from = worker.send_to, worker.receive_from
+        self.start, self.stop = worker.start, worker.stop
 
     def probe(self, on: bool) -> None:
         self._recorder.probe(on)
@@ -49,14 +50,14 @@ class AttentionHost:
 class ShardHost:
     """An expert shard and its recorder. Lives in a process of its own."""
 
-    def __init__(self, worker_id: WorkerId, shard: int, plan: ServingPlan) -> None:
+    def __init__(self, worker_id: WorkerId, plan: ServingPlan) -> None:
         from cluster.shard_worker import ShardWorker
         from ops.bench.breakdown.probes import CallRecorder
 
         self._recorder = CallRecorder()
         self._recorder.install()
-        self._worker = ShardWorker(worker_id, shard, plan, HOST, "local")
-        self.load, self.connect, self.stop = self._worker.load, self._worker.connect, self._worker.stop
+        self._worker = ShardWorker(worker_id, plan, HOST, "local")
+        self.load, self.link, self.stop = self._worker.load, self._worker.link, self._worker.stop
 
     def take(self) -> list[ShardCall]:
         return self._recorder.take()
@@ -121,13 +122,10 @@ class Pools:
 
     def __init__(self, plan: ServingPlan) -> None:
         """Start, load and connect every process. Raises: OctetError."""
-        self._mailbox = Mailbox(HOST)
+        self._mailbox, self._routing = Mailbox(HOST), plan.routing
         self.prefill = Remote("prefill-0", AttentionHost, WorkerId("prefill-0"), "prefill", plan)
         self.decode = Remote("decode-0", AttentionHost, WorkerId("decode-0"), "decode", plan)
-        self.shards = [
-            Remote(f"experts-{shard}", ShardHost, WorkerId(f"experts-{shard}"), shard, plan)
-            for shard in range(plan.config.pools.experts.size)
-        ]
+        self.shards = [Remote(shard, ShardHost, shard, plan) for shard in plan.routing.shards]
         try:
             self._connect()
         except BaseException:
@@ -135,21 +133,32 @@ class Pools:
             raise
 
     def _connect(self) -> None:
-        workers = [self.prefill, self.decode]
-        _all([*workers, *self.shards], "load")
+        workers, routing = [self.prefill, self.decode], self._routing
+        for worker in workers:
+            worker.post("load")
+        for shard, worker_id in zip(self.shards, routing.shards, strict=True):
+            shard.post("load", routing.held_by(worker_id))
+        _answers([*workers, *self.shards])
         prefill, decode = (worker.call("endpoint") for worker in workers)
         peers = {endpoint.worker_id: endpoint.mailbox for endpoint in (prefill, decode)}
         self._mailbox.connect(peers)
         peers = peers | {FRONTEND: self._mailbox.address}
-        # Groups are formed by all their members at the same time.
-        self.prefill.post("connect", peers, [decode])
-        self.decode.post("connect", peers, [prefill])
-        lanes: list[tuple[Role, Endpoint]] = [("prefill", prefill), ("decode", decode)]
-        for shard in self.shards:
-            shard.post("connect", lanes)
-        for member in (*workers, *self.shards):
-            member.answer(_START_S)
-        _all(workers, "start")
+        # Both ends of a connection open it at the same time.
+        lanes: list[tuple[Remote, Role, Endpoint]] = [
+            (self.prefill, "prefill", prefill),
+            (self.decode, "decode", decode),
+        ]
+        for worker, role, endpoint in lanes:
+            worker.post("link", routing.shards, routing.epoch)
+            for shard in self.shards:
+                shard.post("link", endpoint, role, routing.shards, routing.epoch)
+            _answers([worker, *self.shards])
+        self.prefill.post("send_to", decode.worker_id)
+        self.decode.post("receive_from", prefill)
+        _answers(workers)
+        for worker in workers:
+            worker.call("meet", peers)
+            worker.call("start", routing)
 
     def probe(self, on: bool) -> None:
         """See `StepRecorder.probe`: only while no request is live."""
@@ -181,8 +190,6 @@ class Pools:
         self._mailbox.close()
 
 
-def _all(members: Sequence[Remote], method: str) -> None:
-    for member in members:
-        member.post(method)
+def _answers(members: Sequence[Remote]) -> None:
     for member in members:
         member.answer(_START_S)

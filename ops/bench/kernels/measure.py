@@ -19,6 +19,7 @@ from ops.bench.kernels.device import DeviceRates, seconds_per_call
 from ops.bench.kernels.layer import KERNELS, LayerShape, random_experts, random_tokens
 from router.exchange import ExpertRows, LocalExchange
 from router.placement import place_evenly
+from router.plan import Planner
 from router.routed_experts import RoutedExperts
 
 _PAGE_SIZE = 16
@@ -105,7 +106,8 @@ def routing_kernels(
         return rows.x_UH
 
     placement = place_evenly([0], shape.experts, num_shards)
-    routed = RoutedExperts(shape.config(1), {0: gate}, placement, LocalExchange([echo] * num_shards), device)
+    routed = RoutedExperts(shape.config(1), {0: gate}, device)
+    routed.adopt(Planner(placement, device), LocalExchange([echo] * num_shards))
     for num_tokens in token_counts:
         x_TH = random_tokens(shape, num_tokens, dtype, device).x_TH
         seconds = seconds_per_call(lambda _, x=x_TH: routed.combine(routed.dispatch(0, x)), 20, device)  # type: ignore[misc]

@@ -13,14 +13,16 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
+from cluster.cluster_service import ClusterService
 from cluster.generation_service import GenerationService
-from cluster.grpc_service import ClusterService, GrpcServer
+from cluster.grpc_service import GrpcServer
 from cluster.planning import make_plan
 from octet.client import AsyncClient, CallError, Client
 from octet.config import load_config
 from octet.messages import PrefillRequest, TokenEvent, TokenLogprob
 from octet.v1 import octet_pb2 as pb
 from octet.v1 import octet_pb2_grpc as rpc
+from tests.unit.cluster.operations import NoOperations
 from tests.unit.cluster.played import PATIENT_S, PROMPT, Cluster, abort, failed, playing, soon, token
 from tests.unit.cluster.proxy import Proxy, proxy
 
@@ -28,15 +30,11 @@ SETTINGS = "{port: 0, max_requests: 2, resume_grace_s: 20, max_stall_s: 0.3, max
 PLAN = make_plan(load_config(None, [f"frontend={SETTINGS}"]))
 
 
-async def no_status(request: pb.GetStatusRequest) -> pb.GetStatusResponse:
-    return pb.GetStatusResponse()
-
-
 @contextlib.asynccontextmanager
 async def serving(cluster: Cluster) -> AsyncIterator[Proxy]:
     config = PLAN.config.frontend
     generation = GenerationService(cluster.frontend, "model", 0, config.max_stall_s)
-    server = GrpcServer(config, generation, ClusterService(no_status))
+    server = GrpcServer(config, generation, ClusterService(NoOperations()))
     async with proxy(await server.start()) as between:
         yield between
         await server.stop(grace_s=0)

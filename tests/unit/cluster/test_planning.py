@@ -16,7 +16,7 @@ DRAFTS = "speculation.num_speculative_tokens=2"
 def test_speculation_adds_the_mtp_layers_experts_and_kv() -> None:
     without, speculating = make_plan(load_config()), make_plan(load_config(None, [DRAFTS]))
     layer = without.model.num_hidden_layers
-    assert speculating.placement.layers == (*without.placement.layers, layer)
+    assert speculating.routing.placement.layers == (*without.routing.placement.layers, layer)
     assert speculating.census.kv_bytes_per_token * layer == without.census.kv_bytes_per_token * (layer + 1)
 
 

@@ -17,7 +17,8 @@ from octet.ids import WorkerId
 from router.telemetry_samples import ShardSample
 
 PLAN = make_plan(load_config(overrides=["telemetry.step_s=0.2", "telemetry.silent_s=1"]))
-SHAPE = (len(PLAN.placement.layers), PLAN.placement.num_experts)
+PLACEMENT = PLAN.routing.placement
+SHAPE = (len(PLACEMENT.layers), PLACEMENT.num_experts)
 
 
 class FakeShard:
@@ -60,7 +61,7 @@ def members(*shards: FakeShard) -> dict[WorkerId, FakeShard]:
 
 async def test_members_are_read_step_by_step(router: Router) -> None:
     shard = FakeShard("experts-0")
-    await router.watch(members(shard))
+    await router.watch(PLAN.routing, members(shard))
     for _ in range(200):
         if shard.asked >= 4:
             break
@@ -72,7 +73,7 @@ async def test_members_are_read_step_by_step(router: Router) -> None:
 
 async def test_fresh_telemetry_has_what_was_counted_until_now(router: Router) -> None:
     shard = FakeShard("experts-0")
-    await router.watch(members(shard))
+    await router.watch(PLAN.routing, members(shard))
     window = await router.telemetry(fresh=True)
     assert (window.loads_LE == shard.asked).all()
 
@@ -80,7 +81,7 @@ async def test_fresh_telemetry_has_what_was_counted_until_now(router: Router) ->
 async def test_those_who_ask_at_once_share_a_reading_that_began_later(router: Router) -> None:
     shard = FakeShard("experts-0")
     shard.may_answer.clear()
-    await router.watch(members(shard))
+    await router.watch(PLAN.routing, members(shard))
     asking = [asyncio.create_task(router.telemetry(fresh=True)) for _ in range(20)]
     await asyncio.sleep(0.05)
     shard.may_answer.set()
@@ -93,7 +94,7 @@ async def test_those_who_ask_at_once_share_a_reading_that_began_later(router: Ro
 async def test_a_silent_member_delays_a_step_by_its_deadline_at_most(router: Router) -> None:
     silent, other = FakeShard("experts-0"), FakeShard("experts-1")
     silent.may_answer.clear()
-    await router.watch(members(silent, other))
+    await router.watch(PLAN.routing, members(silent, other))
     begun_s = time.monotonic()
     while other.asked < 5:
         await asyncio.sleep(0.02)
@@ -105,10 +106,10 @@ async def test_a_silent_member_delays_a_step_by_its_deadline_at_most(router: Rou
 
 async def test_what_a_leaving_member_counted_last_is_kept(router: Router) -> None:
     leaving, staying = FakeShard("experts-0"), FakeShard("experts-1")
-    await router.watch(members(leaving, staying))
+    await router.watch(PLAN.routing, members(leaving, staying))
     await router.telemetry(fresh=True)
     asked = leaving.asked
-    await router.watch(members(staying))
+    await router.watch(PLAN.routing, members(staying))
     window = await router.telemetry()
     assert [seen.worker_id for seen in window.shards] == ["experts-1"]
     assert leaving.asked == asked + 1

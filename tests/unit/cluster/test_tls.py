@@ -10,20 +10,17 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from cluster.cluster_service import ClusterService
 from cluster.generation_service import GenerationService
-from cluster.grpc_service import ClusterService, GrpcServer
+from cluster.grpc_service import GrpcServer
 from octet.client import AsyncClient, CallError
 from octet.config import FrontendConfig, TlsConfig, load_config
 from octet.errors import ConfigError
 from octet.tls import Tls
-from octet.v1 import octet_pb2 as pb
+from tests.unit.cluster.operations import NoOperations
 from tests.unit.cluster.played import PATIENT_S, playing
 
 needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="makes certificates with openssl")
-
-
-async def no_status(request: pb.GetStatusRequest) -> pb.GetStatusResponse:
-    return pb.GetStatusResponse()
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +48,7 @@ async def serving(tls: TlsConfig) -> AsyncIterator[str]:
         server = GrpcServer(
             FrontendConfig(port=0, tls=tls),
             GenerationService(cluster.frontend, "model", 0, 10.0),
-            ClusterService(no_status),
+            ClusterService(NoOperations()),
         )
         try:
             yield f"127.0.0.1:{await server.start()}"

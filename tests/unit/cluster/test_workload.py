@@ -26,7 +26,7 @@ def assign(workload: Workload, choices: tuple[int, ...] = (0,), prefill: int = 0
 
 @pytest.fixture
 def workload() -> Workload:
-    workload = Workload(PAGE)
+    workload = Workload(PAGE, 100)
     workload.set_workers(PREFILLS, DECODES, [])
     return workload
 
@@ -72,10 +72,10 @@ def test_a_choice_depends_on_its_prefill_worker_until_its_decode_worker_is_heard
     assert found == [(True, True), (True, True), (False, True)]
 
 
-def test_reported_pages_are_those_of_the_last_report(workload: Workload) -> None:
+def test_free_pages_are_those_of_the_last_report_or_all_before_the_first(workload: Workload) -> None:
     workload.report(DECODES[1], load(5))
     workload.report(DECODES[1], load(7))
-    assert [view.free_pages for view in workload.decode_views()] == [0, 7]
+    assert [view.free_pages for view in workload.decode_views()] == [100, 7]
 
 
 def test_a_draining_worker_has_no_view_and_is_known(workload: Workload) -> None:
@@ -97,7 +97,7 @@ def test_a_worker_that_is_gone_is_not_known(workload: Workload) -> None:
 def test_whatever_happens_nothing_is_counted_when_every_choice_is_dropped(
     asked: list[tuple[int, int, int]], data: st.DataObject
 ) -> None:
-    workload = Workload(PAGE)
+    workload = Workload(PAGE, 100)
     workload.set_workers(PREFILLS, DECODES, [])
     stages = [
         stage

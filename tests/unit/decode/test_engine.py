@@ -48,6 +48,7 @@ from prefill.leases import LeaseTable
 from router.channel import LocalChannel
 from router.exchange import LocalExchange
 from router.placement import place_evenly
+from router.plan import Planner
 from router.routed_experts import RoutedExperts
 
 PREFILL, DECODE, FRONTEND = WorkerId("prefill-0"), WorkerId("decode-0"), WorkerId("frontend-0")
@@ -81,7 +82,9 @@ def model() -> Model:
     placement = place_evenly(config.moe_layers, config.n_routed_experts, 1)
     shard = ExpertShard(load_slots(checkpoint, placement, 0, torch.float32, CPU))
     gates = {index: layer.gate for index, layer in enumerate(weights.layers) if layer.gate is not None}
-    return Model(checkpoint, weights, RoutedExperts(config, gates, placement, LocalExchange([shard.serve]), CPU))
+    routed = RoutedExperts(config, gates, CPU)
+    routed.adopt(Planner(placement, CPU), LocalExchange([shard.serve]))
+    return Model(checkpoint, weights, routed)
 
 
 class Faulty:

@@ -107,12 +107,24 @@ def test_an_empty_slot_beside_the_ones_asked_for_does_no_harm(shard: ExpertShard
     assert shard.serve(1, asking_for([0, 2], [2, -1], dtype=dtype)).isfinite().all()
 
 
-def test_tokens_are_counted_by_layer_and_slot(shard: ExpertShard, dtype: torch.dtype) -> None:
+def test_tokens_are_counted_by_layer_and_logical_expert(shard: ExpertShard, dtype: torch.dtype) -> None:
     shard.serve(1, asking_for([0, 2], [2, -1], dtype=dtype))
     shard.serve(2, asking_for([0, 2], dtype=dtype))
     shard.serve(2, asking_for([1, 2], [2, 0], dtype=dtype))
     counts = shard.counts()
-    assert {layer: counted.tolist() for layer, counted in counts.items()} == {1: [1, 0, 2], 2: [2, 1, 3]}
+    assert {layer: counted.tolist() for layer, counted in counts.items()} == {
+        1: [2, 0, 0, 0, 1, 0],
+        2: [0, 0, 1, 3, 0, 2],
+    }
+
+
+def test_what_a_slot_served_stays_counted_when_its_expert_leaves(shard: ExpertShard, dtype: torch.dtype) -> None:
+    shard.serve(2, asking_for([0, 2], [2, 1], dtype=dtype))
+    before = shard.counts()[2].tolist()
+    shard.release(2, 2)
+    assert shard.counts()[2].tolist() == before
+    with pytest.raises(ExpertMissingError, match=r"layer 2: no expert in slot 2"):
+        shard.serve(2, asking_for([0, 2], dtype=dtype))
 
 
 def test_rows_are_counted_once_however_many_experts_they_use(shard: ExpertShard, dtype: torch.dtype) -> None:

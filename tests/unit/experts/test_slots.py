@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import pathlib
 import random
 from collections.abc import Iterable, Mapping
@@ -9,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from experts.slots import EMPTY, ExpertSlots
+from experts.memory import SlotMemory
+from experts.slots import EMPTY, ExpertSlots, Fill
 from model.census import expert_tensors, required_tensors
 from model.checkpoint import Checkpoint, LoadProgress
 from model.config import read_config
@@ -118,3 +120,63 @@ def test_weights_take_the_dtype_asked_for(checkpoint: Checkpoint) -> None:
     slots = ExpertSlots(checkpoint, {1: [0]}, torch.bfloat16, torch.device("cpu"))
     assert (slots.gate_up[1].dtype, slots.down[1].dtype) == (torch.bfloat16, torch.bfloat16)
     assert not slots.packed
+
+
+def test_an_empty_slot_can_be_filled_later(checkpoint: Checkpoint) -> None:
+    slots = load(checkpoint, {1: [4, EMPTY, EMPTY], 2: [EMPTY] * 3})
+    slots.fill([Fill(layer=1, slot=2, expert=0), Fill(layer=2, slot=1, expert=5)])
+    assert (slots.held(1), slots.held(2)) == ((4, EMPTY, 0), (EMPTY, 5, EMPTY))
+    assert holds(checkpoint, slots, 1, 2, 0)
+    assert holds(checkpoint, slots, 2, 1, 5)
+    assert slots.holds[1].tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_slot_can_be_filled_with_what_another_shard_holds(checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    theirs = ExpertSlots(checkpoint, {1: [3, 5]}, dtype, torch.device("cpu"))
+    ours = ExpertSlots(checkpoint, {1: [EMPTY, EMPTY, 2]}, dtype, torch.device("cpu"))
+    exported = theirs.export(1, 5)
+    assert exported is not None
+    ours.adopt(Fill(layer=1, slot=0, expert=5), *(part.reshape(-1).clone() for part in exported))
+    assert ours.held(1) == (5, EMPTY, 2)
+    assert ours.gate_up[1][0].equal(theirs.gate_up[1][1])
+    assert ours.down[1][0].equal(theirs.down[1][1])
+
+
+def test_weights_of_another_shape_are_not_taken(checkpoint: Checkpoint) -> None:
+    slots = load(checkpoint, {1: [EMPTY]})
+    with pytest.raises(ValueError, match="an expert of 3 numbers in a slot of"):
+        slots.adopt(Fill(layer=1, slot=0, expert=5), torch.zeros(3), torch.zeros(3))
+    assert slots.held(1) == (EMPTY,)
+
+
+def test_an_expert_that_is_not_held_cannot_be_exported(checkpoint: Checkpoint) -> None:
+    slots = load(checkpoint, {1: [4]})
+    assert slots.export(1, 3) is None
+    assert slots.export(2, 4) is None
+
+
+def test_a_released_slot_is_empty_and_its_neighbours_are_as_they_were(checkpoint: Checkpoint) -> None:
+    slots = load(checkpoint, {1: [4, 2, 0]})
+    slots.release(1, 1)
+    assert slots.held(1) == (4, EMPTY, 0)
+    assert slots.weight_bytes() == 2 * EXPERT_BYTES
+    assert holds(checkpoint, slots, 1, 0, 4)
+    assert holds(checkpoint, slots, 1, 2, 0)
+
+
+def test_memory_that_is_released_is_given_back_and_reads_as_zeros() -> None:
+    memory = SlotMemory((4, 1024, 1024))
+    before = resident_bytes()
+    memory.weights[1:3] = 1.0
+    filled = resident_bytes()
+    memory.release(1)
+    assert filled - before > 7 * 2**20
+    assert filled - resident_bytes() > 3 * 2**20
+    assert not memory.weights[1].any()
+    assert memory.weights[2].all()
+
+
+def resident_bytes() -> int:
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    return pages * mmap.PAGESIZE

@@ -12,7 +12,7 @@ import torch
 from octet.errors import LaneError, LaneTimeoutError, PeerLostError, WrongEpochError
 from octet.ids import Epoch
 from router.channel import GroupChannel, KvChannel, LocalChannel
-from tests.exchange_conformance import MARGIN_S, PATIENT_S, SHORT_S, form_groups, within
+from tests.exchange_conformance import MARGIN_S, PATIENT_S, SHORT_S, form_pair, within
 
 EPOCH = Epoch(2)
 
@@ -34,8 +34,8 @@ def local(timeout_s: float) -> Iterator[Ends]:
 
 @contextlib.contextmanager
 def gloo(timeout_s: float, decode_epoch: Epoch = EPOCH) -> Iterator[Ends]:
-    groups = form_groups(2, timeout_s)
-    ends = Ends(GroupChannel(groups[0], EPOCH, timeout_s), GroupChannel(groups[1], decode_epoch, timeout_s))
+    source, target = form_pair(timeout_s)
+    ends = Ends(GroupChannel(source, EPOCH, timeout_s), GroupChannel(target, decode_epoch, timeout_s))
     try:
         yield ends
     finally:

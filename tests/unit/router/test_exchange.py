@@ -17,7 +17,7 @@ from octet.errors import LaneTimeoutError, PeerLostError, WrongEpochError
 from octet.ids import Epoch
 from router.frames import FrameLayout, Header, Kind
 from router.group import Group, GroupStore
-from router.lane import LaneExchange
+from router.lane import LaneExchange, Link
 from tests.exchange_conformance import (
     CONNECT_S,
     EPOCH,
@@ -29,7 +29,7 @@ from tests.exchange_conformance import (
     Local,
     Scale,
     assert_answered,
-    form_groups,
+    form_pair,
     layout_of,
     random_rows,
     serve_in_process,
@@ -47,8 +47,8 @@ class TestGlooLane(ExchangeConformance):
 
 def test_a_reply_of_another_epoch_is_recognised() -> None:
     layout = layout_of()
-    ends = form_groups(2, PATIENT_S)
-    exchange = LaneExchange(ends[0], 1, layout, EPOCH)
+    ends = form_pair(PATIENT_S)
+    exchange = LaneExchange([Link(ends[0], layout, EPOCH)])
     ticket = exchange.send(0, [random_rows(1, layout)])
     ends[1].receive(layout.new_buffer(), 0).wait()
     reply = layout.new_buffer()[: layout.reply_bytes(1)]
@@ -66,12 +66,12 @@ def lane_to_a_process(layout: FrameLayout, reply_s: float) -> Iterator[tuple[Lan
     """An exchange with one shard, in a process of its own that has answered once."""
     store = GroupStore.host(HOST, CONNECT_S)
     process = multiprocessing.get_context("spawn").Process(
-        target=serve_in_process, args=(store.address, "lane", 1, 2, layout), daemon=True
+        target=serve_in_process, args=(store.address, "lane", layout), daemon=True
     )
     process.start()
     try:
         group = Group(store, "lane", 0, 2, HOST, CONNECT_S, reply_s)
-        exchange = LaneExchange(group, 1, layout, EPOCH)
+        exchange = LaneExchange([Link(group, layout, EPOCH)])
         sent = [random_rows(2, layout)]
         assert_answered(exchange.receive(exchange.send(0, sent)), [Scale(0)], 0, sent)
         yield exchange, process

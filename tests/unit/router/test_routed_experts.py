@@ -21,6 +21,7 @@ from octet.errors import ExpertMissingError
 from router.exchange import LocalExchange
 from router.gate import select_experts
 from router.placement import EMPTY, Placement, from_physical, place_evenly
+from router.plan import Planner
 from router.routed_experts import RoutedExperts
 
 NUM_EXPERTS, HIDDEN_SIZE, NUM_TOKENS = 8, 24, 50
@@ -79,7 +80,9 @@ def routed_over(
     ]
     shards = [ExpertShard(ExpertSlots(checkpoint, row, torch.float32, CPU)) for row in rows]
     exchange = LocalExchange([shard.serve for shard in shards])
-    return RoutedExperts(checkpoint.config, gates, placement, exchange, CPU)
+    routed = RoutedExperts(checkpoint.config, gates, CPU)
+    routed.adopt(Planner(placement, CPU), exchange)
+    return routed
 
 
 def dense(checkpoint: Checkpoint, layer: int, x_TH: torch.Tensor, gate: GateWeights) -> torch.Tensor:
@@ -136,7 +139,8 @@ def test_sums_over_shards_of_a_bf16_model_are_fp32(checkpoint: Checkpoint, gates
     rows = [dict(zip(LAYERS, placement.held_by(shard).tolist(), strict=True)) for shard in range(2)]
     shards = [ExpertShard(ExpertSlots(checkpoint, row, torch.bfloat16, CPU)) for row in rows]
     exchange = LocalExchange([shard.serve for shard in shards])
-    routed = RoutedExperts(checkpoint.config, gates, placement, exchange, CPU)
+    routed = RoutedExperts(checkpoint.config, gates, CPU)
+    routed.adopt(Planner(placement, CPU), exchange)
     x_TH = torch.randn(NUM_TOKENS, HIDDEN_SIZE).bfloat16()
     assert routed.combine(routed.dispatch(1, x_TH)).dtype == torch.float32
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 import pathlib
+import random
+import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -142,3 +144,90 @@ def wait_until(condition: Callable[[], bool], timeout_s: float, what: str) -> No
     while not condition():
         assert time.monotonic() < deadline_s, f"not within {timeout_s} s: {what}"
         time.sleep(0.05)
+
+
+def members(status: pb.GetStatusResponse, pool: str) -> dict[str, pb.Member]:
+    """The members of one pool, by id."""
+    return {member.worker_id: member for p in status.pools if p.name == pool for member in p.members}
+
+
+def settled(client: Client, **sizes: int) -> bool:
+    """Whether nothing is being changed, and pools have these sizes."""
+    status = client.status()
+    return (
+        status.state == "READY"
+        and not status.change_under_way
+        and all(len(members(status, pool)) == size for pool, size in sizes.items())
+    )
+
+
+class Traffic:
+    """Users who ask for what `transformers` has answered, over and over, each with one stream at a time."""
+
+    def __init__(self, address: str, answers: Mapping[tuple[int, ...], Sequence[int]], num_users: int) -> None:
+        """
+        Args:
+            answers: greedy continuations by prompt.
+        """
+        self._address, self._answers = address, {prompt: list(answer) for prompt, answer in answers.items()}
+        self._stopping = threading.Event()
+        self._failures: list[str] = []
+        self._gaps: list[float] = []
+        self.num_answers = 0
+        self._threads = [threading.Thread(target=self._use, args=(user,), daemon=True) for user in range(num_users)]
+
+    def __enter__(self) -> Traffic:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stopping.set()
+        for thread in self._threads:
+            thread.join(90)
+        if exc_info[0] is None:
+            assert not any(thread.is_alive() for thread in self._threads), "a stream hangs"
+            assert self._failures == []
+
+    def longest_gap_s(self) -> float:
+        """Between two chunks of a stream, or before the first, since the last call."""
+        gaps, self._gaps = self._gaps, []
+        return max(gaps, default=0.0)
+
+    def flow(self, timeout_s: float = 60.0) -> None:
+        """Wait until every user has had an answer to a question asked from now on."""
+        target = self.num_answers + 2 * len(self._threads)
+        wait_until(lambda: self.num_answers >= target or bool(self._failures), timeout_s, "answers go on")
+        assert self._failures == []
+
+    def _use(self, user: int) -> None:
+        prompts = list(self._answers)
+        draw = random.Random(user)
+        with Client(self._address, timeout_s=80) as client:
+            while not self._stopping.is_set():
+                prompt = draw.choice(prompts)
+                try:
+                    self._ask(client, prompt)
+                except Exception as error:
+                    self._failures.append(f"{type(error).__name__}: {error}")
+                    return
+
+    def _ask(self, client: Client, prompt: tuple[int, ...]) -> None:
+        expected = self._answers[prompt]
+        found: list[int] = []
+        last_s = time.monotonic()
+        for chunk in client.stream(list(prompt), max_new_tokens=len(expected), ignore_eos=True):
+            now_s = time.monotonic()
+            self._gaps.append(now_s - last_s)
+            last_s = now_s
+            assert chunk.offset == len(found), f"a chunk at {chunk.offset} after {len(found)} tokens"
+            found += chunk.token_ids
+        assert found == expected, f"{found} instead of {expected}"
+        self.num_answers += 1
+
+
+@pytest.fixture(scope="session")
+def answers(reference: Reference) -> dict[tuple[int, ...], list[int]]:
+    """What `transformers` makes of some random prompts."""
+    prompts = [tuple(random.randrange(3, 512) for _ in range(random.randint(4, 60))) for _ in range(6)]
+    return {prompt: reference.greedy(list(prompt), 48) for prompt in prompts}

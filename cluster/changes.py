@@ -1,0 +1,266 @@
+"""Changes of the running cluster: experts that move, pools that grow and shrink, members that are lost.
+
+One at a time; each is on record with its reason and outcome. What is asked for while another is under way waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from typing import Any
+
+from cluster.change_record import ChangeRecord
+from cluster.members import MemberStatus, Pool
+from cluster.membership import Membership
+from cluster.plan import ServingPlan
+from cluster.pools import Member, Pools, call
+from octet.errors import ConfigError, OctetError
+from octet.ids import Epoch, WorkerId
+from router.proposal import Proposal
+from router.transition import Transition
+
+_log = logging.getLogger(__name__)
+
+_RECORDS = 100
+_PROPOSE_S = 60.0
+_ANSWER_S = 10.0
+_STOP_S = 10.0
+_POLL_S = 0.05
+
+
+class Changes:
+    """Carries changes out. Belongs to the controller's event loop."""
+
+    def __init__(
+        self,
+        plan: ServingPlan,
+        pools: Pools,
+        membership: Membership,
+        frontend: Any,
+        router: Any,
+        on_members: Callable[[Sequence[Member]], None],
+    ) -> None:
+        """
+        Args:
+            on_members: told who serves, whenever that has changed and before anybody who left is stopped.
+        """
+        self._on_members = on_members
+        self._plan, self._pools, self._membership = plan, pools, membership
+        self._frontend, self._router = frontend, router
+        self._one_at_a_time = asyncio.Lock()
+        self._draining: set[WorkerId] = set()
+        self._records: collections.deque[ChangeRecord] = collections.deque(maxlen=_RECORDS)
+        self.under_way = ""
+
+    @property
+    def records(self) -> tuple[ChangeRecord, ...]:
+        """The last ones, oldest first."""
+        return tuple(self._records)
+
+    async def rebalance(self, *, dry_run: bool, min_gain: float = 0.0, reason: str) -> Proposal:
+        """Move experts after their load, if that takes at least `min_gain` off what the fullest shards have to do.
+
+        Returns: what was planned, and done unless it is a dry run.
+        Raises: OctetError, and then the placement is as it was.
+        """
+        if dry_run:
+            return await self._propose(self._membership.routing.epoch)
+        # Not worth a record where there is nothing to do, so it is looked at first.
+        proposal = await self._propose(self._membership.routing.epoch)
+        if not proposal.transition.fills or proposal.relative_gain < min_gain:
+            return proposal
+        async with self._recorded("rebalance", reason) as record:
+            proposals: list[Proposal] = []
+
+            async def propose(epoch: Epoch) -> Transition:
+                proposals.append(await self._propose(epoch))
+                return proposals[0].transition
+
+            await self._membership.reroute(propose)
+            await self.tell_router()
+            record.append(proposals[0].summary)
+            return proposals[0]
+
+    async def scale(self, pool: Pool, size: int, reason: str) -> None:
+        """Bring a pool to this many members. Raises: OctetError, and then it is as it was."""
+        num_experts = self._plan.model.n_routed_experts
+        if size < 1:
+            raise ConfigError(f"pools.{pool}.size", size, "at least 1")
+        if pool == "experts" and size > num_experts:
+            raise ConfigError("pools.experts.size", size, f"at most the model's {num_experts} experts")
+        if pool == "experts" and self._plan.device != "cpu":
+            raise ConfigError("pools.experts.size", "a change while serving", "the size at the start, on GPUs")
+        if len(self._membership.pool(pool)) == size and not self._one_at_a_time.locked():
+            return
+        async with self._recorded("scale", reason) as record:
+            members = self._membership.pool(pool)
+            record.append(f"{pool}: {len(members)} → {size}")
+            if size > len(members):
+                await self._grow(pool, size - len(members))
+            elif size < len(members):
+                await self._shrink(pool, members[size:])
+
+    def interrupt(self) -> None:
+        """A member is lost: give up what is being prepared, so that the loss can be dealt with."""
+        self._membership.interrupt()
+
+    async def recover(self, lost: Mapping[WorkerId, str]) -> None:
+        """Go on without these members. Raises: OctetError if that is not possible yet."""
+        reason = "; ".join(f"{worker_id}: {why}" for worker_id, why in lost.items())
+        async with self._recorded("recovery", reason) as record:
+            members = [member for member in self._membership.all() if member.worker_id in lost]
+            for member in members:
+                # Whatever it still does, it does no more.
+                self._pools.end(member)
+            workers = [member for member in members if member.pool != "experts"]
+            if workers:
+                await self._membership.leave(workers)
+                await self.tell_frontend()
+            shards = {member.worker_id for member in members if member.pool == "experts"}
+            if shards:
+                await self._go_on_without(shards)
+            record.append(f"went on without {', '.join(sorted(lost))}")
+
+    async def replace_router(self, router: Any) -> None:
+        """Another process serves in place of one that is gone."""
+        self._router = router
+        await self.tell_router()
+
+    async def tell_frontend(self) -> None:
+        """Who serves, and who is given nothing new."""
+        prefill, decode = self._membership.mailboxes("prefill"), self._membership.mailboxes("decode")
+        told = self._frontend.set_workers.remote(prefill, decode, sorted(self._draining))
+        await call("the frontend", told, _ANSWER_S)
+
+    async def tell_router(self) -> None:
+        """Who serves, and by what routing."""
+        self._on_members(self._membership.all())
+        actors = {member.worker_id: member.actor for member in self._membership.all()}
+        await call("the router", self._router.watch.remote(self._membership.routing, actors), _ANSWER_S)
+
+    async def _grow(self, pool: Pool, count: int) -> None:
+        members: list[Member] = []
+        try:
+            async with asyncio.timeout(self._plan.config.ray.start_timeout_s):
+                members = await self._pools.start(pool, count)
+            await self._membership.reach(members)
+            await self._membership.load(members)
+            if pool == "experts":
+                await self._reroute(joining=members)
+            else:
+                await self._membership.enter(members)
+                await self.tell_frontend()
+        except TimeoutError:
+            raise ConfigError(
+                f"pools.{pool}.size", f"{count} more", "what Ray can place", self._pools.waiting_for
+            ) from None
+        except BaseException:
+            for member in members:
+                self._pools.end(member)
+            raise
+        await self.tell_router()
+
+    async def _shrink(self, pool: Pool, leaving: Sequence[Member]) -> None:
+        if pool == "experts":
+            await self._reroute(leaving=[member.worker_id for member in leaving])
+        else:
+            await self._drain(leaving)
+        await self.tell_router()
+        for member in leaving:
+            with contextlib.suppress(OctetError):
+                # One that does not stop in time is killed all the same.
+                await call(member.worker_id, member.actor.stop.remote(), _STOP_S)
+            self._pools.end(member)
+
+    async def _drain(self, leaving: Sequence[Member]) -> None:
+        """Let attention workers end what they have, or hand it over, and part with them."""
+        ids = {member.worker_id for member in leaving}
+        self._draining |= ids
+        try:
+            await self.tell_frontend()
+            for _ in range(int(self._plan.config.frontend.drain_s / _POLL_S)):
+                if await self._idle(leaving):
+                    break
+                await asyncio.sleep(_POLL_S)
+        finally:
+            self._draining -= ids
+        # What is left there starts again elsewhere.
+        await self._membership.leave(leaving)
+        await self.tell_frontend()
+
+    async def _idle(self, members: Sequence[Member]) -> bool:
+        statuses: list[MemberStatus] = await asyncio.gather(
+            *(call(member.worker_id, member.actor.status.remote(), _ANSWER_S) for member in members)
+        )
+        loads = [status.load for status in statuses if status.load is not None]
+        return all(load.running == load.waiting == load.leases == 0 for load in loads)
+
+    async def _go_on_without(self, shards: Collection[WorkerId]) -> None:
+        """Survivors take over what only these held; where nobody survives, new ones take over all."""
+        survivors = [shard for shard in self._membership.routing.shards if shard not in shards]
+        joining: list[Member] = []
+        if not survivors:
+            joining = await self._pools.start("experts", len(shards))
+            await self._membership.reach(joining)
+            await self._membership.load(joining)
+        try:
+            await self._reroute(joining=joining, leaving=shards, lost=shards)
+        except BaseException:
+            for member in joining:
+                self._pools.end(member)
+            raise
+        await self.tell_router()
+
+    async def _reroute(
+        self,
+        joining: Sequence[Member] = (),
+        leaving: Collection[WorkerId] = (),
+        lost: Collection[WorkerId] = (),
+    ) -> None:
+        async def propose(epoch: Epoch) -> Transition:
+            newcomers = [member.worker_id for member in joining]
+            return (await self._propose(epoch, newcomers, leaving, lost)).transition
+
+        await self._membership.reroute(propose, joining=joining, leaving=leaving, lost=lost)
+
+    async def _propose(
+        self,
+        epoch: Epoch,
+        joining: Sequence[WorkerId] = (),
+        leaving: Collection[WorkerId] = (),
+        lost: Collection[WorkerId] = (),
+    ) -> Proposal:
+        proposed = self._router.propose.remote(
+            self._membership.routing, epoch, tuple(joining), tuple(leaving), tuple(lost)
+        )
+        return await call("the router", proposed, _PROPOSE_S)
+
+    @contextlib.asynccontextmanager
+    async def _recorded(self, kind: str, reason: str) -> AsyncIterator[list[str]]:
+        """One change at a time; what is appended becomes its outcome."""
+        async with self._one_at_a_time:
+            at_s, begun_s, outcome = time.time(), time.monotonic(), list[str]()
+            self.under_way = kind
+            succeeded = False
+            try:
+                yield outcome
+                succeeded = True
+            except OctetError as error:
+                outcome.append(str(error))
+                raise
+            finally:
+                self.under_way = ""
+                record = ChangeRecord(
+                    at_s=at_s,
+                    duration_s=time.monotonic() - begun_s,
+                    kind=kind,
+                    reason=reason,
+                    outcome="; ".join(outcome),
+                    succeeded=succeeded,
+                )
+                self._records.append(record)
+                _log.log(logging.INFO if succeeded else logging.WARNING, "%s", record)

@@ -1,0 +1,175 @@
+"""The thread that drives an attention worker's engine: receive, step, send; and what it does when its lane breaks."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from octet.config import LaneConfig
+from octet.errors import LaneError, LaneTimeoutError, UnavailableError
+from octet.ids import WorkerId
+from octet.mailbox import Mailbox
+from octet.messages import Message, WorkerLoad
+from router.exchange import Exchange
+from router.plan import Planner
+from router.routed_experts import RoutedExperts
+
+_log = logging.getLogger(__name__)
+
+_IDLE_WAIT_S = 0.2
+"""How long an idle loop sleeps at most; a message wakes it at once."""
+
+
+class Engine(Protocol):
+    """What the loop drives: `PrefillEngine` or `DecodeEngine`."""
+
+    @property
+    def busy(self) -> bool: ...
+    def handle(self, message: Message) -> None: ...
+    def step(self, now_s: float) -> list[tuple[WorkerId, Message]]: ...
+    def fail_all(self, reason: str, retryable: bool = False) -> None: ...
+    def flush(self) -> list[tuple[WorkerId, Message]]: ...
+    def load(self) -> WorkerLoad: ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Adoption:
+    planner: Planner
+    exchange: Exchange
+    taken: threading.Event
+
+
+class EngineLoop:
+    """States: CONNECTING, READY, WAITING while the lane is broken, FAILED.
+
+    A step that fails with its lane has changed nothing: what runs here waits, and the step is done again over the lane
+    that is adopted next. Only when none comes within `lane.recovery_s`, everything here fails.
+    """
+
+    def __init__(
+        self,
+        worker_id: WorkerId,
+        engine: Engine,
+        routed: RoutedExperts,
+        mailbox: Mailbox,
+        config: LaneConfig,
+        report: Callable[[str], None],
+    ) -> None:
+        """
+        Args:
+            report: told once when the lane has broken, and why; returns at once.
+        """
+        self._worker_id, self._engine, self._routed, self._mailbox = worker_id, engine, routed, mailbox
+        self._config, self._report = config, report
+        self.state, self.reason = "CONNECTING", ""
+        self._exchange: Exchange | None = None
+        self._adoptions: queue.SimpleQueue[_Adoption] = queue.SimpleQueue()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._spoke_s = time.monotonic()
+        self.num_steps, self.step_s = 0, 0.0
+        """Steps that computed something, and the time that they took."""
+        self._broke_s = 0.0
+
+    def start(self, planner: Planner, exchange: Exchange) -> None:
+        self._take(_Adoption(planner, exchange, threading.Event()))
+        self.state = "READY"
+        self._thread.start()
+
+    def adopt(self, planner: Planner, exchange: Exchange) -> None:
+        """Take this lane and placement from the next step on; returns when it is so. Any thread may call it.
+
+        Raises: LaneTimeoutError if the step under way does not end in time.
+        """
+        adoption = _Adoption(planner, exchange, threading.Event())
+        self._adoptions.put(adoption)
+        self._mailbox.wake()
+        if not adoption.taken.wait(self._config.timeout_s):
+            raise LaneTimeoutError(f"{self._worker_id} did not end its step within {self._config.timeout_s} s")
+
+    def stop(self, timeout_s: float) -> None:
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._mailbox.wake()
+            self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping.is_set():
+                self._turn()
+        except Exception as error:
+            _log.exception("%s ends", self._worker_id)
+            self.state, self.reason = "FAILED", f"{type(error).__name__}: {error}"
+            self._refuse_until_stopped()
+
+    def _turn(self) -> None:
+        working = self.state == "READY" and self._engine.busy
+        for message in self._mailbox.receive(0.0 if working else _IDLE_WAIT_S):
+            self._engine.handle(message)
+        while not self._adoptions.empty():
+            self._take(self._adoptions.get())
+        now_s = time.monotonic()
+        if self.state == "WAITING":
+            self._wait(now_s)
+            return
+        try:
+            self._send(self._step(now_s))
+            self._keep_lane(now_s, silent=not self._engine.busy)
+        except LaneError as error:
+            self.state, self.reason, self._broke_s = "WAITING", f"{type(error).__name__}: {error}", now_s
+            _log.warning("%s waits for another lane: %s", self._worker_id, error)
+            self._report(self.reason)
+
+    def _step(self, now_s: float) -> list[tuple[WorkerId, Message]]:
+        if not self._engine.busy:
+            return self._engine.step(now_s)
+        begun_s = time.perf_counter()
+        outgoing = self._engine.step(now_s)
+        self.step_s += time.perf_counter() - begun_s
+        self.num_steps += 1
+        return outgoing
+
+    def _wait(self, now_s: float) -> None:
+        """For the next lane. The shards that are still there must not take the silence for death."""
+        with contextlib.suppress(LaneError):
+            self._keep_lane(now_s, silent=True)
+        if now_s - self._broke_s > self._config.recovery_s:
+            self._engine.fail_all(f"{self._worker_id} has no lane to the experts: {self.reason}", retryable=True)
+        self._send(self._engine.flush())
+
+    def _keep_lane(self, now_s: float, silent: bool) -> None:
+        """A lane that carries no step carries heartbeats. Raises: LaneError."""
+        if not silent:
+            self._spoke_s = now_s
+        elif now_s - self._spoke_s >= self._config.heartbeat_s:
+            self._spoke_s = now_s
+            assert self._exchange is not None
+            self._exchange.heartbeat()
+
+    def _take(self, adoption: _Adoption) -> None:
+        self._routed.adopt(adoption.planner, adoption.exchange)
+        self._exchange = adoption.exchange
+        if self.state == "WAITING":
+            self.state, self.reason = "READY", ""
+        adoption.taken.set()
+
+    def _refuse_until_stopped(self) -> None:
+        """A failed worker answers what still comes, so that nobody waits for it."""
+        while not self._stopping.is_set():
+            self._engine.fail_all(f"{self._worker_id} failed: {self.reason}", retryable=True)
+            self._send(self._engine.flush())
+            for message in self._mailbox.receive(_IDLE_WAIT_S):
+                self._engine.handle(message)
+
+    def _send(self, outgoing: Sequence[tuple[WorkerId, Message]]) -> None:
+        for to, message in outgoing:
+            try:
+                self._mailbox.send(to, message)
+            except UnavailableError as error:
+                _log.warning("a %s is lost: %s", type(message).__name__, error)

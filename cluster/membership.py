@@ -1,0 +1,242 @@
+"""Who serves, and how they are joined: how members enter and leave, and how routing goes from one state to the next.
+
+Everything here is an action on members that somebody decided on (`cluster.controller`), one at a time. What fails
+before it is adopted is undone, and what serves goes on as it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from typing import TypeVar
+
+from cluster.members import Endpoint, Pool, Role
+from cluster.plan import ServingPlan
+from cluster.pools import Member, call, call_all
+from octet.errors import OctetError, UnavailableError
+from octet.ids import Epoch, WorkerId
+from router.placement import EMPTY
+from router.routing import Routing
+from router.transition import SlotFill, Transition
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+ATTENTION: tuple[Role, ...] = ("prefill", "decode")
+_MARGIN_S = 5.0
+"""What a call may take beyond the deadline of the wait inside it."""
+
+
+class Membership:
+    """The members that serve, and the routing in force. Belongs to the controller's event loop."""
+
+    def __init__(self, plan: ServingPlan, frontends: dict[WorkerId, str]) -> None:
+        """
+        Args:
+            frontends: their mailboxes.
+        """
+        self._plan, self._frontends = plan, frontends
+        self._members: dict[WorkerId, Member] = {}
+        self._endpoints: dict[WorkerId, Endpoint] = {}
+        self._attempts = itertools.count(plan.routing.epoch)
+        self._lane_s = plan.config.lane.connect_s + _MARGIN_S
+        self._lost = asyncio.Event()
+        self.routing = plan.routing
+
+    def __contains__(self, worker_id: object) -> bool:
+        return worker_id in self._members
+
+    def all(self) -> list[Member]:
+        return list(self._members.values())
+
+    def pool(self, pool: Pool) -> list[Member]:
+        return [member for member in self._members.values() if member.pool == pool]
+
+    def mailboxes(self, pool: Pool) -> dict[WorkerId, str]:
+        """Of the members that serve."""
+        return {member.worker_id: self._endpoints[member.worker_id].mailbox for member in self.pool(pool)}
+
+    async def reach(self, members: Sequence[Member]) -> None:
+        """Wait until new processes answer, and note where they can be reached. Raises: OctetError."""
+        start_s = self._plan.config.ray.start_timeout_s
+        endpoints = await call_all([(member, member.actor.endpoint.remote()) for member in members], start_s)
+        self._endpoints |= {endpoint.worker_id: endpoint for endpoint in endpoints}
+
+    async def load(self, members: Sequence[Member], routing: Routing | None = None) -> None:
+        """Let new processes read their weights; shards what this routing gives them, or nothing yet.
+
+        Raises: OctetError.
+        """
+        start_s = self._plan.config.ray.start_timeout_s
+        nothing = {layer: [EMPTY] * self.routing.placement.slots_per_shard for layer in self.routing.placement.layers}
+        calls = []
+        for member in members:
+            if member.pool != "experts":
+                calls.append((member, member.actor.load.remote()))
+            elif routing is not None and member.worker_id in routing.shards:
+                calls.append((member, member.actor.load.remote(routing.held_by(member.worker_id))))
+            else:
+                calls.append((member, member.actor.load.remote(nothing)))
+        await call_all(calls, start_s)
+
+    async def found(self, members: Sequence[Member]) -> None:
+        """Join the members that the cluster starts with; attention workers serve from here on. Raises: OctetError."""
+        shards = [member for member in members if member.pool == "experts"]
+        self._members |= {member.worker_id: member for member in shards}
+        await self.enter([member for member in members if member.pool != "experts"])
+
+    async def enter(self, workers: Sequence[Member]) -> None:
+        """Take in loaded attention workers: lanes, KV channels, mailboxes; they serve by the routing in force.
+
+        Raises: OctetError, and then they are not members.
+        """
+        shards, everyone = self.pool("experts"), [*self._attention(), *workers]
+        sources = [member for member in everyone if member.pool == "prefill"]
+        targets = [member for member in everyone if member.pool == "decode"]
+        pairs = [(s, t) for s in sources for t in targets if s in workers or t in workers]
+        try:
+            await self._link(workers, shards, Epoch(next(self._attempts)))
+            await self._open_channels(pairs)
+            mailboxes = self._frontends | {m.worker_id: self._endpoints[m.worker_id].mailbox for m in everyone}
+            await call_all([(member, member.actor.meet.remote(mailboxes)) for member in everyone], _MARGIN_S)
+            await call_all([(member, member.actor.start.remote(self.routing)) for member in workers], _MARGIN_S)
+        except OctetError:
+            await self._forget({member.worker_id for member in workers})
+            raise
+        self._members |= {member.worker_id: member for member in workers}
+
+    async def leave(self, workers: Sequence[Member]) -> None:
+        """Attention workers are members no more; nothing joins the others to them."""
+        gone = {member.worker_id for member in workers}
+        self._members = {worker_id: m for worker_id, m in self._members.items() if worker_id not in gone}
+        await self._forget(gone)
+
+    async def reroute(
+        self,
+        propose: Callable[[Epoch], Awaitable[Transition]],
+        *,
+        joining: Sequence[Member] = (),
+        leaving: Collection[WorkerId] = (),
+        lost: Collection[WorkerId] = (),
+    ) -> Transition:
+        """Go to another routing while everybody serves: link, prepare, adopt, retire.
+
+        Args:
+            propose: decides, once the shards that join are linked; given the epoch of the attempt.
+            joining: shards that are loaded, and hold nothing.
+            leaving: shards that are no longer members afterwards.
+            lost: those of them that are gone already.
+
+        Returns: what was done.
+        Raises: OctetError, and then everything is as it was, less the shards that were lost meanwhile.
+        """
+        before, epoch = self.routing, Epoch(next(self._attempts))
+        newcomers = {member.worker_id: member for member in joining}
+        shards = {member.worker_id: member for member in self.pool("experts")} | newcomers
+        present = {worker_id: member for worker_id, member in shards.items() if worker_id not in lost}
+        self._lost.clear()
+        try:
+            await self._unless_lost(self._link(self._attention(), joining, epoch))
+            step = await self._unless_lost(propose(epoch))
+            await self._unless_lost(self._prepare(step.fills, present, f"{epoch}.{step.target.placement.version}"))
+        except OctetError:
+            # Lanes to those that were to join end with their next adoption; what was filled is emptied.
+            survivors = [member for worker_id, member in present.items() if worker_id in before.shards]
+            await self._retire(survivors, before)
+            raise
+        await self._adopt(step.target)
+        self.routing = step.target
+        self._members |= newcomers
+        for worker_id in leaving:
+            self._members.pop(worker_id, None)
+        await self._retire([shards[worker_id] for worker_id in step.target.shards], step.target)
+        return step
+
+    def interrupt(self) -> None:
+        """A member is lost: what is being prepared is given up, so that the loss can be dealt with."""
+        self._lost.set()
+
+    def _attention(self) -> list[Member]:
+        return [member for member in self._members.values() if member.pool != "experts"]
+
+    async def _link(self, workers: Sequence[Member], shards: Sequence[Member], epoch: Epoch) -> None:
+        """A lane between each of the workers and each of the shards, beside what there is."""
+        if not shards:
+            return
+        ids = [shard.worker_id for shard in shards]
+        calls: list[tuple[Member, Awaitable[None]]] = []
+        for worker in workers:
+            endpoint = self._endpoints[worker.worker_id]
+            calls.append((worker, worker.actor.link.remote(ids, epoch)))
+            calls += [(shard, shard.actor.link.remote(endpoint, worker.pool, ids, epoch)) for shard in shards]
+        await call_all(calls, self._lane_s)
+
+    async def _open_channels(self, pairs: Iterable[tuple[Member, Member]]) -> None:
+        calls: list[tuple[Member, Awaitable[None]]] = []
+        for source, target in pairs:
+            calls.append((source, source.actor.send_to.remote(target.worker_id)))
+            calls.append((target, target.actor.receive_from.remote(self._endpoints[source.worker_id])))
+        await call_all(calls, self._lane_s)
+
+    async def _forget(self, gone: Collection[WorkerId]) -> None:
+        """Best effort: a member that does not answer is dealt with when it is found lost."""
+        calls = [call(m.worker_id, m.actor.forget.remote(sorted(gone)), _MARGIN_S) for m in self._attention()]
+        await asyncio.gather(*calls, return_exceptions=True)
+
+    async def _prepare(self, fills: Sequence[SlotFill], shards: dict[WorkerId, Member], attempt: str) -> None:
+        """Let shards fill free slots, from each other where they can."""
+        by_shard: dict[WorkerId, list[SlotFill]] = defaultdict(list)
+        lent: dict[tuple[WorkerId, WorkerId], list[tuple[int, int]]] = defaultdict(list)
+        for fill in fills:
+            by_shard[fill.shard].append(fill)
+            if fill.source is not None:
+                lent[fill.source, fill.shard].append((fill.layer, fill.expert))
+        prepares = []
+        for worker_id, wanted in by_shard.items():
+            sources = {fill.source for fill in wanted if fill.source is not None}
+            lenders = {source: self._endpoints[source] for source in sources}
+            prepares.append((shards[worker_id], shards[worker_id].actor.prepare.remote(wanted, lenders, attempt)))
+        lends = [
+            call(source, shards[source].actor.lend.remote(target, experts, attempt), self._prepare_s(len(fills)))
+            for (source, target), experts in lent.items()
+        ]
+        lending = asyncio.gather(*lends, return_exceptions=True)
+        try:
+            await call_all(prepares, self._prepare_s(len(fills)))
+        finally:
+            # What a lender fails at, the other shard makes up for from the checkpoint.
+            await lending
+
+    def _prepare_s(self, num_fills: int) -> float:
+        """A generous deadline: at 20 MiB/s, from the slower of a lender and the checkpoint."""
+        return self._lane_s + num_fills * self._plan.census.expert_bytes / (20 * 2**20)
+
+    async def _adopt(self, routing: Routing) -> None:
+        """From here on there is no way back: a worker that does not follow is taken for lost by whoever watches it."""
+        timeout_s = self._plan.config.lane.timeout_s + _MARGIN_S
+        workers = self._attention()
+        calls = [call(m.worker_id, m.actor.adopt.remote(routing), timeout_s) for m in workers]
+        for worker, outcome in zip(workers, await asyncio.gather(*calls, return_exceptions=True), strict=True):
+            if isinstance(outcome, BaseException):
+                _log.warning("%s did not adopt placement %d: %s", worker.worker_id, routing.placement.version, outcome)
+
+    async def _retire(self, shards: Sequence[Member], routing: Routing) -> None:
+        calls = [call(m.worker_id, m.actor.retire.remote(routing.held_by(m.worker_id)), self._lane_s) for m in shards]
+        for shard, outcome in zip(shards, await asyncio.gather(*calls, return_exceptions=True), strict=True):
+            if isinstance(outcome, BaseException):
+                _log.warning("%s keeps slots that nobody asks for: %s", shard.worker_id, outcome)
+
+    async def _unless_lost(self, work: Awaitable[_T]) -> _T:
+        """Raises: UnavailableError as soon as a member is lost."""
+        working = asyncio.ensure_future(work)
+        lost = asyncio.ensure_future(self._lost.wait())
+        await asyncio.wait((working, lost), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            lost.cancel()
+            return working.result()
+        working.cancel()
+        await asyncio.gather(working, return_exceptions=True)
+        raise UnavailableError("a member was lost meanwhile")

@@ -1,0 +1,121 @@
+"""What is asked of the cluster as a whole, by way of the controller."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, cast
+
+from cluster.change_record import ChangeRecord
+from cluster.frontend import Frontend
+from cluster.members import POOLS, ClusterStatus, MemberStatus, Pool
+from cluster.pools import call
+from cluster.status_telemetry import add_telemetry
+from octet.errors import RequestError
+from octet.messages import WorkerLoad
+from octet.v1 import octet_pb2 as pb
+from router.proposal import Proposal
+
+_ANSWER_S = 10.0
+_CHANGE_S = 600.0
+"""Of a change, whose parts have deadlines of their own."""
+_NO_LOAD = WorkerLoad(kv_pages_total=0, kv_pages_free=0, running=0, waiting=0, tokens=0)
+
+
+class ControllerOperations:
+    """Answers the Cluster service of a frontend."""
+
+    def __init__(self, controller: Any, frontend: Frontend) -> None:
+        self._controller, self._frontend = controller, frontend
+        self._started_s = time.monotonic()
+
+    async def status(self, request: pb.GetStatusRequest) -> pb.GetStatusResponse:
+        """Raises: UnavailableError if the controller does not answer."""
+        asked = self._controller.status.remote(request.window_s or None)
+        status: ClusterStatus = await call("the controller", asked, _ANSWER_S)
+        totals = self._frontend.totals
+        answer = pb.GetStatusResponse(
+            state=status.state,
+            reason=status.reason,
+            pools=[pb.Pool(name=name, members=map(_member, status.members.get(name, []))) for name in POOLS],
+            epoch=status.epoch,
+            placement_version=status.placement_version,
+            live_requests=self._frontend.num_live,
+            tokens_served=totals.tokens,
+            requests_finished=totals.finished,
+            requests_failed=totals.failed,
+            requests_cancelled=totals.cancelled,
+            requests_refused=totals.refused,
+            uptime_s=time.monotonic() - self._started_s,
+            changes=map(_change, status.changes),
+            change_under_way=status.under_way,
+        )
+        if status.telemetry is not None:
+            add_telemetry(answer, status.telemetry)
+        return answer
+
+    async def rebalance(self, request: pb.RebalanceRequest) -> pb.RebalanceResponse:
+        """Raises: OctetError."""
+        asked = self._controller.rebalance.remote(request.dry_run)
+        proposal: Proposal = await call("the controller", asked, _CHANGE_S)
+        status: ClusterStatus = await call("the controller", self._controller.status.remote(), _ANSWER_S)
+        fills = proposal.transition.fills
+        return pb.RebalanceResponse(
+            moves=[
+                pb.Move(layer=fill.layer, expert=fill.expert, to=fill.shard, **{"from": fill.source or ""})
+                for fill in fills
+            ],
+            bytes=proposal.num_bytes,
+            balancedness_before=proposal.balancedness[0],
+            balancedness_after=proposal.balancedness[1],
+            relative_gain=proposal.relative_gain,
+            reason=proposal.transition.reason,
+            placement_version=status.placement_version,
+        )
+
+    async def scale(self, request: pb.ScaleRequest) -> pb.ScaleResponse:
+        """Raises: OctetError."""
+        for wanted in request.sizes:
+            if wanted.pool not in POOLS:
+                raise RequestError("sizes.pool", repr(wanted.pool), f"one of {', '.join(POOLS)}")
+        sizes = {cast("Pool", wanted.pool): wanted.size for wanted in request.sizes}
+        await call("the controller", self._controller.scale.remote(sizes), _CHANGE_S)
+        status: ClusterStatus = await call("the controller", self._controller.status.remote(), _ANSWER_S)
+        return pb.ScaleResponse(
+            sizes=[pb.PoolSize(pool=pool, size=len(members)) for pool, members in status.members.items()],
+            epoch=status.epoch,
+            placement_version=status.placement_version,
+        )
+
+
+def _change(record: ChangeRecord) -> pb.Change:
+    return pb.Change(
+        at_s=record.at_s,
+        duration_s=record.duration_s,
+        kind=record.kind,
+        reason=record.reason,
+        outcome=record.outcome,
+        succeeded=record.succeeded,
+    )
+
+
+def _member(status: MemberStatus) -> pb.Member:
+    load = status.load or _NO_LOAD
+    return pb.Member(
+        worker_id=status.worker_id,
+        node_id=status.node_id,
+        pid=status.pid,
+        state=status.state,
+        kv_pages_total=load.kv_pages_total,
+        kv_pages_free=load.kv_pages_free,
+        running=load.running,
+        waiting=load.waiting,
+        tokens=load.tokens or status.num_rows,
+        num_slots=status.num_slots,
+        num_held=status.num_held,
+        resident_bytes=status.resident_bytes,
+        preemptions=load.preemptions,
+        leases=load.leases,
+        cached_tokens=load.cached_tokens,
+        drafted_tokens=load.drafted_tokens,
+        accepted_tokens=load.accepted_tokens,
+    )

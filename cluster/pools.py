@@ -1,0 +1,157 @@
+"""The pools' processes as Ray sees them: reserved bundles, actors, calls. The one place that places members."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+import logging
+from collections.abc import Awaitable, Sequence
+from typing import Any, TypeVar
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster.members import POOLS, Pool
+from cluster.plan import ServingPlan
+from cluster.pool_actors import DecodeWorker, ExpertShard, PrefillWorker
+from octet.config import PoolConfig
+from octet.errors import OctetError, StartupError, UnavailableError
+from octet.ids import WorkerId
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+TASK_EVENTS = False
+"""Ray's GCS would keep an event of every call, of which the watch makes several a second."""
+_CONCURRENCY = 64
+"""A member connects to all others at once, and is asked for its status meanwhile."""
+_CLASSES: dict[Pool, type] = {"prefill": PrefillWorker, "decode": DecodeWorker, "experts": ExpertShard}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Berth:
+    """A bundle of a placement group: the resources of one member."""
+
+    group: PlacementGroup
+    index: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Member:
+    """A process of a pool. Its id is never given again."""
+
+    worker_id: WorkerId
+    pool: Pool
+    actor: Any
+    berth: Berth
+
+
+class Pools:
+    """Reserves, starts and ends members. Belongs to one event loop."""
+
+    def __init__(self, plan: ServingPlan, controller: Any) -> None:
+        self._plan, self._controller = plan, controller
+        self._numbers = {pool: itertools.count() for pool in POOLS}
+        self._groups: dict[PlacementGroup, int] = {}
+        """Bundles in use."""
+        self._free: dict[Pool, list[Berth]] = {pool: [] for pool in POOLS}
+        self._ended: set[WorkerId] = set()
+        self.waiting_for = ""
+        """What Ray was asked to place, as long as it has not."""
+
+    async def start(self, pool: Pool, count: int) -> list[Member]:
+        """Reserve bundles for so many members, all or none, and start an actor in each."""
+        return [self._start_in(berth, pool) for berth in await self._reserve(pool, count)]
+
+    def end(self, member: Member) -> None:
+        """Kill a member's process, whatever it does, and free what it held. Idempotent."""
+        ray.kill(member.actor)
+        berth = member.berth
+        if member.worker_id in self._ended:
+            return
+        self._ended.add(member.worker_id)
+        self._groups[berth.group] -= 1
+        if self._groups[berth.group]:
+            self._free[member.pool].append(berth)
+            return
+        del self._groups[berth.group]
+        self._free[member.pool] = [free for free in self._free[member.pool] if free.group != berth.group]
+        remove_placement_group(berth.group)
+
+    def close(self) -> None:
+        """Remove what is still reserved."""
+        for group in self._groups:
+            remove_placement_group(group)
+        self._groups.clear()
+
+    async def _reserve(self, pool: Pool, count: int) -> list[Berth]:
+        """Bundles that members left behind, then a group of new ones."""
+        free = self._free[pool]
+        berths = [free.pop() for _ in range(min(count, len(free)))]
+        if missing := count - len(berths):
+            config = self._config(pool)
+            wanted = {"CPU": config.num_cpus, "GPU": config.num_gpus, **config.resources}
+            # A bundle may not be empty; this much of a CPU is Ray's smallest share.
+            bundle = {name: amount for name, amount in wanted.items() if amount > 0} or {"CPU": 0.0001}
+            group = placement_group([bundle] * missing, strategy=config.strategy)
+            self.waiting_for = f"{missing} × {bundle} for the {pool} pool"
+            try:
+                await group.ready()
+            except BaseException:
+                remove_placement_group(group)
+                free += berths
+                raise
+            self.waiting_for = ""
+            self._groups[group] = 0
+            berths += [Berth(group, index) for index in range(missing)]
+        for berth in berths:
+            self._groups[berth.group] += 1
+        return berths
+
+    def _start_in(self, berth: Berth, pool: Pool) -> Member:
+        config = self._config(pool)
+        worker_id = WorkerId(f"{pool}-{next(self._numbers[pool])}")
+        options = {
+            "name": worker_id,
+            "namespace": self._plan.config.ray.namespace,
+            "num_cpus": config.num_cpus,
+            "num_gpus": config.num_gpus,
+            "resources": config.resources,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                berth.group, placement_group_bundle_index=berth.index
+            ),
+            "max_concurrency": _CONCURRENCY,
+            "enable_task_events": TASK_EVENTS,
+        }
+        actor: Any = ray.remote(_CLASSES[pool]).options(**options).remote(worker_id, self._plan, self._controller)
+        return Member(worker_id=worker_id, pool=pool, actor=actor, berth=berth)
+
+    def _config(self, pool: Pool) -> PoolConfig:
+        config: PoolConfig = getattr(self._plan.config.pools, pool)
+        return config
+
+
+async def call_all(calls: Sequence[tuple[Member, Awaitable[_T]]], timeout_s: float) -> list[_T]:
+    """Await calls of members. Raises: the first failure, see `call`."""
+    return await asyncio.gather(*(call(member.worker_id, awaitable, timeout_s) for member, awaitable in calls))
+
+
+async def call(name: str, awaitable: Awaitable[_T], timeout_s: float | None = None) -> _T:
+    """Await an actor call; its own typed errors come through, anything else says whose it was.
+
+    Raises: OctetError; UnavailableError if the process is gone or does not answer in time.
+    """
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await awaitable
+    except TimeoutError:
+        raise UnavailableError(f"{name}: no answer within {timeout_s} s") from None
+    except ray.exceptions.RayTaskError as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, OctetError):
+            raise cause from None
+        raise StartupError(f"{name}: {error}") from error
+    except ray.exceptions.RayActorError as error:
+        raise UnavailableError(f"{name}: its process is gone ({type(error).__name__})") from error

@@ -1,0 +1,82 @@
+"""Pools grow and shrink while streams run: no request fails, and every token is the one that `transformers` gives."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import grpc
+import pytest
+
+from cluster.launch import RunningCluster
+from octet.client import CallError, Client
+from tests.clusters import Start, Traffic, at_baseline, members, wait_until
+
+Answers = Mapping[tuple[int, ...], Sequence[int]]
+
+
+@pytest.fixture(scope="module")
+def cluster(start: Start, checkpoint: pathlib.Path) -> RunningCluster:
+    return start(f"model.path={checkpoint}", "pools.experts.size=1")
+
+
+def test_the_expert_pool_grows_to_four_shards_and_back(cluster: RunningCluster, answers: Answers) -> None:
+    with Client(cluster.address, timeout_s=120) as client, Traffic(cluster.address, answers, num_users=4) as traffic:
+        traffic.flow()
+        for size in (2, 4, 3, 1):
+            before = client.status()
+            answer = client.scale(experts=size)
+            status = client.status()
+            assert {pool.pool: pool.size for pool in answer.sizes}["experts"] == size
+            assert (status.epoch, status.placement_version) > (before.epoch, before.placement_version)
+            shards = members(status, "experts")
+            assert len(shards) == size
+            # Sixteen experts on two layers, each exactly once.
+            assert sum(shard.num_held for shard in shards.values()) == 32
+            traffic.flow()
+    assert client_baseline(cluster)
+
+
+@pytest.mark.parametrize("pool", ["prefill", "decode"])
+def test_an_attention_pool_grows_and_shrinks(cluster: RunningCluster, answers: Answers, pool: str) -> None:
+    with Client(cluster.address, timeout_s=120) as client, Traffic(cluster.address, answers, num_users=6) as traffic:
+        traffic.flow()
+        first = set(members(client.status(), pool))
+        client.scale(**{pool: 2})
+        (added,) = set(members(client.status(), pool)) - first
+        wait_until(lambda: members(client.status(), pool)[added].tokens > 0, 60, "the new worker computes tokens")
+        client.scale(**{pool: 1})
+        assert set(members(client.status(), pool)) == first
+        traffic.flow()
+    assert client_baseline(cluster)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "reason"),
+    [
+        ({"experts": 17}, "at most the model's 16 experts"),
+        ({"experts": 0}, "at least 1"),
+        ({"decode": 0}, "at least 1"),
+    ],
+)
+def test_a_size_that_cannot_be_is_refused_with_the_reason(
+    cluster: RunningCluster, sizes: dict[str, int], reason: str
+) -> None:
+    with Client(cluster.address, timeout_s=60) as client:
+        before = client.status()
+        with pytest.raises(CallError, match=reason) as refused:
+            client.scale(**sizes)
+        assert refused.value.code == grpc.StatusCode.FAILED_PRECONDITION
+        assert client.status().epoch == before.epoch
+
+
+def test_a_pool_of_another_name_is_a_bad_request(cluster: RunningCluster) -> None:
+    with Client(cluster.address, timeout_s=60) as client, pytest.raises(CallError, match=r"sizes\.pool") as refused:
+        client.scale(routers=2)
+    assert refused.value.code == grpc.StatusCode.INVALID_ARGUMENT
+
+
+def client_baseline(cluster: RunningCluster) -> bool:
+    with Client(cluster.address, timeout_s=60) as client:
+        wait_until(lambda: at_baseline(client.status()), 30, "pages back to baseline")
+    return True

@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from octet.errors import ConfigError
+from octet.ids import Epoch, WorkerId
+from router.balancing.topology import Budget
+from router.placement import EMPTY, place_evenly
+from router.routing import Routing
+from router.transition import Transition, compact, missing_experts, propose, shard_slots, with_capacity
+
+LAYERS, NUM_EXPERTS = (1, 2, 4), 12
+EPOCH = Epoch(9)
+
+
+def routing(num_shards: int, capacity: int = NUM_EXPERTS) -> Routing:
+    placement = with_capacity(place_evenly(LAYERS, NUM_EXPERTS, num_shards), capacity)
+    return Routing(epoch=Epoch(3), shards=tuple(shard(n) for n in range(num_shards)), placement=placement)
+
+
+def shard(number: int) -> WorkerId:
+    return WorkerId(f"experts-{number}")
+
+
+def random_loads() -> npt.NDArray[np.float64]:
+    return np.random.default_rng().gamma(0.5, 100.0, (len(LAYERS), NUM_EXPERTS))
+
+
+def reshaped(
+    current: Routing,
+    joining: Sequence[WorkerId] = (),
+    leaving: Sequence[WorkerId] = (),
+    lost: Sequence[WorkerId] = (),
+) -> Transition:
+    """Other shards, and no move that need not be."""
+    return propose(
+        current,
+        random_loads(),
+        epoch=EPOCH,
+        num_redundant=0,
+        budget=Budget(max_moves=0),
+        joining=joining,
+        leaving=leaving,
+        lost=lost,
+    )
+
+
+def contents(routing: Routing) -> dict[tuple[WorkerId, int, int], int]:
+    """(shard, layer, slot) → expert."""
+    return {
+        (shard, layer, slot): expert
+        for shard in routing.shards
+        for layer, row in routing.held_by(shard).items()
+        for slot, expert in enumerate(row)
+        if expert != EMPTY
+    }
+
+
+def assert_carried_out(current: Routing, step: Transition) -> None:
+    """What is there and what is filled gives the target, and no slot that is in use is touched before it is adopted."""
+    before, target = contents(current), contents(step.target)
+    filled = {(fill.shard, fill.layer, fill.slot): fill.expert for fill in step.fills}
+    assert not filled.keys() & before.keys()
+    assert target == {place: expert for place, expert in (before | filled).items() if place in target}
+    assert filled.keys() <= target.keys()
+    for fill in step.fills:
+        holders = {s for (s, layer, _), expert in before.items() if (layer, expert) == (fill.layer, fill.expert)}
+        assert fill.source is None or fill.source in holders
+
+
+def test_slots_are_shared_evenly_whatever_the_number_of_shards() -> None:
+    assert shard_slots(160, 0, 7) == (23, 23, 23, 23, 23, 23, 22)
+    assert shard_slots(160, 16, 12) == (15,) * 8 + (14,) * 4
+    assert shard_slots(8, 2, 3, draining=[1]) == (5, 0, 5)
+
+
+def test_a_shard_never_offers_more_slots_than_there_are_experts() -> None:
+    assert shard_slots(8, 100, 2) == (8, 8)
+
+
+def test_experts_without_a_shard_are_refused() -> None:
+    with pytest.raises(ConfigError, match="a shard to hold the experts"):
+        shard_slots(8, 0, 2, draining=[0, 1])
+
+
+def test_the_compact_form_holds_the_same_in_no_more_slots_than_needed() -> None:
+    wide = with_capacity(place_evenly(LAYERS, NUM_EXPERTS, 5), 9)
+    narrow = compact(wide)
+    assert narrow.slots_per_shard == 3
+    for number in range(5):
+        for row, packed in zip(wide.held_by(number), narrow.held_by(number), strict=True):
+            assert sorted(row[row != EMPTY]) == sorted(packed[packed != EMPTY])
+
+
+def test_nothing_is_moved_where_nothing_is_to_be_gained() -> None:
+    current = routing(3)
+    step = propose(
+        current, np.ones((len(LAYERS), NUM_EXPERTS)), epoch=EPOCH, num_redundant=0, budget=Budget(max_moves=10)
+    )
+    assert step.fills == ()
+    assert step.target.placement.version == current.placement.version
+    assert step.target.epoch == current.epoch
+
+
+def test_a_shard_that_joins_gets_its_share_from_those_that_have_it() -> None:
+    current = routing(2)
+    step = propose(
+        current, random_loads(), epoch=EPOCH, num_redundant=0, budget=Budget(max_moves=0), joining=[shard(7)]
+    )
+    assert_carried_out(current, step)
+    assert step.target.shards == (shard(0), shard(1), shard(7))
+    assert (step.target.epoch, step.target.placement.version) == (EPOCH, 2)
+    assert [fill.shard for fill in step.fills] == [shard(7)] * len(LAYERS) * 4
+    assert all(fill.source is not None for fill in step.fills)
+
+
+def test_a_shard_that_leaves_lends_what_only_it_had() -> None:
+    current = routing(3)
+    step = propose(
+        current, random_loads(), epoch=EPOCH, num_redundant=0, budget=Budget(max_moves=0), leaving=[shard(1)]
+    )
+    assert_carried_out(current, step)
+    assert step.target.shards == (shard(0), shard(2))
+    assert {fill.source for fill in step.fills} == {shard(1)}
+    assert len(step.fills) == len(LAYERS) * 4
+
+
+def test_what_a_lost_shard_alone_had_comes_from_the_checkpoint() -> None:
+    current = routing(3)
+    step = propose(current, random_loads(), epoch=EPOCH, num_redundant=0, budget=Budget(max_moves=0), lost=[shard(1)])
+    assert_carried_out(current, step)
+    assert {fill.source for fill in step.fills} == {None}
+    assert sorted((fill.layer, fill.expert) for fill in step.fills) == missing_experts(current, [shard(1)])
+
+
+def test_a_lost_shard_whose_experts_all_have_replicas_takes_no_fill() -> None:
+    current = routing(2)
+    doubled = propose(
+        current, random_loads(), epoch=EPOCH, num_redundant=NUM_EXPERTS, budget=Budget(), min_domains=2
+    ).target
+    step = propose(
+        doubled, random_loads(), epoch=EPOCH, num_redundant=NUM_EXPERTS, budget=Budget(max_moves=0), lost=[shard(0)]
+    )
+    assert missing_experts(doubled, [shard(0)]) == []
+    assert step.fills == ()
+    assert step.target.shards == (shard(1),)
+
+
+def test_moving_without_free_slots_is_refused_with_the_field_to_change() -> None:
+    current = routing(3, capacity=4)
+    with pytest.raises(ConfigError, match=r"slots_per_shard.*0 free of 4 slots of experts-"):
+        propose(current, random_loads(), epoch=EPOCH, num_redundant=0, budget=Budget(max_moves=0), leaving=[shard(1)])
+
+
+@settings(deadline=None, max_examples=40)
+@given(data=st.data())
+def test_any_chain_of_changes_keeps_every_expert_reachable(data: st.DataObject) -> None:
+    current, fresh = routing(data.draw(st.integers(1, 4))), 10
+    for _ in range(5):
+        redundant = data.draw(st.integers(0, 6))
+        joining = [shard(fresh + n) for n in range(data.draw(st.integers(0, 2)))]
+        fresh += len(joining)
+        spare = len(current.shards) + len(joining) - 1
+        gone = data.draw(st.lists(st.sampled_from(current.shards), unique=True, max_size=min(spare, 2)))
+        leaving, lost = gone[:1], gone[1:]
+        step = propose(
+            current,
+            random_loads(),
+            epoch=EPOCH,
+            num_redundant=redundant,
+            budget=Budget(max_moves=data.draw(st.integers(0, 20))),
+            joining=joining,
+            leaving=leaving,
+            lost=lost,
+        )
+        assert_carried_out(current, step)
+        for number in range(len(step.target.shards)):
+            for row in step.target.placement.held_by(number):
+                held = row[row != EMPTY].tolist()
+                assert len(held) == len(set(held))
+        current = step.target
