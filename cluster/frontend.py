@@ -10,10 +10,9 @@ import logging
 import secrets
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
-from cluster.admission import Demand, admit
 from cluster.dispatcher import Dispatcher
+from cluster.intake import Intake, Totals
 from cluster.live_requests import LiveRequest, LiveRequests
-from cluster.load_meter import LoadMeter
 from cluster.plan import ServingPlan
 from cluster.record import Outcome, Reader, Record
 from cluster.results import KeptResults
@@ -21,12 +20,10 @@ from cluster.validation import GenerateSpec, Limits
 from model.tokenizer import Tokenizer
 from octet.errors import (
     DeadlineExceededError,
-    QueueFullError,
     RequestCancelledError,
     RequestExistsError,
     RequestFailedError,
     RequestUnknownError,
-    UnavailableError,
     WireError,
 )
 from octet.ids import RequestId, WorkerId
@@ -37,18 +34,6 @@ _log = logging.getLogger(__name__)
 
 _ATTEMPTS = 2**20
 """Attempts that one admission may use: what is late of a request is never taken for a later one of the same id."""
-
-
-@dataclasses.dataclass(slots=True)
-class Totals:
-    """Counts since the start. Every accepted request ends in exactly one of finished, failed, cancelled."""
-
-    tokens: int = 0
-    finished: int = 0
-    failed: int = 0
-    cancelled: int = 0
-    refused: int = 0
-    """Requests that were never accepted, for lack of room or time."""
 
 
 class Frontend:
@@ -65,15 +50,13 @@ class Frontend:
         self._mailbox = mailbox
         self._live = LiveRequests()
         self._kept = KeptResults(self._config)
-        self._meter = LoadMeter()
+        self._intake = Intake(self._config)
         self._dispatcher = Dispatcher(plan, self._mailbox, self._live, self._give_up)
-        self._unavailable = "the pools are starting"
         self._idle = asyncio.Event()
         self._idle.set()
         self._reading: asyncio.Task[None] | None = None
         # Anywhere: what is late of a frontend that was here before is not taken for ours either.
         self._first_attempts = itertools.count(secrets.randbits(31) * _ATTEMPTS, _ATTEMPTS)
-        self.totals = Totals()
         self.limits = Limits(
             config=plan.config,
             model=plan.model,
@@ -90,11 +73,15 @@ class Frontend:
     def num_live(self) -> int:
         return len(self._live)
 
+    @property
+    def totals(self) -> Totals:
+        return self._intake.totals
+
     def serve(self, prefill: Mapping[WorkerId, str], decode: Mapping[WorkerId, str]) -> None:
         """Accept requests from now on. The mappings give the workers' mailbox addresses."""
         self.set_workers(prefill, decode)
         self._reading = asyncio.get_running_loop().create_task(self._read())
-        self._unavailable = ""
+        self._intake.closed = ""
 
     def set_workers(
         self, prefill: Mapping[WorkerId, str], decode: Mapping[WorkerId, str], draining: Collection[WorkerId] = ()
@@ -133,10 +120,7 @@ class Frontend:
         Raises: UnavailableError, QueueFullError.
         """
         if self._find(request_id) is None:
-            timeout_s = self._config.default_timeout_s if timeout_s is None else timeout_s
-            self._check_admission(
-                Demand(prompt_tokens=1, new_tokens=1, longest_answer=1, priority=priority, timeout_s=timeout_s)
-            )
+            self._intake.check_unread(priority, timeout_s)
 
     @contextlib.contextmanager
     def resume(self, request_id: RequestId, offsets: Sequence[int], timeout_s: float | None = None) -> Iterator[Reader]:
@@ -159,7 +143,7 @@ class Frontend:
 
     def stop_admitting(self, reason: str) -> None:
         """Answer new requests with UnavailableError; live ones go on."""
-        self._unavailable = reason
+        self._intake.closed = reason
 
     async def drain(self, timeout_s: float) -> None:
         """Wait until nothing is live; abort what is left at the deadline."""
@@ -196,28 +180,12 @@ class Frontend:
         record.check_received(spec.received)
         return record
 
-    def _check_admission(self, demand: Demand) -> None:
-        """Raises: UnavailableError, QueueFullError."""
-        if self._unavailable:
-            raise UnavailableError(self._unavailable)
-        refusal = admit(demand, self._meter.backlog(demand.priority), self._meter.rates, self._config)
-        if refusal is not None:
-            self.totals.refused += 1
-            raise QueueFullError(refusal.reason, refusal.retry_after_s)
-
     def _admit(self, spec: GenerateSpec, timeout_s: float | None) -> LiveRequest:
-        most_tokens = spec.request.stopping.max_new_tokens * len(spec.request.choices)
-        demand = Demand(
-            prompt_tokens=spec.request.num_tokens,
-            new_tokens=most_tokens - sum(map(len, spec.received)),
-            longest_answer=spec.request.stopping.max_new_tokens,
-            priority=spec.request.priority,
-            timeout_s=self._config.default_timeout_s if timeout_s is None else timeout_s,
-        )
-        self._check_admission(demand)
+        demand = self._intake.demand(spec, timeout_s)
+        self._intake.check(demand)
         request = dataclasses.replace(spec.request, frontend=self._worker_id, attempt=next(self._first_attempts))
         live = LiveRequest(spec, request, demand, self.tokenizer)
-        self._meter.accept(demand, _now_s())
+        self._intake.accept(live, _now_s())
         self._kept.forget(live.request_id)
         self._live.add(live)
         self._idle.clear()
@@ -235,7 +203,7 @@ class Frontend:
         record.readers.add(reader)
         if live is not None:
             live.set_timer("grace", None)
-            self._prolong(live, self._config.default_timeout_s if timeout_s is None else timeout_s)
+            self._prolong(live, self._intake.timeout_s(timeout_s))
         try:
             yield reader
         finally:
@@ -264,16 +232,9 @@ class Frontend:
         """The one place where a request ends, however; the first outcome counts."""
         if live.record.outcome is not None:
             return
-        setattr(self.totals, outcome.kind, getattr(self.totals, outcome.kind) + 1)
+        self._intake.end(live, outcome, _now_s())
         self._live.remove(live)
         self._dispatcher.forget(live)
-        self._meter.end(
-            live.demand,
-            live.num_generated,
-            prefilled=live.prefilled,
-            finished=outcome.kind == "finished",
-            now_s=_now_s(),
-        )
         for name in list(live.timers):
             live.set_timer(name, None)
         live.record.end(outcome)
@@ -320,27 +281,18 @@ class Frontend:
             return
         match event:
             case TokenEvent():
-                if live.commit(event):
-                    self._count(live, event.choice)
-                    self._dispatcher.note_token(live, event, worker_id)
-                    if live.journal.ended:
-                        self._end(live, Outcome(kind="finished"))
+                for each, its_worker in live.in_order(event, worker_id):
+                    if live.commit(each):
+                        self._intake.count(live, each.choice, _now_s())
+                        self._dispatcher.note_token(live, each, its_worker)
+                if live.journal.ended:
+                    self._end(live, Outcome(kind="finished"))
             case Evicted():
                 self._dispatcher.evicted(live, event)
             case Failed(reason=reason, retryable=True):
                 self._dispatcher.failed(live, event, worker_id)
             case Failed(reason=reason):
                 self._give_up(live, reason)
-
-    def _count(self, live: LiveRequest, choice: int) -> None:
-        """One token was committed."""
-        now_s, last_s = _now_s(), live.last_token_s.get(choice)
-        self.totals.tokens += 1
-        if not live.prefilled:
-            live.prefilled = True
-            self._meter.prefilled(live.demand, now_s)
-        self._meter.generated(now_s, None if last_s is None else now_s - last_s)
-        live.last_token_s[choice] = now_s
 
 
 def _now_s() -> float:

@@ -40,6 +40,9 @@ class Journal:
     def token_ids(self, choice: int) -> list[int]:
         return list(self._choices[choice].token_ids)
 
+    def num_tokens(self, choice: int) -> int:
+        return len(self._choices[choice].token_ids)
+
     def attempt(self, choice: int) -> int:
         return self._choices[choice].attempt
 

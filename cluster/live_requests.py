@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from cluster.admission import Demand
 from cluster.answer import Answer, Piece
@@ -34,6 +34,7 @@ class LiveRequest:
         self.record = Record(request.request_id, spec.digest, request.choices, request.num_prompt_tokens)
         self.resumable, self.keep, self.demand = spec.resumable, spec.keep, demand
         self.prefilled = False
+        self._early: dict[int, dict[int, tuple[TokenEvent, WorkerId]]] = {}
         self.last_token_s: dict[int, float] = {}
         self._answers = {
             choice: Answer(choice, tokenizer, request.stopping, spec.stop_strings) for choice in request.choices
@@ -64,6 +65,20 @@ class LiveRequest:
         if self.record.usage.completion_tokens == 0:
             return [self.journal.request]
         return self.journal.compute_again(self.journal.live_choices())
+
+    def in_order(self, event: TokenEvent, worker_id: WorkerId) -> Iterator[tuple[TokenEvent, WorkerId]]:
+        """Tokens of the live attempt whose turn it is, with their workers.
+
+        A decode worker's second token may overtake its prefill worker's first: it is held until that has come.
+        """
+        early = self._early.setdefault(event.choice, {})
+        if event.index > self.journal.num_tokens(event.choice):
+            if event.index < self.journal.request.stopping.max_new_tokens:
+                early[event.index] = event, worker_id
+            return
+        yield event, worker_id
+        while (held := early.pop(self.journal.num_tokens(event.choice), None)) is not None:
+            yield held
 
     def commit(self, event: TokenEvent) -> bool:
         """Take a token if it is the next one of its choice's live attempt, and end the choice if it is its last."""

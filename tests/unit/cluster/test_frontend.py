@@ -69,12 +69,20 @@ async def test_offsets_continue_from_piece_to_piece(cluster: Cluster) -> None:
         expected += len(increment.piece.token_ids)
 
 
+async def test_a_decode_workers_token_may_overtake_the_first(cluster: Cluster) -> None:
+    client, request = await cluster.admitted()
+    cluster.decode.tell(token(request, 2, 102, "length"), token(request, 1, 101))
+    await asyncio.sleep(0.1)
+    cluster.prefill.tell(token(request, 0, 100))
+    assert (await client.end()).tokens() == [100, 101, 102]
+
+
 async def test_duplicates_gaps_and_stale_attempts_are_dropped(cluster: Cluster) -> None:
     client, request = await cluster.admitted()
     cluster.decode.tell(
         token(request, 0, 100),
         token(request, 0, 1),
-        token(request, 2, 2),
+        token(request, 999, 2),
         token(request, 1, 3, attempt=request.attempt - 1),
         token(request, 1, 4, attempt=request.attempt + 1),
         token(request, 1, 101),
