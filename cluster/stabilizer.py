@@ -95,6 +95,10 @@ def propose(
         delay_s = config.upscale_delay_s if wanted > current else config.downscale_delay_s
         why = f"{wanted} not wanted for {delay_s:g} s yet"
     direction = (target > current) - (target < current)
+    grown_s = now_s - state.last_action_s if state.last_direction > 0 else reversal_cooldown_s
+    if direction < 0 and grown_s < reversal_cooldown_s:
+        # Most reversals come in pairs: what was given back too early has to be fetched again, and at once.
+        return Proposal(current, f"the pool grew {grown_s:.0f} s ago")
     if direction * state.last_direction < 0 and now_s - state.last_reversal_s < reversal_cooldown_s:
         if not (urgent and direction > 0):
             return Proposal(current, f"the last reversal is {now_s - state.last_reversal_s:.0f} s ago")

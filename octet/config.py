@@ -289,7 +289,8 @@ class AutoscalerConfig(_Node):
     action_timeout_s: float = pydantic.Field(900.0, gt=0)
     """A change of a pool that is not complete by then is given up, and another may be decided."""
     reversal_cooldown_s: float = pydantic.Field(600.0, ge=0)
-    """A pool changes direction at most once in this time, unless requests miss their target meanwhile."""
+    """A pool that has grown does not shrink for so long, and changes direction at most once in this time; growing is
+    exempt while requests miss their target."""
     tolerance: float = pydantic.Field(0.1, ge=0, lt=1)
     """A pool whose load is this close to its target stays as it is."""
     target_ttft_s: float = pydantic.Field(5.0, gt=0)

@@ -66,11 +66,11 @@ def test_a_direction_is_reversed_at_most_once_in_the_cooldown() -> None:
     state, _ = settle(state, now_s, 5, 0, 900)
     for number in range(4, 40):
         state = note(state, number * 10.0, 1, CONFIG)
-    down = propose(state, 390.0, 5, CONFIG, 600.0, False)
-    assert down.target == 1, "the first reversal is free"
+    assert propose(state, 390.0, 5, CONFIG, 600.0, False).target == 5, "it grew a moment ago"
+    assert propose(state, 390.0, 5, CONFIG, 300.0, False).target == 1
     state, _ = settle(act(state, 390.0, 5, 1), 390.0, 1, 0, 900)
     for number in range(40, 50):
         state = note(state, number * 10.0, 6, CONFIG)
-    assert propose(state, 490.0, 1, CONFIG, 600.0, False).target == 1
-    assert propose(state, 490.0, 1, CONFIG, 600.0, True).target == 6, "requests that miss their target do not wait"
-    assert propose(note(state, 1000.0, 6, CONFIG), 1000.0, 1, CONFIG, 600.0, False).target == 6
+    assert propose(state, 490.0, 1, CONFIG, 300.0, False).target == 1
+    assert propose(state, 490.0, 1, CONFIG, 300.0, True).target == 6, "requests that miss their target do not wait"
+    assert propose(note(state, 1000.0, 6, CONFIG), 1000.0, 1, CONFIG, 300.0, False).target == 6
