@@ -81,7 +81,7 @@ def _share(part: int, whole: int) -> str:
 
 def _experts_in_short(status: pb.GetStatusResponse) -> str:
     hottest = status.hottest[0] if status.hottest else None
-    hot = f"  hottest {hottest.layer}/{hottest.expert} ({hottest.ratio:.1f}× its layer's mean)" if hottest else ""
+    hot = f"  hottest {hottest.layer}/{hottest.expert} ({hottest.ratio:.1f}×)" if hottest else ""
     return (
         f"the last {status.window_s:.0f} s: {status.window_tokens_per_s:,.1f} tokens/s  "
         f"balancedness {status.balancedness:.3f}{hot}"
