@@ -21,6 +21,7 @@ from cluster.plan import ServingPlan
 from cluster.process import resident_bytes
 from decode.engine import DecodeEngine
 from decode.handoff import KvReceiver
+from decode.migration import Migration
 from decode.speculation import MtpDrafter, Speculator
 from model.checkpoint import Checkpoint, LoadProgress, LoadSnapshot
 from model.kv_cache import KvCache
@@ -35,10 +36,10 @@ from octet.ids import Epoch, WorkerId
 from octet.mailbox import Mailbox
 from octet.messages import KvPull
 from prefill.engine import PrefillEngine
-from prefill.handoff import KvSender
-from prefill.leases import LeaseTable
 from router.channel import GroupChannel, KvChannel
 from router.group import Group, GroupStore
+from router.kv_sender import KvSender
+from router.leases import LeaseTable
 from router.plan import Planner
 from router.routed_experts import RoutedExperts
 from router.routing import Routing
@@ -52,7 +53,7 @@ class _Parts:
     engine: Engine
     routed: RoutedExperts
     loop: EngineLoop
-    sender: KvSender | None
+    sender: KvSender
     receiver: KvReceiver | None
 
 
@@ -119,7 +120,6 @@ class AttentionWorker:
         Raises: LaneTimeoutError.
         """
         sender = self._built.sender
-        assert sender is not None
         with self._connecting:
             channel = self._channel(self._store, self._worker_id, peer, rank=0)
         sender.connect(peer, channel)
@@ -137,11 +137,17 @@ class AttentionWorker:
     def forget(self, peers: Sequence[WorkerId]) -> None:
         """These workers are gone: close what joins us. Idempotent."""
         for peer in peers:
-            if self._built.sender is not None:
-                self._built.sender.disconnect(peer)
+            self._built.sender.disconnect(peer)
             if self._built.receiver is not None:
                 self._built.receiver.disconnect(peer)
         self._mailbox.disconnect(peers)
+
+    def hand_over_to(self, heirs: Sequence[WorkerId]) -> None:
+        """Of a decode worker: give every sequence to one of these, to all of which there is a channel."""
+        engine = self._built.engine
+        assert isinstance(engine, DecodeEngine)
+        engine.hand_over_to(heirs)
+        self._mailbox.wake()
 
     def start(self, routing: Routing) -> None:
         """Serve by this routing, all of whose shards are linked, from now on."""
@@ -197,9 +203,9 @@ class AttentionWorker:
         self._parts, self._state = None, "STOPPED"
         parts.loop.stop(timeout_s)
         self._lanes.unlink(others_than=())
-        for end in (parts.sender, parts.receiver):
-            if end is not None:
-                end.close()
+        parts.sender.close()
+        if parts.receiver is not None:
+            parts.receiver.close()
 
     @property
     def _built(self) -> _Parts:
@@ -229,15 +235,23 @@ class AttentionWorker:
             plan.config.lane.ping_pong_rows,
             MtpHead(transformer, mtp, plan.model.num_hidden_layers) if mtp is not None else None,
         )
+        leases, receiver = LeaseTable(plan.config.handoff.lease_s), None
+        sender = KvSender(cache, leases, {})
         engine: Engine
         if self._role == "prefill":
-            leases, receiver = LeaseTable(plan.config.handoff.lease_s), None
-            sender = KvSender(cache, leases, {})
             engine = PrefillEngine(self._worker_id, plan.routing.epoch, runner, leases, sender, plan.config.prefill)
         else:
-            sender, receiver = None, KvReceiver(self._worker_id, cache, {}, self._ask, self._mailbox.wake)
+            receiver = KvReceiver(self._worker_id, cache, {}, self._ask, self._mailbox.wake)
             speculator = Speculator(MtpDrafter(runner), speculation) if mtp is not None else None
-            engine = DecodeEngine(self._worker_id, plan.routing.epoch, runner, receiver, plan.config.decode, speculator)
+            engine = DecodeEngine(
+                self._worker_id,
+                plan.routing.epoch,
+                runner,
+                receiver,
+                plan.config.decode,
+                speculator,
+                Migration(self._worker_id, leases, sender),
+            )
         loop = EngineLoop(self._worker_id, engine, routed, self._mailbox, plan.config.lane, self._report)
         return _Parts(engine=engine, routed=routed, loop=loop, sender=sender, receiver=receiver)
 

@@ -182,6 +182,10 @@ class Changes:
         self._draining |= ids
         try:
             await self.tell_frontend()
+            if leaving[0].pool == "decode":
+                with contextlib.suppress(OctetError):
+                    # Sequences that cannot be handed over end here, or start again elsewhere.
+                    await self._membership.hand_over(leaving)
             for _ in range(int(self._plan.config.frontend.drain_s / _POLL_S)):
                 if await self._idle(leaving):
                     break

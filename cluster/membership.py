@@ -108,6 +108,14 @@ class Membership:
             raise
         self._members |= {member.worker_id: member for member in workers}
 
+    async def hand_over(self, leaving: Sequence[Member]) -> None:
+        """Let decode workers that leave give their sequences to those that stay. Raises: OctetError."""
+        ids = {member.worker_id for member in leaving}
+        heirs = [member for member in self.pool("decode") if member.worker_id not in ids]
+        await self._open_channels([(source, target) for source in leaving for target in heirs])
+        named = [heir.worker_id for heir in heirs]
+        await call_all([(member, member.actor.hand_over_to.remote(named)) for member in leaving], _MARGIN_S)
+
     async def leave(self, workers: Sequence[Member]) -> None:
         """Attention workers are members no more; nothing joins the others to them."""
         gone = {member.worker_id for member in workers}

@@ -90,6 +90,9 @@ class PrefillWorker(_AttentionActor):
 class DecodeWorker(_AttentionActor):
     _role: Role = "decode"
 
+    def hand_over_to(self, heirs: Sequence[WorkerId]) -> None:
+        self._worker.hand_over_to(heirs)
+
 
 class ExpertShard:
     """See `ShardWorker`, to which every method goes."""

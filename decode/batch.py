@@ -176,6 +176,13 @@ class DecodeBatch:
         self._answers.note(sequence.num_new_tokens, sequence.request.stopping.max_new_tokens)
         self._release(sequence)
 
+    def detach(self, sequence: RunningSequence) -> None:
+        """Let a sequence go, whose pages are somebody else's from now on: those that hold KV, and no more."""
+        self.running.remove(sequence)
+        kept = self._pool.pages_for(len(sequence.token_ids) - 1)
+        self._pool.release(sequence.pages[kept:])
+        del sequence.pages[kept:]
+
     def _release(self, sequence: RunningSequence) -> None:
         self.running.remove(sequence)
         self._pool.release(sequence.pages)

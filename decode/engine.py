@@ -12,6 +12,7 @@ import torch
 
 from decode.batch import DecodeBatch, Incoming, RunningSequence
 from decode.handoff import Arrival, KvReceiver
+from decode.migration import Migration
 from decode.speculation import Speculator
 from model.batch import Span
 from model.runner import ModelRunner, tensor_from
@@ -25,6 +26,7 @@ from octet.messages import (
     Failed,
     KvAck,
     KvOffer,
+    KvPull,
     KvRenew,
     Message,
     PrefillRequest,
@@ -47,6 +49,7 @@ class DecodeEngine:
         receiver: KvReceiver,
         config: DecodeConfig,
         speculator: Speculator | None = None,
+        migration: Migration | None = None,
     ) -> None:
         self._worker_id, self._epoch = worker_id, epoch
         self._runner, self._pool, self._receiver, self._speculator = runner, runner.pool, receiver, speculator
@@ -58,6 +61,7 @@ class DecodeEngine:
         self._num_tokens = 0
         self._num_preemptions = 0
         self._next_renewal_s = 0.0
+        self._migration, self._heirs, self._leaving = migration, tuple[WorkerId, ...](), False
 
     @property
     def busy(self) -> bool:
@@ -71,6 +75,8 @@ class DecodeEngine:
                 self._offers.sort(key=lambda offer: (offer.request.priority, offer.request.arrival_s))
             case Abort():
                 self._abort(message)
+            case KvPull() | KvRenew() | KvAck() if self._migration is not None:
+                self._migration.handle(message)
             case _:
                 raise TypeError(f"a decode worker takes no {type(message).__name__}")
 
@@ -80,6 +86,7 @@ class DecodeEngine:
         Raises: LaneError, and then nothing has changed.
         """
         self._land()
+        self._hand_over(now_s)
         self._evict(self._batch.grow())
         self._pull()
         self._renew(now_s)
@@ -91,6 +98,14 @@ class DecodeEngine:
             finally:
                 self._batch.trim()
         return self.flush()
+
+    def hand_over_to(self, heirs: Sequence[WorkerId]) -> None:
+        """From now on, give every sequence to one of these decode workers; where there are none, back to be recomputed.
+
+        Any thread may call it.
+        """
+        self._heirs = tuple(heirs)
+        self._leaving = True
 
     def fail_all(self, reason: str, retryable: bool = False) -> None:
         """End every request here; `flush` tells their frontends.
@@ -127,6 +142,7 @@ class DecodeEngine:
             waiting=len(self._offers) + len(self._incoming),
             tokens=self._num_tokens,
             preemptions=self._num_preemptions,
+            leases=len(self._migration) if self._migration else 0,
             drafted_tokens=self._speculator.num_drafted if self._speculator else 0,
             accepted_tokens=self._speculator.num_accepted if self._speculator else 0,
         )
@@ -229,6 +245,21 @@ class DecodeEngine:
                 self._runner.cache.copy_page(source, target)
             self._acknowledge(incoming.offer)
 
+    def _hand_over(self, now_s: float) -> None:
+        if self._migration is not None:
+            self._pool.release(self._migration.reclaim(now_s))
+        if not self._leaving:
+            return
+        for sequence in list(self._batch.running):
+            # What a drafter has not seen yet is not handed over: such a sequence is computed again.
+            if self._migration is not None and self._heirs and self._speculator is None:
+                self._batch.detach(sequence)
+                self._outbox.append(self._migration.offer(sequence, self._heirs, now_s))
+            else:
+                self._batch.remove(sequence)
+                request, reason = sequence.request, "its decode worker leaves"
+                self._tell_evicted(request.request_id, sequence.choice, request.attempt, request.frontend, reason)
+
     def _last_hidden(self, offer: KvOffer) -> list[torch.Tensor]:
         """The position `[1, H]` that no drafter has seen yet: what comes there is up to the first token."""
         if self._speculator is None:
@@ -258,7 +289,7 @@ class DecodeEngine:
         """Keep the leases of what waits for room, or for its turn to be sent."""
         waiting = [*self._offers, *(incoming.offer for incoming in self._incoming.values())]
         if waiting and now_s >= self._next_renewal_s:
-            self._outbox += [(offer.prefill_worker, KvRenew(lease_id=offer.lease_id)) for offer in waiting]
+            self._outbox += [(offer.source, KvRenew(lease_id=offer.lease_id)) for offer in waiting]
             self._next_renewal_s = now_s + min(offer.lease_s for offer in waiting) / 3
 
     def _evict(self, sequences: list[RunningSequence]) -> None:
@@ -274,6 +305,8 @@ class DecodeEngine:
 
         for sequence in self._batch.of(abort.request_id, abort.choice, abort.attempt):
             self._batch.remove(sequence)
+        if self._migration is not None:
+            self._migration.abort(abort)
         for incoming in self._incoming.values():
             if meant(incoming.offer.request):
                 incoming.dropped.update(incoming.offer.request.choices if abort.choice is None else (abort.choice,))
@@ -289,7 +322,7 @@ class DecodeEngine:
             self._tell_failed(sequence.request, sequence.choice, reason, retryable)
 
     def _acknowledge(self, offer: KvOffer) -> None:
-        self._outbox.append((offer.prefill_worker, KvAck(lease_id=offer.lease_id)))
+        self._outbox.append((offer.source, KvAck(lease_id=offer.lease_id)))
 
     def _tell_evicted(self, request_id: RequestId, choice: int, attempt: int, to: WorkerId, reason: str) -> None:
         self._events[to].append(Evicted(request_id=request_id, choice=choice, attempt=attempt, reason=reason))

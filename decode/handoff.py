@@ -82,10 +82,10 @@ class KvReceiver:
         Nobody else may use the pages before it.
         """
         with self._lock:
-            if (peer := self._peers.get(offer.prefill_worker)) is not None:
+            if (peer := self._peers.get(offer.source)) is not None:
                 peer.offers.put((offer, pages))
         if peer is None:
-            self._arrivals.put(Arrival(offer.lease_id, f"no channel to {offer.prefill_worker}"))
+            self._arrivals.put(Arrival(offer.lease_id, f"no channel to {offer.source}"))
 
     def arrived(self) -> list[Arrival]:
         arrivals = []

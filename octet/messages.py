@@ -58,10 +58,13 @@ class Abort:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class KvOffer:
-    """Prefill → decode: the pages of `request.token_ids` wait under a lease; `next_tokens` come after them."""
+    """To a decode worker: the pages of `request.token_ids` wait under a lease; `next_tokens` come after them.
+
+    From a prefill worker that has computed them, or from a decode worker that gives its sequences away.
+    """
 
     lease_id: LeaseId
-    prefill_worker: WorkerId
+    source: WorkerId
     request: PrefillRequest
     next_tokens: tuple[int, ...]
     """One per choice in `request.choices`; only choices that go on are offered."""
@@ -73,7 +76,7 @@ class KvOffer:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class KvPull:
-    """Decode → prefill: send the lease's pages on our channel now."""
+    """Decode → source: send the lease's pages on our channel now."""
 
     lease_id: LeaseId
     decode_worker: WorkerId
@@ -81,14 +84,14 @@ class KvPull:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class KvRenew:
-    """Decode → prefill: the lease's pages are still wanted, there is just no room for them yet."""
+    """Decode → source: the lease's pages are still wanted, there is just no room for them yet."""
 
     lease_id: LeaseId
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class KvAck:
-    """Decode → prefill: the pages have arrived or are no longer wanted; free the lease."""
+    """Decode → source: the pages have arrived or are no longer wanted; free the lease."""
 
     lease_id: LeaseId
 

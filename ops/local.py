@@ -42,10 +42,10 @@ from octet.messages import (
 )
 from octet.request import Output, Sampling, Stopping
 from prefill.engine import PrefillEngine
-from prefill.handoff import KvSender
-from prefill.leases import LeaseTable
 from router.channel import LocalChannel
 from router.exchange import LocalExchange
+from router.kv_sender import KvSender
+from router.leases import LeaseTable
 from router.placement import Placement, place_evenly
 from router.plan import Planner
 from router.routed_experts import RoutedExperts

@@ -32,10 +32,10 @@ from octet.messages import (
     TokenLogprob,
     WorkerLoad,
 )
-from prefill.handoff import KvSender
-from prefill.leases import LeaseTable
 from prefill.prefix_cache import PrefixCache
 from prefill.queue import Chunk, PrefillQueue, Task
+from router.kv_sender import KvSender
+from router.leases import LeaseTable
 
 _LOGPROB_ROWS = 64
 """Prompt log-probabilities are taken this many rows at a time: a row of logits is as long as the vocabulary."""
@@ -228,7 +228,7 @@ class PrefillEngine:
         self._leases.grant(lease_id, request.request_id, request.attempt, choices, task.pages, now_s)
         offer = KvOffer(
             lease_id=lease_id,
-            prefill_worker=self._worker_id,
+            source=self._worker_id,
             request=dataclasses.replace(request, choices=choices),
             next_tokens=tuple(token_id for _, token_id in going_on),
             hidden=tensor_bytes(last_H) if self._runner.drafts else b"",

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pathlib
+import random
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import grpc
 import pytest
@@ -49,6 +52,31 @@ def test_an_attention_pool_grows_and_shrinks(cluster: RunningCluster, answers: A
         assert set(members(client.status(), pool)) == first
         traffic.flow()
     assert client_baseline(cluster)
+
+
+def test_a_decode_worker_that_leaves_hands_its_running_sequences_over(start: Start, checkpoint: pathlib.Path) -> None:
+    cluster = start(f"model.path={checkpoint}", "pools.experts.size=1", "pools.decode.size=2")
+    prompts = [[random.randrange(3, 512) for _ in range(random.randint(5, 40))] for _ in range(6)]
+    options: dict[str, Any] = {"max_new_tokens": 400, "ignore_eos": True}
+    with Client(cluster.address, timeout_s=120) as client:
+        expected = [list(client.generate(prompt, **options).choices[0].token_ids) for prompt in prompts]
+        before = computed_tokens(client)
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            answers = [pool.submit(client.generate, prompt, **options) for prompt in prompts]
+            running = lambda: [m.running for m in members(client.status(), "decode").values()]  # noqa: E731
+            wait_until(lambda: min(running()) > 0 and sum(running()) == len(prompts), 60, "both workers decode")
+            client.scale(decode=1)
+            assert sum(running()) == len(prompts), "all of them go on at the worker that stays"
+            assert [list(answer.result(120).choices[0].token_ids) for answer in answers] == expected
+        # Every prompt was computed once: nothing that was generated had to be computed again.
+        assert computed_tokens(client) - before == sum(map(len, prompts))
+        wait_until(lambda: at_baseline(client.status()), 30, "pages back to baseline")
+    cluster.stop(drain=False)
+
+
+def computed_tokens(client: Client) -> int:
+    """By the prefill workers, or found in their caches."""
+    return sum(m.tokens + m.cached_tokens for m in members(client.status(), "prefill").values())
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def offer(
     )
     return KvOffer(
         lease_id=LeaseId(name),
-        prefill_worker=WorkerId("prefill-0"),
+        source=WorkerId("prefill-0"),
         request=request,
         next_tokens=tuple(50 + choice for choice in request.choices),
         lease_s=60.0,
@@ -243,3 +243,22 @@ def test_admission_counts_the_last_pages_that_choices_with_drafts_do_not_share()
         land(batch, offer(8, *range(6)), 8)
         needed.append(peak_pages(list(batch._demands([])), PAGE))
     assert needed[1] - needed[0] == 5
+
+
+@given(st.integers(1, 30), st.integers(0, 9))
+def test_a_sequence_that_is_given_away_takes_the_pages_that_hold_its_kv_and_no_more(
+    num_tokens: int, num_new: int
+) -> None:
+    pool = PagePool(64, PAGE)
+    batch = DecodeBatch(pool, 64)
+    land(batch, offer(num_tokens, 0), num_tokens)
+    (sequence,) = batch.running
+    for _ in range(num_new):
+        assert batch.grow() == []
+        sequence.token_ids.append(1)
+    batch.grow()
+    batch.detach(sequence)
+    # The last token is the next step's input, and has no KV yet.
+    assert len(sequence.pages) == pool.pages_for(num_tokens + num_new)
+    assert batch.running == []
+    assert pool.num_pages - pool.num_free == len(sequence.pages)

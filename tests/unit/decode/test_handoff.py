@@ -39,7 +39,7 @@ def offer(lease: str, prefill: WorkerId = PREFILLS[0]) -> KvOffer:
         decode_worker=DECODE,
         frontend=WorkerId("frontend-0"),
     )
-    return KvOffer(lease_id=LeaseId(lease), prefill_worker=prefill, request=request, next_tokens=(1,), lease_s=60.0)
+    return KvOffer(lease_id=LeaseId(lease), source=prefill, request=request, next_tokens=(1,), lease_s=60.0)
 
 
 class FakeChannel:

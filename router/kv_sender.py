@@ -11,8 +11,8 @@ from model.kv_cache import KvCache
 from octet.errors import LaneError
 from octet.ids import LeaseId, WorkerId
 from octet.messages import KvPull
-from prefill.leases import LeaseTable
 from router.channel import KvChannel
+from router.leases import LeaseTable
 
 _log = logging.getLogger(__name__)
 

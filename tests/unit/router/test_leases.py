@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from octet.ids import LeaseId, RequestId
-from prefill.leases import LeaseTable
+from router.leases import LeaseTable
 
 LEASE_S = 10.0
 A, B = LeaseId("a"), LeaseId("b")

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import pathlib
+import random
+
+import pytest
+import torch
+
+from decode.batch import RunningSequence
+from decode.migration import Migration
+from model.config import read_config
+from model.kv_cache import KvCache
+from octet.ids import RequestId, WorkerId
+from octet.messages import Abort, KvAck, PrefillRequest, pack_ids, unpack_ids
+from octet.request import Output, Sampling, Stopping
+from router.kv_sender import KvSender
+from router.leases import LeaseTable
+
+EMBEDDED_MODEL = pathlib.Path(__file__).parents[3] / "model" / "embedded"
+HEIRS = [WorkerId("decode-1"), WorkerId("decode-2")]
+
+
+@pytest.fixture
+def migration() -> Migration:
+    cache = KvCache(read_config(EMBEDDED_MODEL), 8, 4, torch.float32, torch.device("cpu"))
+    leases = LeaseTable(lease_s=10.0)
+    return Migration(WorkerId("decode-0"), leases, KvSender(cache, leases, {}))
+
+
+def sequence(num_prompt: int, num_new: int, pages: list[int]) -> RunningSequence:
+    token_ids = [random.randrange(100) for _ in range(num_prompt + num_new)]
+    request = PrefillRequest(
+        request_id=RequestId("a"),
+        attempt=3,
+        choices=(0, 1),
+        token_ids=pack_ids(token_ids[:num_prompt]),
+        num_prompt_tokens=num_prompt,
+        sampling=Sampling(),
+        stopping=Stopping(max_new_tokens=50),
+        output=Output(),
+        priority=0,
+        arrival_s=0.0,
+        decode_worker=WorkerId("decode-0"),
+        frontend=WorkerId("frontend-0"),
+    )
+    return RunningSequence(request=request, choice=1, token_ids=token_ids, pages=pages)
+
+
+def test_an_offer_has_all_tokens_but_the_last_which_comes_next(migration: Migration) -> None:
+    given = sequence(5, 3, [0, 1])
+    target, offer = migration.offer(given, HEIRS, now_s=0.0)
+    assert unpack_ids(offer.request.token_ids) == given.token_ids[:-1]
+    assert offer.next_tokens == (given.token_ids[-1],)
+    assert (offer.request.choices, offer.request.attempt, offer.request.num_prompt_tokens) == ((1,), 3, 5)
+    assert offer.request.decode_worker == target
+    assert offer.source == "decode-0"
+
+
+def test_heirs_take_turns(migration: Migration) -> None:
+    targets = [migration.offer(sequence(5, 1, [page]), HEIRS, now_s=0.0)[0] for page in range(4)]
+    assert targets == [HEIRS[0], HEIRS[1], HEIRS[0], HEIRS[1]]
+
+
+def test_pages_come_back_when_they_were_taken_over(migration: Migration) -> None:
+    _, offer = migration.offer(sequence(5, 1, [2, 5]), HEIRS, now_s=0.0)
+    assert migration.reclaim(1.0) == []
+    migration.handle(KvAck(lease_id=offer.lease_id))
+    assert (migration.reclaim(1.0), len(migration)) == ([2, 5], 0)
+
+
+def test_pages_come_back_when_the_request_is_aborted_or_nobody_comes(migration: Migration) -> None:
+    migration.offer(sequence(5, 1, [2]), HEIRS, now_s=0.0)
+    migration.abort(Abort(request_id=RequestId("a"), attempt=2))
+    assert migration.reclaim(1.0) == []
+    migration.abort(Abort(request_id=RequestId("a")))
+    assert migration.reclaim(1.0) == [2]
+    migration.offer(sequence(5, 1, [3]), HEIRS, now_s=1.0)
+    assert migration.reclaim(11.1) == [3]
