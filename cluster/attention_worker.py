@@ -225,7 +225,7 @@ class AttentionWorker:
         num_pages = plan.prefill_pages if self._role == "prefill" else plan.decode_pages
         cache = KvCache(plan.model, num_pages, page_size, self._dtype, self._device, speculation.num_draft_layers)
         transformer = Transformer(plan.model, weights, cache, plan.max_model_len)
-        routed = RoutedExperts(plan.model, gates_of(weights, mtp), self._device)
+        routed = RoutedExperts(plan.model, gates_of(weights, mtp))
         runner = ModelRunner(
             transformer,
             routed,

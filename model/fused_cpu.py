@@ -16,13 +16,13 @@ import torch
 
 from model.linear import PANEL
 from model.linear_cpu import exp
-from model.tiles_cpu import MAX_ROWS, address, declare, dot, fetch, multiply, reordered
+from model.tiles_cpu import MAX_ROWS, address, compiled, declare, dot, fetch, multiply, reordered
 
 
 def rms_norm(x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
     """`[T, H]`, normalised over the last dim."""
     out_TH = torch.empty_like(x_TH)
-    _rms_norm(x_TH.numpy(), weight_H.numpy(), np.float32(eps), out_TH.numpy())
+    norm_rows(x_TH.numpy(), weight_H.numpy(), np.float32(eps), out_TH.numpy(), 0, len(x_TH))
     return out_TH
 
 
@@ -45,7 +45,7 @@ def prepare_qkv(
     """
     q_TQD = torch.empty(qkv_TXD.shape[0], num_q, qkv_TXD.shape[2])
     q_norm, k_norm = (_NO_NORM, _NO_NORM) if norms is None else (norms[0].numpy(), norms[1].numpy())
-    _prepare_qkv(
+    prepare_rows(
         qkv_TXD.numpy(),
         q_norm,
         k_norm,
@@ -56,6 +56,8 @@ def prepare_qkv(
         k_cache.numpy(),
         v_cache.numpy(),
         q_TQD.numpy(),
+        0,
+        len(q_TQD),
     )
     return q_TQD
 
@@ -97,9 +99,10 @@ _NO_NORM = np.empty(0, np.float32)
 
 
 @reordered  # type: ignore[untyped-decorator]
-def _rms_norm(x: Any, weight: Any, eps: Any, out: Any) -> None:
+def norm_rows(x: Any, weight: Any, eps: Any, out: Any, first: Any, last: Any) -> None:
+    """RMSNorm of the rows `first … last - 1`."""
     hidden = x.shape[1]
-    for row in range(x.shape[0]):
+    for row in range(first, last):
         total = np.float32(0)
         for i in range(hidden):
             total += x[row, i] * x[row, i]
@@ -130,11 +133,23 @@ def _norm_rotate(x: Any, weight: Any, eps: Any, cos: Any, sin: Any, out: Any) ->
 
 
 @reordered  # type: ignore[untyped-decorator]
-def _prepare_qkv(
-    qkv: Any, q_norm: Any, k_norm: Any, eps: Any, cos: Any, sin: Any, slots: Any, k_cache: Any, v_cache: Any, q: Any
+def prepare_rows(
+    qkv: Any,
+    q_norm: Any,
+    k_norm: Any,
+    eps: Any,
+    cos: Any,
+    sin: Any,
+    slots: Any,
+    k_cache: Any,
+    v_cache: Any,
+    q: Any,
+    first: Any,
+    last: Any,
 ) -> None:
+    """As `prepare_qkv`, for the tokens `first … last - 1`."""
     num_q, num_kv = q.shape[1], k_cache.shape[1]
-    for token in range(qkv.shape[0]):
+    for token in range(first, last):
         for head in range(num_q):
             _norm_rotate(qkv[token, head], q_norm, eps, cos[token], sin[token], q[token, head])
         slot = slots[token]
@@ -160,54 +175,77 @@ def _softmax(x: Any) -> None:
         x[i] *= factor
 
 
+@compiled  # type: ignore[untyped-decorator]
+def attend_heads(
+    b: Any,
+    first: Any,
+    last: Any,
+    q: Any,
+    k_cache: Any,
+    v_cache: Any,
+    pages: Any,
+    length: Any,
+    page_size: Any,
+    scale: Any,
+    out: Any,
+) -> None:
+    """One sequence, by the KV heads `first … last - 1`.
+
+    Heads are the inner loops: the cache is read once from front to back, which the memory answers best.
+
+    Args:
+        q: `[B, Q, D]`, of which row `b` is read; `out` likewise.
+        pages: `[P]`
+    """
+    num_q, num_kv, dim = q.shape[1], k_cache.shape[1], k_cache.shape[2]
+    group, stride = num_q // num_kv, num_kv * dim
+    room = -(-length // 4) * 4
+    slots, scores = np.empty(room, np.int64), np.empty((num_q, room), np.float32)
+    # Scores are computed four at a time; those behind the end repeat the last one, and nobody reads them.
+    for s in range(room):
+        position = min(s, length - 1)
+        slots[s] = (pages[position // page_size] * page_size + position % page_size) * stride
+    for s in range(0, length, 4):
+        following = min(s + page_size, length - 1)
+        for n in range(first, last):
+            k0, k1 = address(k_cache, slots[s] + n * dim), address(k_cache, slots[s + 1] + n * dim)
+            k2, k3 = address(k_cache, slots[s + 2] + n * dim), address(k_cache, slots[s + 3] + n * dim)
+            for t in range(following, min(following + 4, length)):
+                for i in range(0, dim, PANEL):
+                    fetch(address(k_cache, slots[t] + n * dim + i))
+            for head in range(n * group, (n + 1) * group):
+                x = address(q, (b * num_q + head) * dim)
+                dot(x, k0, k1, k2, k3, dim, scale, address(scores, head * room + s))
+    for head in range(first * group, last * group):
+        _softmax(scores[head, :length])
+    # A page's positions are apart by the same distance, so that a tile runs over all of them.
+    for start in range(0, length, page_size):
+        size, following = min(page_size, length - start), slots[min(start + page_size, length - 1)]
+        for n in range(first, last):
+            for column in range(0, dim, PANEL):
+                v = address(v_cache, slots[start] + n * dim + column)
+                for head in range(n * group, (n + 1) * group, MAX_ROWS):
+                    multiply(
+                        min(MAX_ROWS, (n + 1) * group - head),
+                        min(PANEL, dim - column),
+                        size,
+                        address(scores, head * room + start),
+                        room,
+                        v,
+                        stride,
+                        address(out, (b * num_q + head) * dim + column),
+                        dim,
+                        min(start, 1),
+                        address(v_cache, following + n * dim + column),
+                        stride,
+                    )
+
+
 @declare(  # type: ignore[untyped-decorator]
     "void(f4[:,:,::1], f4[:,:,::1], f4[:,:,::1], i8[:,::1], i8[::1], i8, f4, f4[:,:,::1])"
 )
 def _decode_attention(
     q: Any, k_cache: Any, v_cache: Any, pages: Any, lengths: Any, page_size: Any, scale: Any, out: Any
 ) -> None:
-    """Heads are the inner loops: the cache is read once from front to back, which the memory answers best."""
-    num_q, num_kv, dim = q.shape[1], k_cache.shape[1], k_cache.shape[2]
-    group, stride = num_q // num_kv, num_kv * dim
-    room = -(-lengths.max() // 4) * 4
-    slots, scores = np.empty(room, np.int64), np.empty((num_q, room), np.float32)
     for b in range(q.shape[0]):
-        length = lengths[b]
-        # Scores are computed four at a time; those behind the end repeat the last one, and nobody reads them.
-        for s in range(-(-length // 4) * 4):
-            position = min(s, length - 1)
-            slots[s] = (pages[b, position // page_size] * page_size + position % page_size) * stride
-        for s in range(0, length, 4):
-            following = min(s + page_size, length - 1)
-            for n in range(num_kv):
-                k0, k1 = address(k_cache, slots[s] + n * dim), address(k_cache, slots[s + 1] + n * dim)
-                k2, k3 = address(k_cache, slots[s + 2] + n * dim), address(k_cache, slots[s + 3] + n * dim)
-                for t in range(following, min(following + 4, length)):
-                    for i in range(0, dim, PANEL):
-                        fetch(address(k_cache, slots[t] + n * dim + i))
-                for head in range(n * group, (n + 1) * group):
-                    x = address(q, (b * num_q + head) * dim)
-                    dot(x, k0, k1, k2, k3, dim, scale, address(scores, head * room + s))
-        for head in range(num_q):
-            _softmax(scores[head, :length])
-        # A page's positions are apart by the same distance, so that a tile runs over all of them.
-        for start in range(0, length, page_size):
-            size, following = min(page_size, length - start), slots[min(start + page_size, length - 1)]
-            for n in range(num_kv):
-                for column in range(0, dim, PANEL):
-                    v = address(v_cache, slots[start] + n * dim + column)
-                    for head in range(n * group, (n + 1) * group, MAX_ROWS):
-                        multiply(
-                            min(MAX_ROWS, (n + 1) * group - head),
-                            min(PANEL, dim - column),
-                            size,
-                            address(scores, head * room + start),
-                            room,
-                            v,
-                            stride,
-                            address(out, (b * num_q + head) * dim + column),
-                            dim,
-                            min(start, 1),
-                            address(v_cache, following + n * dim + column),
-                            stride,
-                        )
+        attend_heads(b, 0, k_cache.shape[1], q, k_cache, v_cache, pages[b], lengths[b], page_size, scale, out)

@@ -6,8 +6,11 @@ Shapes: `T` tokens, `H` hidden, `V` vocabulary.
 from __future__ import annotations
 
 import collections
+import functools
+import importlib
 from collections.abc import Generator, Iterable, Sequence
-from typing import Protocol, TypeVar
+from types import ModuleType
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +19,13 @@ from model.attention import Attention
 from model.batch import Batch
 from model.config import ModelConfig
 from model.kv_cache import KvCache
-from model.linear import PackedMatrix, linear, swiglu
+from model.linear import PackedMatrix, linear, packs, swiglu
 from model.norm import rms_norm
 from model.rotary import RotaryEmbedding
 from model.weights import AttentionWeights, LayerWeights
+
+if TYPE_CHECKING:
+    from model.decode_layers import DecodeLayers
 
 _Pending = TypeVar("_Pending")
 
@@ -44,6 +50,9 @@ class Transformer:
         self._config, self._weights, self._cache = config, weights, cache
         self._rotary = RotaryEmbedding(config, max_model_len, weights.norm.device)
         self._attend = Attention(config, cache, self._rotary)
+        self._decode_layers: DecodeLayers | None = None
+        if packs(cache.dtype, cache.device):
+            self._decode_layers = decode_layers().DecodeLayers(config, cache)
 
     @torch.inference_mode()
     def forward(self, batches: Sequence[Batch], routed: RoutedLayer[_Pending]) -> list[torch.Tensor]:
@@ -67,6 +76,9 @@ class Transformer:
     ) -> Generator[None, None, torch.Tensor]:
         """These decoder layers, with their numbers, over one batch; yields while each layer's rows are away."""
         cos_sin = self._rotary.at(batch.positions_T, x_TH.dtype)
+        if self._decode_layers is not None and not batch.prefill:
+            yield from self._decode(self._decode_layers, x_TH, cos_sin, layers, batch, routed)
+            return x_TH
         for index, layer in layers:
             h_TH = self.norm(x_TH, layer.input_norm)
             x_TH = x_TH + self._attend(index, layer, h_TH, batch, cos_sin)
@@ -79,6 +91,27 @@ class Transformer:
                 yield
                 x_TH = x_TH + (routed.combine(pending).to(x_TH.dtype) + shared_TH)
         return x_TH
+
+    @staticmethod
+    def _decode(
+        compiled: DecodeLayers,
+        x_TH: torch.Tensor,
+        cos_sin: tuple[torch.Tensor, torch.Tensor],
+        layers: Iterable[tuple[int, LayerWeights]],
+        batch: Batch,
+        routed: RoutedLayer[_Pending],
+    ) -> Generator[None, None, None]:
+        """The same for tokens that attend one by one, in fewer and compiled calls. Changes `x_TH` in place."""
+        decode = compiled.begin(x_TH, batch, cos_sin)
+        for index, layer in layers:
+            decode.attend(index, layer)
+            if layer.gate is None:
+                decode.feed_forward(index, layer)
+            else:
+                pending = routed.dispatch(index, decode.h_TH)
+                decode.share(index, layer)
+                yield
+                decode.add_experts(routed.combine(pending))
 
     def write_kv(self, x_TH: torch.Tensor, index: int, layer: LayerWeights, batch: Batch) -> None:
         """Only what a decoder layer leaves in the cache."""
@@ -95,6 +128,8 @@ class Transformer:
     @torch.inference_mode()
     def logits(self, hidden_TH: torch.Tensor) -> torch.Tensor:
         """`[T, V]` in fp32."""
+        if self._decode_layers is not None and isinstance(self._weights.lm_head, PackedMatrix):
+            return self._decode_layers.project(hidden_TH, self._weights.lm_head)
         return linear(hidden_TH, self._weights.lm_head).float()
 
     def norm(self, x_TH: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -114,3 +149,9 @@ def take_turns(batches: Sequence[Generator[None, None, torch.Tensor]]) -> list[t
         else:
             turns.append((index, steps))
     return [hidden[index] for index in range(len(batches))]
+
+
+@functools.cache
+def decode_layers() -> ModuleType:
+    # Imported here, so that GPU workers do without numba.
+    return importlib.import_module("model.decode_layers")

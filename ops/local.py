@@ -89,7 +89,7 @@ class LocalEngine:
         )
         self.shards = [ExpertShard(load_slots(checkpoint, placement, s, dtype, device)) for s in range(num_shards)]
         exchange = LocalExchange([shard.serve for shard in self.shards])
-        self._routed = RoutedExperts(self.config, gates_of(weights, mtp), device)
+        self._routed = RoutedExperts(self.config, gates_of(weights, mtp))
         self._routed.adopt(Planner(placement, device), exchange)
         self.runner = self._runner(weights, mtp, num_pages)
         channel = LocalChannel(_TRANSFER_S)

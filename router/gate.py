@@ -5,6 +5,11 @@ Shapes: `T` tokens, `H` hidden, `E` experts, `K` experts per token, `G` groups.
 
 from __future__ import annotations
 
+import functools
+import importlib
+from types import ModuleType
+
+import numpy as np
 import torch
 
 from model.config import ModelConfig
@@ -12,16 +17,43 @@ from model.linear import linear
 from model.weights import GateWeights
 
 
-def select_experts(x_TH: torch.Tensor, gate: GateWeights, config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
+class Gate:
     """The auxiliary-loss-free sigmoid gate of DeepSeek-V3 as Glm4Moe has it, in fp32.
 
     The correction bias chooses experts but does not weigh them. With groups, only experts of the `topk_group` groups
     with the largest sums of their two best scores are eligible.
-
-    Returns: expert ids `[T, K]` (int64) and weights `[T, K]` (fp32).
     """
-    scores_TE = linear(x_TH.float(), gate.weight).sigmoid()
-    choice_TE = scores_TE + gate.correction_bias
+
+    def __init__(self, weights: GateWeights, config: ModelConfig) -> None:
+        """Made ready here, so that no request waits for a compiler."""
+        self._weights, self._config = weights, config
+        if weights.correction_bias.device.type == "cpu":
+            gate_cpu()
+        self._rule = (
+            config.n_group,
+            config.topk_group,
+            config.norm_topk_prob,
+            np.float32(config.routed_scaling_factor),
+        )
+
+    def select(self, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Expert ids `[T, K]` (int64) and weights `[T, K]` (fp32)."""
+        weights, top_k = self._weights, self._config.num_experts_per_tok
+        scores_TE = linear(x_TH.float(), weights.weight)
+        if scores_TE.device.type != "cpu":
+            return _choose(scores_TE, weights.correction_bias, self._config)
+        # In one compiled pass: a dozen small operators cost more than the choice itself.
+        ids_TK, weights_TK = np.empty((len(scores_TE), top_k), np.int64), np.empty((len(scores_TE), top_k), np.float32)
+        gate_cpu().choose(scores_TE.numpy(), weights.correction_bias.numpy(), *self._rule, ids_TK, weights_TK)
+        return torch.from_numpy(ids_TK), torch.from_numpy(weights_TK)
+
+
+def _choose(
+    scores_TE: torch.Tensor, correction_bias_E: torch.Tensor, config: ModelConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in torch's operators, for GPUs."""
+    scores_TE = scores_TE.sigmoid()
+    choice_TE = scores_TE + correction_bias_E
     if config.topk_group < config.n_group:
         choice_TE = choice_TE.masked_fill(~_eligible(choice_TE, config), -torch.inf)
     expert_ids_TK = choice_TE.topk(config.num_experts_per_tok, dim=-1, sorted=False).indices
@@ -37,3 +69,9 @@ def _eligible(choice_TE: torch.Tensor, config: ModelConfig) -> torch.Tensor:
     groups = group_scores_TG.topk(config.topk_group, dim=-1, sorted=False).indices
     mask_TG = torch.zeros_like(group_scores_TG, dtype=torch.bool).scatter(1, groups, True)
     return mask_TG.repeat_interleave(grouped_TGE.shape[2], dim=1)
+
+
+@functools.cache
+def gate_cpu() -> ModuleType:
+    # Imported here, so that GPU workers do without numba.
+    return importlib.import_module("router.gate_cpu")

@@ -17,7 +17,7 @@ from model.config import ModelConfig
 from model.weights import GateWeights
 from octet.errors import LaneError
 from router.exchange import Exchange, ExpertRows, Ticket
-from router.gate import select_experts
+from router.gate import Gate
 from router.plan import Planner, ShardPlan
 
 
@@ -33,8 +33,8 @@ class Dispatched:
 class RoutedExperts:
     """gate → plan → dispatch, then combine. Between the two the caller computes what does not need the experts."""
 
-    def __init__(self, config: ModelConfig, gates: Mapping[int, GateWeights], device: torch.device) -> None:
-        self._config, self._gates, self._device = config, gates, device
+    def __init__(self, config: ModelConfig, gates: Mapping[int, GateWeights]) -> None:
+        self._gates = {layer: Gate(weights, config) for layer, weights in gates.items()}
         self._planner: Planner | None = None
         self._exchange: Exchange | None = None
         self._under_way: collections.deque[Ticket] = collections.deque()
@@ -50,7 +50,7 @@ class RoutedExperts:
         """Raises: LaneError."""
         assert self._planner is not None, "adopt comes first"
         assert self._exchange is not None
-        expert_ids_TK, weights_TK = select_experts(x_TH, self._gates[layer], self._config)
+        expert_ids_TK, weights_TK = self._gates[layer].select(x_TH)
         plans = self._planner.plan(layer, expert_ids_TK, weights_TK)
         rows = [
             None

@@ -29,7 +29,7 @@ from model.weights import GateWeights, gates_of, load_attention_weights
 from octet.errors import CheckpointError
 from ops.local import load_slots
 from router.exchange import LocalExchange
-from router.gate import select_experts
+from router.gate import Gate
 from router.placement import place_evenly
 from router.plan import Planner
 from router.routed_experts import Dispatched, RoutedExperts
@@ -64,7 +64,7 @@ class Observer:
         placement = place_evenly(self.config.moe_layers, self.config.n_routed_experts, num_shards=1)
         shard = ExpertShard(load_slots(checkpoint, placement, 0, torch.float32, _CPU))
         gates = gates_of(weights)
-        routed = RoutedExperts(self.config, gates, _CPU)
+        routed = RoutedExperts(self.config, gates)
         routed.adopt(Planner(placement, _CPU), LocalExchange([shard.serve]))
         self._noting = _Noting(self.config, gates, routed)
         num_pages = -(-self._max_tokens // _PAGE_SIZE)
@@ -93,11 +93,12 @@ class _Noting:
     """A `RoutedLayer` that notes what the gate chooses before it hands the rows on."""
 
     def __init__(self, config: ModelConfig, gates: Mapping[int, GateWeights], routed: RoutedExperts) -> None:
-        self._config, self._gates, self._routed = config, gates, routed
+        self._gates = {layer: Gate(weights, config) for layer, weights in gates.items()}
+        self._config, self._routed = config, routed
         self._noted: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
 
     def dispatch(self, layer: int, x_TH: torch.Tensor) -> Dispatched:
-        self._noted[layer].append(select_experts(x_TH, self._gates[layer], self._config))
+        self._noted[layer].append(self._gates[layer].select(x_TH))
         return self._routed.dispatch(layer, x_TH)
 
     def combine(self, dispatched: Dispatched) -> torch.Tensor:

@@ -166,7 +166,7 @@ def placed_runner(checkpoint: Checkpoint, placement: Placement) -> tuple[list[Ex
         ExpertShard(load_slots(checkpoint, placement, shard, dtype, cpu)) for shard in range(placement.num_shards)
     ]
     gates = {index: layer.gate for index, layer in enumerate(weights.layers) if layer.gate is not None}
-    routed = RoutedExperts(config, gates, cpu)
+    routed = RoutedExperts(config, gates)
     routed.adopt(Planner(placement, cpu), LocalExchange([shard.serve for shard in shards]))
     cache = KvCache(config, 64, 16, dtype, cpu)
     return shards, ModelRunner(Transformer(config, weights, cache, 512), routed, PagePool(64, 16), cache, cpu)

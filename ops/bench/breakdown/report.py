@@ -20,6 +20,7 @@ SCHEMA = "octet.breakdown/1"
 OTHER_GOAL = 0.20
 
 GROUPS: dict[str, tuple[str, ...]] = {
+    "attention half": ("attention_half",),
     "attention": ("attention",),
     "norm": ("norm",),
     "linear layers": GEMM_PARTS,

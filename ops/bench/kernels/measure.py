@@ -106,7 +106,7 @@ def routing_kernels(
         return rows.x_UH
 
     placement = place_evenly([0], shape.experts, num_shards)
-    routed = RoutedExperts(shape.config(1), {0: gate}, device)
+    routed = RoutedExperts(shape.config(1), {0: gate})
     routed.adopt(Planner(placement, device), LocalExchange([echo] * num_shards))
     for num_tokens in token_counts:
         x_TH = random_tokens(shape, num_tokens, dtype, device).x_TH

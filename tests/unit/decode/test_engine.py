@@ -82,7 +82,7 @@ def model() -> Model:
     placement = place_evenly(config.moe_layers, config.n_routed_experts, 1)
     shard = ExpertShard(load_slots(checkpoint, placement, 0, torch.float32, CPU))
     gates = {index: layer.gate for index, layer in enumerate(weights.layers) if layer.gate is not None}
-    routed = RoutedExperts(config, gates, CPU)
+    routed = RoutedExperts(config, gates)
     routed.adopt(Planner(placement, CPU), LocalExchange([shard.serve]))
     return Model(checkpoint, weights, routed)
 

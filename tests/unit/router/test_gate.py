@@ -13,7 +13,7 @@ from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeTopkRouter
 from model.config import ModelConfig, read_config
 from model.linear import linear
 from model.weights import GateWeights
-from router.gate import select_experts
+from router.gate import Gate, _choose
 
 HIDDEN_SIZE = 24
 NUM_TOKENS = 200
@@ -74,7 +74,7 @@ def test_experts_and_weights_are_those_of_transformers(name: str, tmp_path: path
     reference.load_state_dict({"weight": gate.weight, "e_score_correction_bias": gate.correction_bias})
     with torch.inference_mode():
         _, weights_TK, expert_ids_TK = reference(x_TH)
-    found = by_expert(*select_experts(x_TH, gate, config), config.n_routed_experts)
+    found = by_expert(*Gate(gate, config).select(x_TH), config.n_routed_experts)
     expected = by_expert(expert_ids_TK, weights_TK, config.n_routed_experts)
     torch.testing.assert_close(found, expected, equal_nan=True)
 
@@ -84,7 +84,7 @@ def test_the_correction_bias_chooses_but_does_not_weigh(tmp_path: pathlib.Path) 
     gate = random_gate(config)
     gate.correction_bias.zero_()[[3, 11]] = 10.0
     x_TH = torch.randn(NUM_TOKENS, HIDDEN_SIZE)
-    expert_ids_TK, weights_TK = select_experts(x_TH, gate, config)
+    expert_ids_TK, weights_TK = Gate(gate, config).select(x_TH)
     assert {tuple(sorted(row)) for row in expert_ids_TK.tolist()} == {(3, 11)}
     torch.testing.assert_close(weights_TK, linear(x_TH, gate.weight).sigmoid().gather(1, expert_ids_TK))
 
@@ -92,7 +92,7 @@ def test_the_correction_bias_chooses_but_does_not_weigh(tmp_path: pathlib.Path) 
 def test_the_gate_of_a_bf16_model_computes_in_fp32(tmp_path: pathlib.Path) -> None:
     config = config_of(tmp_path)
     gate, x_TH = random_gate(config), torch.randn(NUM_TOKENS, HIDDEN_SIZE).bfloat16()
-    found, expected = select_experts(x_TH, gate, config), select_experts(x_TH.float(), gate, config)
+    found, expected = Gate(gate, config).select(x_TH), Gate(gate, config).select(x_TH.float())
     assert found[1].dtype == torch.float32
     assert found[0].equal(expected[0])
     assert found[1].equal(expected[1])
@@ -100,5 +100,27 @@ def test_the_gate_of_a_bf16_model_computes_in_fp32(tmp_path: pathlib.Path) -> No
 
 def test_normalised_weights_sum_to_the_scaling_factor(tmp_path: pathlib.Path) -> None:
     config = config_of(tmp_path, routed_scaling_factor=2.5)
-    _, weights_TK = select_experts(torch.randn(NUM_TOKENS, HIDDEN_SIZE), random_gate(config), config)
+    _, weights_TK = Gate(random_gate(config), config).select(torch.randn(NUM_TOKENS, HIDDEN_SIZE))
     torch.testing.assert_close(weights_TK.sum(-1), torch.full((NUM_TOKENS,), 2.5))
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_the_torch_operators_that_gpus_use_choose_alike(name: str, tmp_path: pathlib.Path) -> None:
+    config = config_of(tmp_path, **GATES[name])
+    gate, x_TH = random_gate(config), torch.randn(NUM_TOKENS, HIDDEN_SIZE)
+    ours = by_expert(*Gate(gate, config).select(x_TH), config.n_routed_experts)
+    theirs = by_expert(*_choose(linear(x_TH, gate.weight), gate.correction_bias, config), config.n_routed_experts)
+    torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+def test_of_equal_experts_those_with_the_lowest_numbers_are_chosen(tmp_path: pathlib.Path) -> None:
+    config = config_of(tmp_path, n_group=4, topk_group=2)
+    gate = GateWeights(weight=torch.zeros(16, HIDDEN_SIZE), correction_bias=torch.zeros(16))
+    expert_ids_TK, _ = Gate(gate, config).select(torch.randn(NUM_TOKENS, HIDDEN_SIZE))
+    assert expert_ids_TK.equal(torch.arange(4).expand(NUM_TOKENS, 4))
+
+
+def test_a_row_of_nan_still_chooses_different_experts(tmp_path: pathlib.Path) -> None:
+    config = config_of(tmp_path)
+    expert_ids_TK, _ = Gate(random_gate(config), config).select(torch.full((1, HIDDEN_SIZE), torch.nan))
+    assert len(set(expert_ids_TK[0].tolist())) == 4

@@ -19,7 +19,7 @@ from model.config import read_config
 from model.weights import GateWeights
 from octet.errors import ExpertMissingError
 from router.exchange import LocalExchange
-from router.gate import select_experts
+from router.gate import Gate
 from router.placement import EMPTY, Placement, from_physical, place_evenly
 from router.plan import Planner
 from router.routed_experts import RoutedExperts
@@ -80,7 +80,7 @@ def routed_over(
     ]
     shards = [ExpertShard(ExpertSlots(checkpoint, row, torch.float32, CPU)) for row in rows]
     exchange = LocalExchange([shard.serve for shard in shards])
-    routed = RoutedExperts(checkpoint.config, gates, CPU)
+    routed = RoutedExperts(checkpoint.config, gates)
     routed.adopt(Planner(placement, CPU), exchange)
     return routed
 
@@ -88,7 +88,7 @@ def routed_over(
 def dense(checkpoint: Checkpoint, layer: int, x_TH: torch.Tensor, gate: GateWeights) -> torch.Tensor:
     """Each token's experts, one at a time."""
     y_TH = torch.zeros_like(x_TH)
-    for token, (experts, weights) in enumerate(zip(*select_experts(x_TH, gate, checkpoint.config), strict=True)):
+    for token, (experts, weights) in enumerate(zip(*Gate(gate, checkpoint.config).select(x_TH), strict=True)):
         for expert, weight in zip(experts.tolist(), weights.tolist(), strict=True):
             names = [f"model.layers.{layer}.mlp.experts.{expert}.{part}_proj.weight" for part in ("gate", "up", "down")]
             gate_proj, up_proj, down_proj = checkpoint.read(names, torch.float32).values()
@@ -139,7 +139,7 @@ def test_sums_over_shards_of_a_bf16_model_are_fp32(checkpoint: Checkpoint, gates
     rows = [dict(zip(LAYERS, placement.held_by(shard).tolist(), strict=True)) for shard in range(2)]
     shards = [ExpertShard(ExpertSlots(checkpoint, row, torch.bfloat16, CPU)) for row in rows]
     exchange = LocalExchange([shard.serve for shard in shards])
-    routed = RoutedExperts(checkpoint.config, gates, CPU)
+    routed = RoutedExperts(checkpoint.config, gates)
     routed.adopt(Planner(placement, CPU), exchange)
     x_TH = torch.randn(NUM_TOKENS, HIDDEN_SIZE).bfloat16()
     assert routed.combine(routed.dispatch(1, x_TH)).dtype == torch.float32

@@ -1,0 +1,72 @@
+"""The gate's choice of experts on a CPU, as one compiled pass over the scores; see `router.gate`.
+
+Shapes: `T` tokens, `E` experts, `K` experts per token, `G` groups.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from model.linear_cpu import exp
+from model.tiles_cpu import compiled, declare
+
+
+@compiled  # type: ignore[untyped-decorator]
+def _largest(values: Any, taken: Any, first: Any, last: Any) -> Any:
+    """The first of the largest values that are not taken; NaN is never larger."""
+    best = -1
+    for i in range(first, last):
+        if not taken[i] and (best < 0 or values[i] > values[best]):
+            best = i
+    return best
+
+
+@declare("void(f4[:,::1], f4[::1], i8, i8, b1, f4, i8[:,::1], f4[:,::1])")  # type: ignore[untyped-decorator]
+def choose(
+    scores: Any, bias: Any, n_group: Any, topk_group: Any, normalise: Any, factor: Any, expert_ids: Any, weights: Any
+) -> None:
+    """
+    Args:
+        scores: `[T, E]` before the sigmoid; changed.
+        bias: `[E]`, added to choose.
+        normalise: whether weights are divided by their sum.
+        factor: what they are multiplied with.
+        expert_ids: `[T, K]`, written; best first, and of equals the one with the lowest number.
+        weights: `[T, K]`, written.
+    """
+    num_tokens, num_experts = scores.shape
+    top_k, group_size = expert_ids.shape[1], num_experts // n_group
+    choice, taken = np.empty(num_experts, np.float32), np.empty(num_experts, np.bool_)
+    group_scores, group_taken = np.empty(n_group, np.float32), np.empty(n_group, np.bool_)
+    for token in range(num_tokens):
+        for expert in range(num_experts):
+            # exp(-87) is 0 beside 1, and exp(87) is infinite enough: both ends keep their limit.
+            score = np.float32(1) / (np.float32(1) + exp(min(-scores[token, expert], np.float32(87))))
+            scores[token, expert] = score
+            choice[expert] = score + bias[expert]
+        taken[:] = False
+        if topk_group < n_group:
+            for group in range(n_group):
+                first, last = group * group_size, (group + 1) * group_size
+                best = _largest(choice, taken, first, last)
+                taken[best] = True
+                second = _largest(choice, taken, first, last)
+                taken[best] = False
+                group_scores[group] = choice[best] + (choice[second] if second >= 0 else np.float32(0))
+            group_taken[:] = False
+            for _ in range(topk_group):
+                group_taken[_largest(group_scores, group_taken, 0, n_group)] = True
+            for group in range(n_group):
+                if not group_taken[group]:
+                    choice[group * group_size : (group + 1) * group_size] = -np.inf
+        total = np.float32(0)
+        for k in range(top_k):
+            expert = _largest(choice, taken, 0, num_experts)
+            taken[expert] = True
+            expert_ids[token, k], weights[token, k] = expert, scores[token, expert]
+            total += scores[token, expert]
+        divisor = total + np.float32(1e-20) if normalise else np.float32(1)
+        for k in range(top_k):
+            weights[token, k] = weights[token, k] / divisor * factor

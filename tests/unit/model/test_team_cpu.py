@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import gc
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+
+from model.team_cpu import Team, done, enter, leave, take, wait
+from model.tiles_cpu import declare
+
+
+@declare("void(i8[::1], i8, i8, i8[:,::1])")  # type: ignore[untyped-decorator]
+def _double_then_sum(state: Any, turn: Any, leads: Any, numbers: Any) -> None:
+    """Row 1 is twice row 0; then each block of row 2 is the sum of row 1, which needs all of its blocks."""
+    if not enter(state, turn, leads):
+        return
+    count = numbers.shape[1]
+    block = take(state, 0)
+    while block < count:
+        numbers[1, block] = 2 * numbers[0, block]
+        block = done(state, 0)
+    wait(state, 0, count)
+    block = take(state, 1)
+    while block < count:
+        numbers[2, block] += numbers[1].sum()
+        block = done(state, 1)
+    wait(state, 1, count)
+    leave(state, leads)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_every_block_is_computed_once_and_stages_follow_each_other(size: int) -> None:
+    team = Team(size)
+    for turn in range(300):
+        numbers = np.zeros((3, 1 + turn % 40), np.int64)
+        numbers[0] = np.random.default_rng().integers(0, 1000, numbers.shape[1])
+        team.run(_double_then_sum, numbers)
+        assert (numbers[1] == 2 * numbers[0]).all()
+        assert (numbers[2] == 2 * numbers[0].sum()).all()
+
+
+def test_no_blocks_are_no_work() -> None:
+    Team(2).run(_double_then_sum, np.zeros((3, 0), np.int64))
+
+
+def test_helpers_end_with_their_team() -> None:
+    before = set(threading.enumerate())
+    team = Team(3)
+    helpers = set(threading.enumerate()) - before
+    assert len(helpers) == 2
+    del team
+    gc.collect()
+    for helper in helpers:
+        helper.join(20.0)
+        assert not helper.is_alive()
