@@ -53,7 +53,8 @@ def bench_telemetry(rounds: int) -> None:
         write_checkpoint(model_dir, BENCH)
         step_s, num_layers = _local_step(model_dir)
         console.print(_counting(step_s, num_layers))
-        console.print(_reading(model_dir, rounds))
+        if rounds:
+            console.print(_reading(model_dir, rounds))
 
 
 def _counting(step_s: float, num_layers: int) -> Table:
