@@ -18,6 +18,7 @@ from cluster.members import MemberStatus, Pool
 from cluster.membership import Membership
 from cluster.plan import ServingPlan
 from cluster.pools import Member, Pools, call
+from cluster.standby import Standby
 from octet.errors import ConfigError, OctetError
 from octet.ids import Epoch, WorkerId
 from router.proposal import Proposal
@@ -50,11 +51,16 @@ class Changes:
         """
         self._on_members = on_members
         self._plan, self._pools, self._membership = plan, pools, membership
+        self._standby = Standby(plan, pools, membership)
         self._frontend, self._router = frontend, router
         self._one_at_a_time = asyncio.Lock()
         self._draining: set[WorkerId] = set()
         self._records: collections.deque[ChangeRecord] = collections.deque(maxlen=_RECORDS)
         self.under_way = ""
+
+    @property
+    def standby(self) -> Standby:
+        return self._standby
 
     @property
     def records(self) -> tuple[ChangeRecord, ...]:
@@ -94,13 +100,22 @@ class Changes:
             raise ConfigError("pools.experts.size", size, f"at most the model's {num_experts} experts")
         if pool == "experts" and self._plan.device != "cpu":
             raise ConfigError("pools.experts.size", "a change while serving", "the size at the start, on GPUs")
-        if len(self._membership.pool(pool)) == size and not self._one_at_a_time.locked():
+        missing = size - len(self._membership.pool(pool))
+        if missing == 0 and not self._one_at_a_time.locked():
             return
+        # Processes start beside whatever else is going on; only their joining is a change.
+        begun_s = time.monotonic()
+        ready = await self._ready_members(pool, missing) if missing > 0 else []
         async with self._recorded("scale", reason) as record:
             members = self._membership.pool(pool)
             record.append(f"{pool}: {len(members)} → {size}")
-            if size > len(members):
-                await self._grow(pool, size - len(members))
+            joining, surplus = ready[: max(0, size - len(members))], ready[max(0, size - len(members)) :]
+            for member in surplus:
+                # Somebody else has scaled the pool meanwhile.
+                self._pools.end(member)
+            if joining:
+                record.append(f"processes were ready after {time.monotonic() - begun_s:.1f} s")
+                await self._grow(pool, joining)
             elif size < len(members):
                 await self._shrink(pool, members[size:])
 
@@ -142,22 +157,23 @@ class Changes:
         actors = {member.worker_id: member.actor for member in self._membership.all()}
         await call("the router", self._router.watch.remote(self._membership.routing, actors), _ANSWER_S)
 
-    async def _grow(self, pool: Pool, count: int) -> None:
-        members: list[Member] = []
+    async def _ready_members(self, pool: Pool, count: int) -> list[Member]:
+        """Loaded, from those on standby and new ones. Raises: OctetError."""
+        taken = await self._standby.take(pool, count)
         try:
-            async with asyncio.timeout(self._plan.config.ray.start_timeout_s):
-                members = await self._pools.start(pool, count)
-            await self._membership.reach(members)
-            await self._membership.load(members)
+            return taken + (await self._standby.start(pool, count - len(taken)) if len(taken) < count else [])
+        except BaseException:
+            for member in taken:
+                self._pools.end(member)
+            raise
+
+    async def _grow(self, pool: Pool, members: Sequence[Member]) -> None:
+        try:
             if pool == "experts":
                 await self._reroute(joining=members)
             else:
                 await self._membership.enter(members)
                 await self.tell_frontend()
-        except TimeoutError:
-            raise ConfigError(
-                f"pools.{pool}.size", f"{count} more", "what Ray can place", self._pools.waiting_for
-            ) from None
         except BaseException:
             for member in members:
                 self._pools.end(member)
@@ -208,9 +224,7 @@ class Changes:
         survivors = [shard for shard in self._membership.routing.shards if shard not in shards]
         joining: list[Member] = []
         if not survivors:
-            joining = await self._pools.start("experts", len(shards))
-            await self._membership.reach(joining)
-            await self._membership.load(joining)
+            joining = await self._ready_members("experts", len(shards))
         try:
             await self._reroute(joining=joining, leaving=shards, lost=shards)
         except BaseException:

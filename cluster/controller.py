@@ -114,6 +114,7 @@ class Controller:
         await call(FRONTEND, self._frontend.serve.remote(mailboxes("prefill"), mailboxes("decode")))
         self._state, self._phase, self._starting = "READY", "ready", []
         self._spawn(self._control())
+        self._spawn(self._changes.standby.fill())
         return port
 
     async def progress(self) -> StartProgress:
@@ -145,9 +146,11 @@ class Controller:
         """Of all members; telemetry of the last `window_s` seconds, or of all that there is."""
         members: dict[str, list[MemberStatus]] = {pool: [] for pool in POOLS}
         known = self._membership.all() if self._membership is not None else []
-        answers = await asyncio.gather(*(member_status(member) for member in known))
-        for member, status in zip(known, answers, strict=True):
-            members[member.pool].append(status)
+        waiting = self._changes.standby.all() if self._changes is not None else []
+        answers = await asyncio.gather(*(member_status(member) for member in (*known, *waiting)))
+        for number, (member, status) in enumerate(zip((*known, *waiting), answers, strict=True)):
+            shown = status if number < len(known) else dataclasses.replace(status, state="STANDBY")
+            members[member.pool].append(shown)
         routing = self._membership.routing if self._membership is not None else self._plan.routing
         return ClusterStatus(
             state=self._state,
@@ -174,6 +177,7 @@ class Controller:
             except BaseException:
                 self._sizes[pool] = before
                 raise
+        self._spawn(changes.standby.fill())
 
     async def lane_broke(self, worker_id: WorkerId, reason: str) -> None:
         """An attention worker's lane has broken: the shard behind it is looked at now and not at the next turn."""
@@ -195,6 +199,8 @@ class Controller:
             self._watch.close()
         members = self._membership.all() if self._membership is not None else []
         members = [*members, *(member for member in self._starting if member not in members)]
+        if self._changes is not None:
+            members += self._changes.standby.all()
         services = [service for service in (self._router, self._frontend) if service is not None]
         actors: list[Any] = [*services, *(member.actor for member in members)]
         stops = [asyncio.wait_for(actor.stop.remote(), _STOP_S) for actor in actors]
@@ -271,6 +277,7 @@ class Controller:
                 await asyncio.sleep(_RETRY_S)
         if self._state == "DEGRADED":
             self._state, self._reason = "READY", ""
+        await changes.standby.fill()
 
     def _complete(self) -> bool:
         assert self._membership is not None

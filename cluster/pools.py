@@ -61,9 +61,17 @@ class Pools:
         self.waiting_for = ""
         """What Ray was asked to place, as long as it has not."""
 
-    async def start(self, pool: Pool, count: int) -> list[Member]:
-        """Reserve bundles for so many members, all or none, and start an actor in each."""
-        return [self._start_in(berth, pool) for berth in await self._reserve(pool, count)]
+    async def start(self, pool: Pool, count: int, timeout_s: float | None = None) -> list[Member]:
+        """Reserve bundles for so many members, all or none, and start an actor in each.
+
+        Raises: StartupError if Ray does not place them in time.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                berths = await self._reserve(pool, count)
+        except TimeoutError:
+            raise StartupError(f"Ray had no room within {timeout_s} s for {self.waiting_for}") from None
+        return [self._start_in(berth, pool) for berth in berths]
 
     def end(self, member: Member) -> None:
         """Kill a member's process, whatever it does, and free what it held. Idempotent."""

@@ -41,6 +41,9 @@ class PoolConfig(_Node):
     num_gpus: float = pydantic.Field(0, ge=0)
     resources: dict[str, float] = pydantic.Field(default_factory=dict)
     """Custom Ray resources per member, such as `octet_prefill: 1`, to pin a pool to a node type."""
+    standby: int = pydantic.Field(0, ge=0)
+    """Processes that are started and loaded beyond the size, so that the pool grows, or makes up for a loss, without
+    waiting for that. They hold their resources."""
     strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     """How Ray's placement group lays the members out over nodes."""
 

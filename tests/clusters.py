@@ -146,9 +146,15 @@ def wait_until(condition: Callable[[], bool], timeout_s: float, what: str) -> No
         time.sleep(0.05)
 
 
-def members(status: pb.GetStatusResponse, pool: str) -> dict[str, pb.Member]:
-    """The members of one pool, by id."""
-    return {member.worker_id: member for p in status.pools if p.name == pool for member in p.members}
+def members(status: pb.GetStatusResponse, pool: str, standby: bool = False) -> dict[str, pb.Member]:
+    """The members of one pool that serve, or its processes on standby, by id."""
+    return {
+        member.worker_id: member
+        for p in status.pools
+        if p.name == pool
+        for member in p.members
+        if (member.state == "STANDBY") == standby
+    }
 
 
 def settled(client: Client, **sizes: int) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import random
+import signal
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 
 from cluster.launch import RunningCluster
 from octet.client import CallError, Client
-from tests.clusters import Start, Traffic, at_baseline, members, wait_until
+from tests.clusters import Start, Traffic, at_baseline, members, settled, wait_until
 
 Answers = Mapping[tuple[int, ...], Sequence[int]]
 
@@ -63,15 +65,19 @@ def test_a_decode_worker_that_leaves_hands_its_running_sequences_over(start: Sta
         before = computed_tokens(client)
         with ThreadPoolExecutor(len(prompts)) as pool:
             answers = [pool.submit(client.generate, prompt, **options) for prompt in prompts]
-            running = lambda: [m.running for m in members(client.status(), "decode").values()]  # noqa: E731
-            wait_until(lambda: min(running()) > 0 and sum(running()) == len(prompts), 60, "both workers decode")
+            wait_until(lambda: min(running(client)) > 0 and sum(running(client)) == 6, 60, "both workers decode")
             client.scale(decode=1)
-            assert sum(running()) == len(prompts), "all of them go on at the worker that stays"
+            assert running(client) == [6], "all of them go on at the worker that stays"
             assert [list(answer.result(120).choices[0].token_ids) for answer in answers] == expected
         # Every prompt was computed once: nothing that was generated had to be computed again.
         assert computed_tokens(client) - before == sum(map(len, prompts))
         wait_until(lambda: at_baseline(client.status()), 30, "pages back to baseline")
     cluster.stop(drain=False)
+
+
+def running(client: Client) -> list[int]:
+    """Sequences of each decode worker."""
+    return [member.running for member in members(client.status(), "decode").values()]
 
 
 def computed_tokens(client: Client) -> int:
@@ -108,3 +114,25 @@ def client_baseline(cluster: RunningCluster) -> bool:
     with Client(cluster.address, timeout_s=60) as client:
         wait_until(lambda: at_baseline(client.status()), 30, "pages back to baseline")
     return True
+
+
+def test_a_process_on_standby_takes_the_place_of_a_lost_one_at_once(
+    start: Start, checkpoint: pathlib.Path, answers: Answers
+) -> None:
+    cluster = start(f"model.path={checkpoint}", "pools.experts.size=2", "pools.experts.standby=1")
+    with Client(cluster.address, timeout_s=120) as client:
+        wait_until(lambda: bool(members(client.status(), "experts", standby=True)), 60, "a process is ready")
+        (ready,) = members(client.status(), "experts", standby=True)
+        client.scale(experts=3)
+        assert set(members(client.status(), "experts")) == {"experts-0", "experts-1", ready}
+        with Traffic(cluster.address, answers, num_users=3) as traffic:
+            traffic.flow()
+            # Another one is made ready in place of the one that joined.
+            wait_until(lambda: bool(members(client.status(), "experts", standby=True)), 60, "the next is ready")
+            (ready,) = members(client.status(), "experts", standby=True)
+            os.kill(members(client.status(), "experts")["experts-0"].pid, signal.SIGKILL)
+            wait_until(lambda: ready in members(client.status(), "experts"), 60, "it has joined")
+            wait_until(lambda: settled(client, experts=3), 90, "three shards again")
+            traffic.flow()
+        assert client.status().requests_failed == 0
+    cluster.stop(drain=False)
