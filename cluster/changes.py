@@ -57,6 +57,9 @@ class Changes:
         self._draining: set[WorkerId] = set()
         self._records: collections.deque[ChangeRecord] = collections.deque(maxlen=_RECORDS)
         self.under_way = ""
+        self.num_redundant = plan.config.pools.experts.redundant_experts
+        """Slots per layer beyond one for each expert, over all shards."""
+        self._starting: collections.Counter[Pool] = collections.Counter()
 
     @property
     def standby(self) -> Standby:
@@ -66,6 +69,28 @@ class Changes:
     def records(self) -> tuple[ChangeRecord, ...]:
         """The last ones, oldest first."""
         return tuple(self._records)
+
+    @property
+    def starting(self) -> Mapping[Pool, int]:
+        """Members on their way in, by pool."""
+        return dict(self._starting)
+
+    @property
+    def draining(self) -> frozenset[WorkerId]:
+        """Attention workers on their way out."""
+        return frozenset(self._draining)
+
+    async def set_redundancy(self, num_redundant: int, reason: str) -> None:
+        """Have so many slots for replicas, and move experts accordingly.
+
+        Raises: OctetError, and then it is as it was.
+        """
+        before, self.num_redundant = self.num_redundant, num_redundant
+        try:
+            await self.rebalance(dry_run=False, reason=reason)
+        except BaseException:
+            self.num_redundant = before
+            raise
 
     async def rebalance(self, *, dry_run: bool, min_gain: float = 0.0, reason: str) -> Proposal:
         """Move experts after their load, if that takes at least `min_gain` off what the fullest shards have to do.
@@ -105,7 +130,11 @@ class Changes:
             return
         # Processes start beside whatever else is going on; only their joining is a change.
         begun_s = time.monotonic()
-        ready = await self._ready_members(pool, missing) if missing > 0 else []
+        self._starting[pool] += max(0, missing)
+        try:
+            ready = await self._ready_members(pool, missing) if missing > 0 else []
+        finally:
+            self._starting[pool] -= max(0, missing)
         async with self._recorded("scale", reason) as record:
             members = self._membership.pool(pool)
             record.append(f"{pool}: {len(members)} → {size}")
@@ -253,7 +282,7 @@ class Changes:
         lost: Collection[WorkerId] = (),
     ) -> Proposal:
         proposed = self._router.propose.remote(
-            self._membership.routing, epoch, tuple(joining), tuple(leaving), tuple(lost)
+            self._membership.routing, epoch, self.num_redundant, tuple(joining), tuple(leaving), tuple(lost)
         )
         return await call("the router", proposed, _PROPOSE_S)
 

@@ -12,11 +12,14 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.changes import Changes
+from cluster.cluster_status import ClusterStatus
+from cluster.decision_log import DecisionLog
 from cluster.frontend_actor import FrontendActor
-from cluster.members import POOLS, ClusterStatus, MemberStatus, Pool
+from cluster.members import POOLS, MemberStatus, Pool
 from cluster.membership import Membership
 from cluster.plan import ServingPlan
 from cluster.pool_actors import node_id
+from cluster.pool_scaler import PoolScaler
 from cluster.pools import TASK_EVENTS, Member, Pools, call, call_all
 from cluster.router_actor import Router
 from cluster.watch import Watch
@@ -73,6 +76,7 @@ class Controller:
         self._lost: dict[WorkerId, str] = {}
         """Members that still have to be done without, and why."""
         self._tasks: set[asyncio.Task[None]] = set()
+        self._decisions: DecisionLog | None = None
         self._frontend: Any = None
         self._router: Any = None
 
@@ -115,6 +119,12 @@ class Controller:
         self._state, self._phase, self._starting = "READY", "ready", []
         self._spawn(self._control())
         self._spawn(self._changes.standby.fill())
+        if plan.config.autoscaler.enabled:
+            scaler = PoolScaler(
+                plan, self._membership, self._changes, self._frontend, lambda: self._router, self._scale_one
+            )
+            self._decisions = scaler.loop.log
+            self._spawn(scaler.loop.run())
         return port
 
     async def progress(self) -> StartProgress:
@@ -161,6 +171,8 @@ class Controller:
             placement_version=routing.placement.version,
             changes=self._changes.records if self._changes is not None else (),
             under_way=self._changes.under_way if self._changes is not None else "",
+            decisions=self._decisions,
+            decisions_s=asyncio.get_running_loop().time(),
         )
 
     async def rebalance(self, dry_run: bool) -> Proposal:
@@ -178,6 +190,9 @@ class Controller:
                 self._sizes[pool] = before
                 raise
         self._spawn(changes.standby.fill())
+
+    async def _scale_one(self, pool: Pool, size: int, reason: str) -> None:
+        await self.scale({pool: size}, reason)
 
     async def lane_broke(self, worker_id: WorkerId, reason: str) -> None:
         """An attention worker's lane has broken: the shard behind it is looked at now and not at the next turn."""

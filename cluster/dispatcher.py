@@ -23,16 +23,22 @@ _FIRST_RETRY_S, _LAST_RETRY_S = 0.1, 2.0
 """Where every worker has failed a request, it is tried again after this long, doubled each time up to the second."""
 
 GiveUp = Callable[[LiveRequest, str], None]
+Sent = Callable[[int, int], None]
+"""Prompt tokens, and those of them that are probably cached."""
 
 
 class Dispatcher:
     """Belongs to the frontend's event loop. A live choice has a stage where it is computed, or it waits here."""
 
-    def __init__(self, plan: ServingPlan, mailbox: AsyncMailbox, live: LiveRequests, give_up: GiveUp) -> None:
+    def __init__(
+        self, plan: ServingPlan, mailbox: AsyncMailbox, live: LiveRequests, give_up: GiveUp, sent: Sent
+    ) -> None:
         """
         Args:
             give_up: called with a request that was computed too often in vain, and the reason.
+            sent: told of every prompt that is sent to a prefill worker.
         """
+        self._sent = sent
         self._mailbox, self._live, self._give_up = mailbox, live, give_up
         self._max_attempts = plan.config.frontend.max_attempts
         self._workload = Workload(plan.config.kv.page_size, plan.decode_pages)
@@ -73,6 +79,7 @@ class Dispatcher:
             self._waiting.append(_Waiting(live=live, request=request, reason=decision.reason))
             return False
         self._prefixes.sent(decision.prefill, token_ids)
+        self._sent(len(token_ids), cached_tokens[decision.prefill])
         live.stages |= self._workload.assign(
             request.choices, request.attempt, len(token_ids), cached_tokens[decision.prefill], decision
         )
@@ -127,6 +134,12 @@ class Dispatcher:
 
     def abort(self, worker_id: WorkerId, request_id: RequestId, choice: int | None, attempt: int) -> None:
         self._send(worker_id, Abort(request_id=request_id, choice=choice, attempt=attempt))
+
+    @property
+    def queued_prompt_tokens(self) -> int:
+        """Sent to prefill workers and not answered, or not even sent."""
+        waiting = sum(each.request.num_tokens for each in self._waiting)
+        return self._workload.queued_prompt_tokens + waiting
 
     def close(self) -> None:
         self._waiting.clear()

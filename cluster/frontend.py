@@ -15,6 +15,7 @@ from cluster.intake import Intake, Totals
 from cluster.live_requests import LiveRequest, LiveRequests
 from cluster.plan import ServingPlan
 from cluster.record import Outcome, Reader, Record
+from cluster.request_meter import RequestLoad
 from cluster.results import KeptResults
 from cluster.validation import GenerateSpec, Limits
 from model.tokenizer import Tokenizer
@@ -50,8 +51,8 @@ class Frontend:
         self._mailbox = mailbox
         self._live = LiveRequests()
         self._kept = KeptResults(self._config)
-        self._intake = Intake(self._config)
-        self._dispatcher = Dispatcher(plan, self._mailbox, self._live, self._give_up)
+        self._intake = Intake(self._config, plan.config.autoscaler)
+        self._dispatcher = Dispatcher(plan, self._mailbox, self._live, self._give_up, self._sent)
         self._idle = asyncio.Event()
         self._idle.set()
         self._reading: asyncio.Task[None] | None = None
@@ -242,6 +243,14 @@ class Frontend:
             self._kept.keep(live.record, _now_s())
         if not len(self._live):
             self._idle.set()
+
+    def _sent(self, prompt_tokens: int, cached_tokens: int) -> None:
+        self._intake.sent(prompt_tokens, cached_tokens, _now_s())
+
+    def request_load(self) -> RequestLoad:
+        """Of the last `autoscaler.look_back_period_s`."""
+        waiting = sum(not live.prefilled for live in self._live.all())
+        return self._intake.request_load(_now_s(), self._dispatcher.queued_prompt_tokens, waiting)
 
     def _give_up(self, live: LiveRequest, reason: str) -> None:
         self._end(live, Outcome(kind="failed", error=RequestFailedError(reason)))

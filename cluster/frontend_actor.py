@@ -15,6 +15,7 @@ from cluster.generation_service import GenerationService
 from cluster.grpc_service import GrpcServer
 from cluster.operations import ControllerOperations
 from cluster.plan import ServingPlan
+from cluster.request_meter import RequestLoad
 from model.tokenizer import Tokenizer
 from octet.ids import WorkerId
 from octet.mailbox import AsyncMailbox
@@ -51,6 +52,10 @@ class FrontendActor:
     ) -> None:
         """See `Frontend.set_workers`."""
         self._frontend.set_workers(prefill, decode, draining)
+
+    async def request_load(self) -> RequestLoad:
+        """See `Frontend.request_load`."""
+        return self._frontend.request_load()
 
     async def ping(self) -> None:
         """Answered as long as the frontend's event loop runs."""

@@ -8,8 +8,10 @@ from cluster.admission import Demand, admit
 from cluster.live_requests import LiveRequest
 from cluster.load_meter import LoadMeter
 from cluster.record import Outcome
+from cluster.request_meter import RequestLoad, RequestMeter
+from cluster.slo import Slo
 from cluster.validation import GenerateSpec
-from octet.config import FrontendConfig
+from octet.config import AutoscalerConfig, FrontendConfig
 from octet.errors import QueueFullError, UnavailableError
 
 
@@ -28,9 +30,17 @@ class Totals:
 class Intake:
     """Told of every request's way: `check`, `accept`, `count` for each token, `end`. Clocks are passed in."""
 
-    def __init__(self, config: FrontendConfig) -> None:
+    def __init__(self, config: FrontendConfig, scaler: AutoscalerConfig) -> None:
         self._config = config
         self._meter = LoadMeter()
+        self._requests = RequestMeter(
+            Slo(
+                ttft_s=scaler.target_ttft_s,
+                ttft_per_1k_tokens_s=scaler.target_ttft_per_1k_tokens_s,
+                tpot_s=scaler.target_tpot_s,
+            ),
+            scaler.look_back_period_s,
+        )
         self.closed = "the pools are starting"
         """Why nobody is let in; empty where that is not so."""
         self.totals = Totals()
@@ -65,6 +75,14 @@ class Intake:
             timeout_s=self.timeout_s(timeout_s),
         )
 
+    def sent(self, prompt_tokens: int, cached_tokens: int, now_s: float) -> None:
+        """A prompt is on its way to a prefill worker that probably has so many of its tokens."""
+        self._requests.arrived(now_s, prompt_tokens, cached_tokens)
+
+    def request_load(self, now_s: float, queued_prompt_tokens: float, waiting: int) -> RequestLoad:
+        """What the autoscaler goes by."""
+        return self._requests.load(now_s, queued_prompt_tokens, waiting)
+
     def accept(self, live: LiveRequest, now_s: float) -> None:
         self._meter.accept(live.demand, now_s)
 
@@ -74,6 +92,9 @@ class Intake:
         if not live.prefilled:
             live.prefilled = True
             self._meter.prefilled(live.demand, now_s)
+            live.first_token_s = now_s
+            request = live.journal.request
+            self._requests.first_token(now_s, now_s - request.arrival_s, request.num_prompt_tokens)
         last_s = live.last_token_s.get(choice)
         self._meter.generated(now_s, None if last_s is None else now_s - last_s)
         live.last_token_s[choice] = now_s
@@ -81,4 +102,7 @@ class Intake:
     def end(self, live: LiveRequest, outcome: Outcome, now_s: float) -> None:
         setattr(self.totals, outcome.kind, getattr(self.totals, outcome.kind) + 1)
         finished = outcome.kind == "finished"
+        if finished and live.first_token_s is not None:
+            longest = max(len(live.journal.token_ids(choice)) for choice in live.journal.request.choices)
+            self._requests.finished(now_s, now_s - live.first_token_s, longest)
         self._meter.end(live.demand, live.num_generated, prefilled=live.prefilled, finished=finished, now_s=now_s)

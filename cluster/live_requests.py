@@ -34,6 +34,7 @@ class LiveRequest:
         self.record = Record(request.request_id, spec.digest, request.choices, request.num_prompt_tokens)
         self.resumable, self.keep, self.demand = spec.resumable, spec.keep, demand
         self.prefilled = False
+        self.first_token_s: float | None = None
         self._early: dict[int, dict[int, tuple[TokenEvent, WorkerId]]] = {}
         self.last_token_s: dict[int, float] = {}
         self._answers = {

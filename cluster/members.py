@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Literal
 
-from cluster.change_record import ChangeRecord
-from octet.ids import Epoch, PlacementVersion, WorkerId
+from octet.ids import WorkerId
 from octet.messages import WorkerLoad
-from router.telemetry_window import TelemetryWindow
 
 Role = Literal["prefill", "decode"]
 Pool = Literal["prefill", "decode", "experts"]
@@ -40,19 +37,3 @@ class MemberStatus:
     num_held: int = 0
     lanes: tuple[str, ...] = ()
     reason: str = ""
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class ClusterStatus:
-    """What the controller knows."""
-
-    state: str
-    reason: str
-    members: Mapping[str, list[MemberStatus]]
-    telemetry: TelemetryWindow | None
-    epoch: Epoch
-    placement_version: PlacementVersion
-    changes: tuple[ChangeRecord, ...]
-    """The last ones, oldest first."""
-    under_way: str
-    """The change that is being carried out, if one is."""

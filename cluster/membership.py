@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from typing import TypeVar
@@ -41,6 +42,7 @@ class Membership:
         self._plan, self._frontends = plan, frontends
         self._members: dict[WorkerId, Member] = {}
         self._endpoints: dict[WorkerId, Endpoint] = {}
+        self._since_s: dict[WorkerId, float] = {}
         self._attempts = itertools.count(plan.routing.epoch)
         self._lane_s = plan.config.lane.connect_s + _MARGIN_S
         self._lost = asyncio.Event()
@@ -54,6 +56,11 @@ class Membership:
 
     def pool(self, pool: Pool) -> list[Member]:
         return [member for member in self._members.values() if member.pool == pool]
+
+    def ages_s(self) -> dict[WorkerId, float]:
+        """How long each member has served."""
+        now_s = time.monotonic()
+        return {worker_id: now_s - self._since_s[worker_id] for worker_id in self._members}
 
     def mailboxes(self, pool: Pool) -> dict[WorkerId, str]:
         """Of the members that serve."""
@@ -86,6 +93,7 @@ class Membership:
         """Join the members that the cluster starts with; attention workers serve from here on. Raises: OctetError."""
         shards = [member for member in members if member.pool == "experts"]
         self._members |= {member.worker_id: member for member in shards}
+        self._note_new(shards)
         await self.enter([member for member in members if member.pool != "experts"])
 
     async def enter(self, workers: Sequence[Member]) -> None:
@@ -101,12 +109,15 @@ class Membership:
             await self._link(workers, shards, Epoch(next(self._attempts)))
             await self._open_channels(pairs)
             mailboxes = self._frontends | {m.worker_id: self._endpoints[m.worker_id].mailbox for m in everyone}
-            await call_all([(member, member.actor.meet.remote(mailboxes)) for member in everyone], _MARGIN_S)
-            await call_all([(member, member.actor.start.remote(self.routing)) for member in workers], _MARGIN_S)
+            await call_all([(member, member.actor.meet.remote(mailboxes)) for member in everyone], self._lane_s)
+            # The first placement that a process sees may let it compile its planner.
+            start_s = self._plan.config.ray.start_timeout_s
+            await call_all([(member, member.actor.start.remote(self.routing)) for member in workers], start_s)
         except OctetError:
             await self._forget({member.worker_id for member in workers})
             raise
         self._members |= {member.worker_id: member for member in workers}
+        self._note_new(workers)
 
     async def hand_over(self, leaving: Sequence[Member]) -> None:
         """Let decode workers that leave give their sequences to those that stay. Raises: OctetError."""
@@ -114,7 +125,7 @@ class Membership:
         heirs = [member for member in self.pool("decode") if member.worker_id not in ids]
         await self._open_channels([(source, target) for source in leaving for target in heirs])
         named = [heir.worker_id for heir in heirs]
-        await call_all([(member, member.actor.hand_over_to.remote(named)) for member in leaving], _MARGIN_S)
+        await call_all([(member, member.actor.hand_over_to.remote(named)) for member in leaving], self._lane_s)
 
     async def leave(self, workers: Sequence[Member]) -> None:
         """Attention workers are members no more; nothing joins the others to them."""
@@ -158,6 +169,7 @@ class Membership:
         await self._adopt(step.target)
         self.routing = step.target
         self._members |= newcomers
+        self._note_new(joining)
         for worker_id in leaving:
             self._members.pop(worker_id, None)
         await self._retire([shards[worker_id] for worker_id in step.target.shards], step.target)
@@ -166,6 +178,9 @@ class Membership:
     def interrupt(self) -> None:
         """A member is lost: what is being prepared is given up, so that the loss can be dealt with."""
         self._lost.set()
+
+    def _note_new(self, members: Sequence[Member]) -> None:
+        self._since_s |= dict.fromkeys((member.worker_id for member in members), time.monotonic())
 
     def _attention(self) -> list[Member]:
         return [member for member in self._members.values() if member.pool != "experts"]

@@ -8,7 +8,6 @@ from cluster.members import Pool
 from cluster.request_meter import RequestLoad
 from cluster.signals import ExpertSignals, MemberSample, PoolSignals, Prospect, Signals
 from octet.ids import WorkerId
-from router.placement import Placement
 from router.telemetry_window import ShardTelemetry, TelemetryWindow, WorkerTelemetry
 
 
@@ -18,7 +17,7 @@ def observe(
     ages_s: Mapping[WorkerId, float],
     starting: Mapping[Pool, int],
     draining: Mapping[Pool, int],
-    placement: Placement,
+    num_redundant_experts: int,
     slots_that_fit: int,
     prospects: Sequence[Prospect] = (),
 ) -> Signals:
@@ -27,6 +26,7 @@ def observe(
         ages_s: of the members that serve, since they began to. Others that the window knows are about to leave.
         starting: members on their way in, by pool.
         draining: members on their way out.
+        num_redundant_experts: slots per layer beyond one for each expert, over all shards.
         slots_that_fit: per layer and shard, by a shard's memory.
     """
     return Signals(
@@ -44,9 +44,9 @@ def observe(
             num_draining=draining.get("experts", 0),
             decode_share=_decode_share(window.shards),
             balancedness=window.balancedness or 1.0,
-            num_redundant_experts=max(0, placement.num_shards * placement.slots_per_shard - placement.num_experts),
+            num_redundant_experts=num_redundant_experts,
             slots_that_fit=slots_that_fit,
-            num_experts=placement.num_experts,
+            num_experts=window.loads_LE.shape[1],
             prospects=tuple(prospects),
         ),
     )

@@ -6,9 +6,11 @@ import time
 from typing import Any, cast
 
 from cluster.change_record import ChangeRecord
+from cluster.cluster_status import ClusterStatus
 from cluster.frontend import Frontend
-from cluster.members import POOLS, ClusterStatus, MemberStatus, Pool
+from cluster.members import POOLS, MemberStatus, Pool
 from cluster.pools import call
+from cluster.status_decisions import add_decisions
 from cluster.status_telemetry import add_telemetry
 from octet.errors import RequestError
 from octet.messages import WorkerLoad
@@ -51,6 +53,8 @@ class ControllerOperations:
         )
         if status.telemetry is not None:
             add_telemetry(answer, status.telemetry)
+        if status.decisions is not None:
+            add_decisions(answer, status.decisions, status.decisions_s)
         return answer
 
     async def rebalance(self, request: pb.RebalanceRequest) -> pb.RebalanceResponse:

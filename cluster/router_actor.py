@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cluster.plan import ServingPlan
+from cluster.prospects import prospects
+from cluster.signals import Prospect
 from octet.ids import Epoch, WorkerId
 from router.proposal import Proposal, make_proposal
 from router.routing import Routing
@@ -51,6 +53,7 @@ class Router:
         self,
         current: Routing,
         epoch: Epoch,
+        num_redundant: int,
         joining: Sequence[WorkerId] = (),
         leaving: Sequence[WorkerId] = (),
         lost: Sequence[WorkerId] = (),
@@ -63,7 +66,7 @@ class Router:
             epoch,
             loads_LE,
             config.balancing,
-            config.pools.experts.redundant_experts,
+            num_redundant,
             self._plan.census.expert_bytes,
             joining=joining,
             leaving=leaving,
@@ -79,6 +82,15 @@ class Router:
         if fresh:
             await self._read(_FRESH_S)
         return self._service.telemetry.window(time.monotonic(), last_s)
+
+    async def prospects(self, num_shards: int, num_redundant: int, slots_that_fit: int) -> tuple[Prospect, ...]:
+        """What the balancer promises for other numbers of redundant experts, by the loads of the window."""
+        loads_LE = self._service.telemetry.window(time.monotonic()).loads_LE
+        if not loads_LE.any():
+            return ()
+        slots = -(-(loads_LE.shape[1] + num_redundant) // num_shards)
+        most = self._plan.config.autoscaler.experts.max_redundant_experts
+        return await asyncio.to_thread(prospects, loads_LE, num_shards, slots, slots_that_fit, most)
 
     async def stop(self) -> None:
         """Read no more."""

@@ -60,6 +60,10 @@ class Workload:
         self._prefill = tuple(sorted(set(prefill) - set(draining)))
         self._decode = tuple(sorted(set(decode) - set(draining)))
 
+    @property
+    def queued_prompt_tokens(self) -> int:
+        return sum(tally.queued_tokens for tally in self._tallies.values())
+
     def knows(self, worker_id: WorkerId) -> bool:
         return worker_id in self._tallies
 

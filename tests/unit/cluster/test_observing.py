@@ -18,7 +18,6 @@ from octet.counters import FrameCounters, StepCounters
 from octet.ids import WorkerId
 from octet.messages import WorkerLoad
 from router.balancing.skew import skewed_loads
-from router.placement import place_evenly
 from router.telemetry import Telemetry
 from router.telemetry_samples import Sample, ShardSample, WorkerSample
 from tests.unit.cluster.scaling import FLEET, scaling, signals
@@ -86,8 +85,7 @@ def test_telemetry_becomes_signals() -> None:
     telemetry.record(1.0, samples(1.0, 0.4))
     telemetry.record(11.0, samples(11.0, 0.4))
     ages_s = {WorkerId(name): 99.0 for name in ("prefill-0", "decode-0", "experts-0", "experts-1")}
-    placement = place_evenly((3, 4), 4, 2)
-    seen = observe(telemetry.window(11.0), meter().load(11.0, 5, 1), ages_s, {"decode": 1}, {}, placement, 9)
+    seen = observe(telemetry.window(11.0), meter().load(11.0, 5, 1), ages_s, {"decode": 1}, {}, 0, 9)
     assert [member.worker_id for member in seen.experts.members] == ["experts-0", "experts-1"]
     assert seen.experts.members[0].busy_share == pytest.approx(0.4)
     assert seen.experts.decode_share == pytest.approx(0.75)
@@ -110,7 +108,7 @@ def test_members_that_are_about_to_leave_are_no_signal() -> None:
         ages_s,
         {},
         {"experts": 1, "decode": 1},
-        place_evenly((3, 4), 4, 2),
+        0,
         9,
     )
     assert len(seen.experts.members) == 1

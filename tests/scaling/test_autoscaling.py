@@ -1,0 +1,45 @@
+"""The autoscaler end to end: a burst makes pools grow, and quiet makes them shrink again."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping, Sequence
+
+from octet.client import Client
+from tests.clusters import Start, Traffic, members, wait_until
+
+Answers = Mapping[tuple[int, ...], Sequence[int]]
+
+
+def test_a_burst_makes_the_decode_pool_grow_and_quiet_makes_it_shrink(
+    start: Start, checkpoint: pathlib.Path, answers: Answers
+) -> None:
+    bounds = "min_replicas: 1, max_replicas: 1"
+    cluster = start(
+        f"model.path={checkpoint}",
+        "pools.experts.size=1",
+        # A worker's batch is full with four sequences, so that a test's load is a burst.
+        "decode.max_batch=4",
+        "telemetry={step_s: 0.5, window_s: 10, half_life_s: 10}",
+        f"autoscaler.prefill={{{bounds}}}",
+        f"autoscaler.experts={{{bounds}}}",
+        "autoscaler.decode={min_replicas: 1, max_replicas: 2, upscale_delay_s: 1, downscale_delay_s: 3}",
+        "autoscaler.enabled=true",
+        "autoscaler.metrics_interval_s=1",
+        "autoscaler.look_back_period_s=4",
+        "autoscaler.cold_start_s=0",
+        "autoscaler.reversal_cooldown_s=0",
+        "autoscaler.forecast_horizon_s=0",
+    )
+    with Client(cluster.address, timeout_s=120) as client:
+        with Traffic(cluster.address, answers, num_users=12) as traffic:
+            wait_until(lambda: len(members(client.status(), "decode")) == 2, 90, "the decode pool grows")
+            traffic.flow()
+        wait_until(lambda: len(members(client.status(), "decode")) == 1, 90, "the decode pool shrinks")
+        status = client.status()
+        sizes = [(d.pool, d.current, d.target, d.outcome) for d in status.decisions]
+        assert sizes[0] == ("decode", 1, 2, "done")
+        assert ("decode", 2, 1, "done") in sizes
+        assert all(decision.reason for decision in status.decisions)
+        assert status.requests_failed == 0
+    cluster.stop(drain=False)
