@@ -19,6 +19,7 @@ from cluster.lanes import lane_builder, serving_dtype
 from cluster.members import Endpoint, MemberStatus, Role
 from cluster.plan import ServingPlan
 from cluster.process import resident_bytes
+from cluster.stores import Stores
 from decode.engine import DecodeEngine
 from decode.handoff import KvReceiver
 from decode.migration import Migration
@@ -78,7 +79,7 @@ class AttentionWorker:
         self._mailbox = Mailbox(host)
         self._store = GroupStore.host(host, plan.config.lane.connect_s)
         self._lanes = lane_builder(worker_id, role, plan, self._store, host)
-        self._joined: dict[str, GroupStore] = {}
+        self._peer_stores = Stores(plan.config.lane.connect_s)
         self._connecting = threading.Lock()
         self._progress = LoadProgress(time.monotonic())
         self._state = "STARTING"
@@ -100,6 +101,8 @@ class AttentionWorker:
         if self._plan.config.speculation.num_draft_layers:
             mtp = load_mtp_weights(checkpoint, self._dtype, self._device, self._progress)
         warm_up(self._device)
+        # Compiles, if nobody has before, for longer than `start` and `adopt`, which build planners, may take.
+        Planner(self._plan.routing.placement, self._device)
         self._parts = self._build(weights, mtp)
 
     def meet(self, peers: Mapping[WorkerId, str]) -> None:
@@ -129,9 +132,7 @@ class AttentionWorker:
         receiver = self._built.receiver
         assert receiver is not None
         with self._connecting:
-            if peer.store not in self._joined:
-                self._joined[peer.store] = GroupStore.join(peer.store, self._plan.config.lane.connect_s)
-            channel = self._channel(self._joined[peer.store], peer.worker_id, self._worker_id, rank=1)
+            channel = self._channel(self._peer_stores.of(peer), peer.worker_id, self._worker_id, rank=1)
         receiver.connect(peer.worker_id, channel)
 
     def forget(self, peers: Sequence[WorkerId]) -> None:
@@ -141,6 +142,7 @@ class AttentionWorker:
             if self._built.receiver is not None:
                 self._built.receiver.disconnect(peer)
         self._mailbox.disconnect(peers)
+        self._peer_stores.forget(peers)
 
     def hand_over_to(self, heirs: Sequence[WorkerId]) -> None:
         """Of a decode worker: give every sequence to one of these, to all of which there is a channel."""

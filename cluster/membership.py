@@ -173,6 +173,8 @@ class Membership:
         for worker_id in leaving:
             self._members.pop(worker_id, None)
         await self._retire([shards[worker_id] for worker_id in step.target.shards], step.target)
+        if leaving:
+            await self._forget(leaving)
         return step
 
     def interrupt(self) -> None:
@@ -206,7 +208,7 @@ class Membership:
 
     async def _forget(self, gone: Collection[WorkerId]) -> None:
         """Best effort: a member that does not answer is dealt with when it is found lost."""
-        calls = [call(m.worker_id, m.actor.forget.remote(sorted(gone)), _MARGIN_S) for m in self._attention()]
+        calls = [call(m.worker_id, m.actor.forget.remote(sorted(gone)), _MARGIN_S) for m in self.all()]
         await asyncio.gather(*calls, return_exceptions=True)
 
     async def _prepare(self, fills: Sequence[SlotFill], shards: dict[WorkerId, Member], attempt: str) -> None:

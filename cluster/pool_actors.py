@@ -127,6 +127,9 @@ class ExpertShard:
     def retire(self, held: Mapping[int, Sequence[int]]) -> None:
         self._worker.retire(held)
 
+    def forget(self, peers: Sequence[WorkerId]) -> None:
+        self._worker.forget(peers)
+
     def telemetry(self) -> ShardSample | None:
         return self._worker.telemetry()
 

@@ -17,6 +17,7 @@ from cluster.lanes import open_port, serving_dtype
 from cluster.members import Endpoint, MemberStatus, Role
 from cluster.plan import ServingPlan
 from cluster.process import resident_bytes
+from cluster.stores import Stores
 from cluster.weight_transfer import Expert, borrow, lend
 from experts.loop import DECODE_FIRST, PREFILL_AFTER, ShardLoop
 from experts.shard import ExpertShard
@@ -48,7 +49,7 @@ class ShardWorker:
         self._progress = LoadProgress(time.monotonic())
         self._state = "STARTING"
         self._store = GroupStore.host(host, plan.config.lane.connect_s)
-        self._joined: dict[str, GroupStore] = {}
+        self._peer_stores = Stores(plan.config.lane.connect_s)
         self._changing = threading.Lock()
         self._slots: ExpertSlots | None = None
         self._shard: ExpertShard | None = None
@@ -80,7 +81,7 @@ class ShardWorker:
         Raises: LaneTimeoutError.
         """
         assert self._loop is not None, "load comes before link"
-        store = self._store_of(peer)
+        store = self._peer_stores.of(peer)
         port = open_port(peer, role, self._worker_id, linked, epoch, self._plan, store, self._host)
         self._loop.add(peer.worker_id, port, DECODE_FIRST if role == "decode" else PREFILL_AFTER)
 
@@ -131,6 +132,10 @@ class ShardWorker:
                     if kept == EMPTY and now != EMPTY:
                         self._shard.release(layer, slot)
 
+    def forget(self, peers: Sequence[WorkerId]) -> None:
+        """These members are gone: close what leads to them. Idempotent."""
+        self._peer_stores.forget(peers)
+
     def telemetry(self) -> ShardSample | None:
         """What was counted so far; None before it serves."""
         if self._shard is None or self._loop is None:
@@ -170,7 +175,7 @@ class ShardWorker:
     def _borrow(self, lender: Endpoint, fills: Sequence[Fill], attempt: str) -> list[Fill]:
         assert self._slots is not None
         try:
-            channel = self._channel(self._store_of(lender), _BORROWER, lender.worker_id, self._worker_id, attempt)
+            channel = self._channel(self._peer_stores.of(lender), _BORROWER, lender.worker_id, self._worker_id, attempt)
         except LaneError as error:
             _log.warning("%s lends nothing: %s", lender.worker_id, error)
             return list(fills)
@@ -186,9 +191,3 @@ class ShardWorker:
         name = f"weights/{lender}/{borrower}/{attempt}"
         group = Group(store, name, rank, 2, self._host, lane.connect_s, lane.timeout_s)
         return GroupChannel(group, Epoch(0), lane.timeout_s)
-
-    def _store_of(self, peer: Endpoint) -> GroupStore:
-        """Connecting to a store takes seconds now and then, hence once for each peer."""
-        if peer.store not in self._joined:
-            self._joined[peer.store] = GroupStore.join(peer.store, self._plan.config.lane.connect_s)
-        return self._joined[peer.store]
