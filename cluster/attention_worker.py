@@ -87,7 +87,13 @@ class AttentionWorker:
         self._incarnation, self._serving_since_s = time.time_ns(), 0.0
 
     def endpoint(self) -> Endpoint:
-        return Endpoint(worker_id=self._worker_id, mailbox=self._mailbox.address, store=self._store.address)
+        return Endpoint(
+            worker_id=self._worker_id,
+            mailbox=self._mailbox.address,
+            store=self._store.address,
+            node_id=self._node_id,
+            pid=os.getpid(),
+        )
 
     def progress(self) -> LoadSnapshot:
         return self._progress.snapshot(time.monotonic())

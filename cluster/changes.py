@@ -160,6 +160,7 @@ class Changes:
             for member in members:
                 # Whatever it still does, it does no more.
                 self._pools.end(member)
+                self._membership.fence(member)
             workers = [member for member in members if member.pool != "experts"]
             if workers:
                 await self._membership.leave(workers)

@@ -20,6 +20,8 @@ class Endpoint:
     worker_id: WorkerId
     mailbox: str
     store: str
+    node_id: str
+    pid: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,8 +7,11 @@ before it is adopted is undone, and what serves goes on as it was.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
+import os
+import signal
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
@@ -16,6 +19,7 @@ from typing import TypeVar
 
 from cluster.members import Endpoint, Pool, Role
 from cluster.plan import ServingPlan
+from cluster.pool_actors import node_id
 from cluster.pools import Member, call, call_all
 from octet.errors import OctetError, UnavailableError
 from octet.ids import Epoch, WorkerId
@@ -127,6 +131,13 @@ class Membership:
         named = [heir.worker_id for heir in heirs]
         await call_all([(member, member.actor.hand_over_to.remote(named)) for member in leaving], self._lane_s)
 
+    def fence(self, member: Member) -> None:
+        """Kill a member's process by its pid, if it is on this node: one that hangs does not hear Ray."""
+        endpoint = self._endpoints.get(member.worker_id)
+        if endpoint is not None and endpoint.node_id == node_id():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(endpoint.pid, signal.SIGKILL)
+
     async def leave(self, workers: Sequence[Member]) -> None:
         """Attention workers are members no more; nothing joins the others to them."""
         gone = {member.worker_id for member in workers}
@@ -232,8 +243,8 @@ class Membership:
         try:
             await call_all(prepares, self._prepare_s(len(fills)))
         finally:
-            # What a lender fails at, the other shard makes up for from the checkpoint.
-            await lending
+            # Nobody waits for a lender: what it fails at, the other shard makes up for from the checkpoint.
+            lending.cancel()
 
     def _prepare_s(self, num_fills: int) -> float:
         """A generous deadline: at 20 MiB/s, from the slower of a lender and the checkpoint."""

@@ -33,6 +33,8 @@ from router.transition import SlotFill
 _log = logging.getLogger(__name__)
 
 _BORROWER, _LENDER = 1, 0
+_TRANSFER_CONNECT_S = 10.0
+"""A lender that does not come within this time is done without: there is the checkpoint."""
 
 
 class ShardWorker:
@@ -57,7 +59,9 @@ class ShardWorker:
         self._incarnation, self._serving_since_s = time.time_ns(), 0.0
 
     def endpoint(self) -> Endpoint:
-        return Endpoint(worker_id=self._worker_id, mailbox="", store=self._store.address)
+        return Endpoint(
+            worker_id=self._worker_id, mailbox="", store=self._store.address, node_id=self._node_id, pid=os.getpid()
+        )
 
     def progress(self) -> LoadSnapshot:
         return self._progress.snapshot(time.monotonic())
@@ -175,7 +179,8 @@ class ShardWorker:
     def _borrow(self, lender: Endpoint, fills: Sequence[Fill], attempt: str) -> list[Fill]:
         assert self._slots is not None
         try:
-            channel = self._channel(self._peer_stores.of(lender), _BORROWER, lender.worker_id, self._worker_id, attempt)
+            store = self._peer_stores.of(lender, _TRANSFER_CONNECT_S)
+            channel = self._channel(store, _BORROWER, lender.worker_id, self._worker_id, attempt)
         except LaneError as error:
             _log.warning("%s lends nothing: %s", lender.worker_id, error)
             return list(fills)
@@ -187,7 +192,7 @@ class ShardWorker:
     def _channel(
         self, store: GroupStore, rank: int, lender: WorkerId, borrower: WorkerId, attempt: str
     ) -> GroupChannel:
-        lane = self._plan.config.lane
+        timeout_s = self._plan.config.lane.timeout_s
         name = f"weights/{lender}/{borrower}/{attempt}"
-        group = Group(store, name, rank, 2, self._host, lane.connect_s, lane.timeout_s)
-        return GroupChannel(group, Epoch(0), lane.timeout_s)
+        group = Group(store, name, rank, 2, self._host, _TRANSFER_CONNECT_S, timeout_s)
+        return GroupChannel(group, Epoch(0), timeout_s)

@@ -18,14 +18,14 @@ class Stores:
         self._joined: dict[WorkerId, GroupStore] = {}
         self._lock = threading.Lock()
 
-    def of(self, peer: Endpoint) -> GroupStore:
+    def of(self, peer: Endpoint, timeout_s: float | None = None) -> GroupStore:
         """Any thread may call it. Raises: LaneTimeoutError."""
         with self._lock:
             joined = self._joined.get(peer.worker_id)
         if joined is not None:
             return joined
         # Without the lock: a peer that does not answer holds up nobody who waits for another.
-        joined = GroupStore.join(peer.store, self._connect_s)
+        joined = GroupStore.join(peer.store, timeout_s or self._connect_s)
         with self._lock:
             return self._joined.setdefault(peer.worker_id, joined)
 

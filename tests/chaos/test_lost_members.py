@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import signal
@@ -27,6 +28,12 @@ def kill(client: Client, pool: str) -> str:
     worker_id, member = next(iter(members(client.status(), pool).items()))
     os.kill(member.pid, signal.SIGKILL)
     return worker_id
+
+
+def alive(pid: int) -> bool:
+    """Neither gone nor a zombie that nobody has collected."""
+    stat = pathlib.Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 @pytest.mark.parametrize(("pool", "size"), [("experts", 3), ("decode", 2), ("prefill", 2)])
@@ -72,6 +79,29 @@ def test_every_shard_may_be_killed_at_once(start: Start, checkpoint: pathlib.Pat
             wait_until(lambda: settled(client, experts=2), 90, "two shards again")
             traffic.flow()
         assert client.status().requests_failed == 0
+    cluster.stop(drain=False)
+
+
+@pytest.mark.parametrize("pool", ["experts", "decode"])
+def test_a_member_that_hangs_is_replaced_and_does_not_come_back(
+    start: Start, checkpoint: pathlib.Path, answers: Answers, pool: str
+) -> None:
+    cluster = start(f"model.path={checkpoint}", "health.timeout_s=4", "pools.decode.size=2")
+    with Client(cluster.address, timeout_s=60) as client:
+        with Traffic(cluster.address, answers, num_users=3) as traffic:
+            traffic.flow()
+            hung, member = next(iter(members(client.status(), pool).items()))
+            os.kill(member.pid, signal.SIGSTOP)
+            wait_until(
+                lambda: hung not in members(client.status(), pool) and settled(client, **{pool: 2}), 90, "another one"
+            )
+            traffic.flow()
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(member.pid, signal.SIGCONT)
+            wait_until(lambda: not alive(member.pid), 30, "it is dead")
+        status = client.status()
+        assert status.requests_failed == 0
+        assert any("no sign of life" in change.reason for change in status.changes)
     cluster.stop(drain=False)
 
 

@@ -15,7 +15,7 @@ HOST = "127.0.0.1"
 
 
 def peer(name: str, store: GroupStore) -> Endpoint:
-    return Endpoint(worker_id=WorkerId(name), mailbox="", store=store.address)
+    return Endpoint(worker_id=WorkerId(name), mailbox="", store=store.address, node_id="", pid=0)
 
 
 def open_files() -> int:
@@ -46,7 +46,10 @@ def test_a_forgotten_peer_leaves_no_open_file() -> None:
 
 def test_a_store_that_does_not_answer_is_not_kept() -> None:
     hosted = GroupStore.host(HOST, 5.0)
-    stores, gone = Stores(0.5), Endpoint(worker_id=WorkerId("decode-0"), mailbox="", store=f"{HOST}:1")
+    stores, gone = (
+        Stores(0.5),
+        Endpoint(worker_id=WorkerId("decode-0"), mailbox="", store=f"{HOST}:1", node_id="", pid=0),
+    )
     with pytest.raises(LaneTimeoutError):
         stores.of(gone)
     assert stores.of(peer("decode-0", hosted)).address == hosted.address
