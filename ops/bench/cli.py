@@ -282,6 +282,37 @@ def bench_interference(
     run(model_dir, options, json_file)
 
 
+@bench.command("changes")
+def bench_changes(
+    model_dir: Annotated[pathlib.Path | None, typer.Argument(help="Default: the embedded model.")] = None,
+    kinds: Annotated[str, typer.Option(help="Of change, separated by commas; default: all.")] = "",
+    streams: Annotated[int, typer.Option(min=1, help="Closed loop: so many users at once.")] = 8,
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 48,
+    new_tokens: Annotated[int, typer.Option(min=2)] = 128,
+    repeats: Annotated[int, typer.Option(min=1)] = 5,
+    random_events: Annotated[
+        int | None, typer.Option("--random", min=1, help="Instead: so many pools scaled at random, one after another.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of --random.")] = 0,
+    json_file: _JsonFile = None,
+) -> None:
+    """The longest gap in any stream while experts move, pools change their size and members are killed."""
+    from ops.bench.changes.command import ChangesOptions, bench_random_changes
+    from ops.bench.changes.command import bench_changes as run
+    from ops.bench.changes.kinds import parse_kinds
+
+    options = ChangesOptions(
+        kinds=parse_kinds(kinds),
+        streams=streams,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        repeats=repeats,
+    )
+    if random_events is None:
+        raise typer.Exit(run(model_dir, options, json_file))
+    raise typer.Exit(bench_random_changes(model_dir, options, random_events, seed, json_file))
+
+
 @bench.command("kernels")
 def bench_kernels(
     device: Annotated[str, typer.Option(help="cuda, with the shapes of GLM-4.6; or cpu, with tiny ones.")] = "cuda",
