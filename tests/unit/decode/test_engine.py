@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -151,16 +152,19 @@ class Pair:
         self.step_decode()
 
     def until(self, happened: Callable[[], bool]) -> None:
-        for _ in range(1000):
-            if happened():
-                return
+        until_s = time.monotonic() + PATIENT_S
+        while not happened():
+            assert time.monotonic() < until_s, "it did not happen"
             self.step()
             if not self.prefill.busy and not self.decode.busy:
                 self._arrived.wait(0.02)
-        raise AssertionError("it did not happen")
 
     def until_running(self, count: int = 1) -> None:
         self.until(lambda: self.decode.load().running == count)
+
+    def until_free(self) -> None:
+        """Pages that were sent come back when the sender's thread has noted the end, maybe after their arrival."""
+        self.until(lambda: self.num_free == ALL_FREE)
 
     def run(self, *requests: PrefillRequest) -> None:
         self.submit(*requests)
@@ -345,8 +349,7 @@ def test_logprobs_are_told_to_those_who_asked(pair: Pair) -> None:
 
 def test_all_pages_are_free_when_all_is_done(pair: Pair) -> None:
     pair.run(request(), request(9, choices=(0, 1, 2)), request(4, max_new_tokens=1))
-    pair.step()
-    assert pair.num_free == ALL_FREE
+    pair.until_free()
 
 
 def test_tokens_are_counted(pair: Pair) -> None:
@@ -362,8 +365,8 @@ def test_aborting_a_running_request_frees_its_pages(pair: Pair) -> None:
     pair.submit(asked)
     pair.until_running(2)
     pair.abort(asked)
-    pair.step()
-    assert (pair.num_free, pair.decode.busy) == (ALL_FREE, False)
+    pair.until_free()
+    assert not pair.decode.busy
 
 
 def test_aborting_one_running_choice_leaves_the_others(pairs: Callable[..., Pair]) -> None:
@@ -390,8 +393,7 @@ def test_aborting_an_offered_request_frees_its_lease(pairs: Callable[..., Pair])
     assert pair.decode.load().waiting == 0
     assert len(pair.acks) == 2
     pair.abort(running)
-    pair.step()
-    assert pair.num_free == ALL_FREE
+    pair.until_free()
 
 
 def test_aborting_an_incoming_request_frees_its_pages_when_they_arrive(pair: Pair) -> None:
@@ -405,7 +407,7 @@ def test_aborting_an_incoming_request_frees_its_pages_when_they_arrive(pair: Pai
     pair.release_pull()
     pair.wait_for_arrival()
     pair.step_decode()
-    pair.until(lambda: pair.num_free == ALL_FREE)
+    pair.until_free()
     assert pair.of(Evicted) == []
 
 
@@ -419,7 +421,7 @@ def test_aborting_an_incoming_request_at_both_workers_frees_its_pages(pair: Pair
     pair.release_pull()
     pair.wait_for_arrival()
     pair.step_decode()
-    pair.until(lambda: pair.num_free == ALL_FREE)
+    pair.until_free()
     assert pair.of(Evicted) == []
 
 
@@ -433,9 +435,8 @@ def test_aborting_one_incoming_choice_leaves_the_others(pair: Pair) -> None:
     pair.release_pull()
     pair.wait_for_arrival()
     pair.run()
-    pair.step()
+    pair.until_free()
     assert [event.choice for event in pair.of(TokenEvent) if event.index > 0] == [1] * 7
-    assert pair.num_free == ALL_FREE
 
 
 def test_aborting_an_unknown_request_does_nothing(pair: Pair) -> None:
@@ -537,9 +538,8 @@ def test_a_missing_expert_yields_no_token(pair: Pair) -> None:
     pair.until_running()
     before = len(pair.of(TokenEvent))
     pair.routed.fail_once(1, ExpertMissingError("gone"))
-    pair.step()
+    pair.until_free()
     assert len(pair.of(TokenEvent)) == before
-    assert pair.num_free == ALL_FREE
 
 
 def test_failing_all_ends_running_offered_and_incoming_requests(pairs: Callable[..., Pair]) -> None:
@@ -568,7 +568,7 @@ def test_pages_of_a_failed_incoming_request_come_back_when_they_arrive(pair: Pai
     pair.release_pull()
     pair.wait_for_arrival()
     pair.step_decode()
-    pair.until(lambda: pair.num_free == ALL_FREE)
+    pair.until_free()
 
 
 def test_a_failure_is_told_once(pair: Pair) -> None:
