@@ -102,7 +102,7 @@ class Controller:
         frontend_mailbox, port = listening
         self._pools = Pools(plan, this)
         self._membership = Membership(plan, {FRONTEND: frontend_mailbox})
-        self._watch = Watch(plan.config.health, self._on_lost)
+        self._watch = Watch(plan.config.health, 2 * plan.config.lane.recovery_s, self._on_lost)
         self._changes = Changes(plan, self._pools, self._membership, self._frontend, self._router, self._watch.set)
         self._phase = "waiting for Ray to place the pools"
         for pool in POOLS:

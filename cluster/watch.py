@@ -19,8 +19,15 @@ _log = logging.getLogger(__name__)
 class Watch:
     """Tells once of each member that is lost. Belongs to the controller's event loop."""
 
-    def __init__(self, config: HealthConfig, on_lost: Callable[[WorkerId, str], None]) -> None:
-        self._config, self._on_lost = config, on_lost
+    def __init__(
+        self, config: HealthConfig, most_without_lane_s: float, on_lost: Callable[[WorkerId, str], None]
+    ) -> None:
+        """
+        Args:
+            most_without_lane_s: how long an attention worker may wait for another lane; one that has been passed over
+                would wait for ever.
+        """
+        self._config, self._most_without_lane_s, self._on_lost = config, most_without_lane_s, on_lost
         self._tasks: dict[WorkerId, tuple[Member, asyncio.Task[None]]] = {}
         self._looks: dict[Pool, asyncio.Event] = {}
 
@@ -71,6 +78,8 @@ class Watch:
     async def _silence(self, member: Member) -> str:
         """Why a process that lives is of no use."""
         look = self._looks.setdefault(member.pool, asyncio.Event())
+        now_s = asyncio.get_running_loop().time
+        with_lane_s = now_s()
         while True:
             try:
                 async with asyncio.timeout(self._config.timeout_s):
@@ -81,6 +90,10 @@ class Watch:
                 return f"its process is gone ({type(error).__name__})"
             if status.state == "FAILED":
                 return status.reason
+            if status.state != "WAITING":
+                with_lane_s = now_s()
+            elif now_s() - with_lane_s > self._most_without_lane_s:
+                return f"it has had no lane for {self._most_without_lane_s} s: {status.reason}"
             try:
                 async with asyncio.timeout(self._config.period_s):
                     await look.wait()

@@ -1,0 +1,93 @@
+"""Who is taken for lost, without Ray: members are objects whose calls can be awaited."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+
+from cluster.members import MemberStatus
+from cluster.pools import Member
+from cluster.watch import Watch
+from octet.config import HealthConfig
+from octet.ids import WorkerId
+
+NAME = WorkerId("decode-0")
+Status = Callable[[], Awaitable[MemberStatus]]
+
+
+def status(state: str, reason: str = "") -> Status:
+    async def answer() -> MemberStatus:
+        return MemberStatus(worker_id=NAME, node_id="", pid=1, state=state, reason=reason)
+
+    return answer
+
+
+async def silence() -> MemberStatus:
+    await asyncio.sleep(60)
+    raise AssertionError("nobody waits so long")
+
+
+def member(answer: Status, death: BaseException | None = None) -> Member:
+    async def lifeline() -> None:
+        if death is not None:
+            raise death
+        await asyncio.sleep(60)
+
+    actor: Any = SimpleNamespace(
+        lifeline=SimpleNamespace(remote=lifeline), status=SimpleNamespace(remote=lambda: answer())
+    )
+    return Member(worker_id=NAME, pool="decode", actor=actor, berth=SimpleNamespace())  # type: ignore[arg-type]
+
+
+class Seen:
+    def __init__(self) -> None:
+        self.lost: asyncio.Queue[tuple[WorkerId, str]] = asyncio.Queue()
+        self.watch = Watch(
+            HealthConfig(period_s=0.02, timeout_s=0.2), 0.1, lambda worker, why: self.lost.put_nowait((worker, why))
+        )
+
+
+@pytest.fixture
+async def seen() -> AsyncIterator[Seen]:
+    seen = Seen()
+    yield seen
+    seen.watch.close()
+
+
+@pytest.mark.parametrize(
+    ("watched", "why"),
+    [
+        (lambda: member(status("READY"), ray.exceptions.ActorDiedError()), "its process is gone"),
+        (lambda: member(silence), "no sign of life within 0.2 s"),
+        (lambda: member(status("FAILED", "a broken engine")), "a broken engine"),
+        (lambda: member(status("WAITING", "PeerLostError")), "it has had no lane for 0.1 s: PeerLostError"),
+    ],
+    ids=["dead", "silent", "failed", "without a lane"],
+)
+async def test_a_member_of_no_use_is_lost_once_with_the_reason(
+    seen: Seen, watched: Callable[[], Member], why: str
+) -> None:
+    seen.watch.set([watched()])
+    worker, reason = await asyncio.wait_for(seen.lost.get(), 10)
+    assert (worker, why in reason) == (NAME, True)
+    await asyncio.sleep(0.3)
+    assert seen.lost.empty()
+
+
+async def test_a_member_that_serves_is_not_lost(seen: Seen) -> None:
+    seen.watch.set([member(status("READY"))])
+    await asyncio.sleep(0.5)
+    assert seen.lost.empty()
+
+
+async def test_a_member_that_is_watched_no_more_may_stop(seen: Seen) -> None:
+    seen.watch.set([member(silence)])
+    await asyncio.sleep(0.05)
+    seen.watch.set([])
+    await asyncio.sleep(0.4)
+    assert seen.lost.empty()
