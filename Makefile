@@ -6,9 +6,11 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint types format bench serve proto embedded clean
 
 demo: $(VENV)/installed
+	$(BIN)/python -m ops.compile
 	$(BIN)/octet demo
 
 test: $(VENV)/installed-test lint types
+	$(BIN)/python -m ops.compile
 	$(BIN)/python -m pytest --cov --cov-report=term
 
 lint: $(VENV)/installed-test
