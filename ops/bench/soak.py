@@ -113,9 +113,11 @@ async def random_request(client: AsyncClient, request_id: str, prefixes: list[li
         try:
             await client.generate(prompt, timeout_s=0.01 + random.random() * 0.5, **options)
         except CallError as error:
-            if error.code.name != "DEADLINE_EXCEEDED":
+            # What could not be done in time is refused at once, once the rates of the pools are known.
+            ends = {"DEADLINE_EXCEEDED": "past their deadline", "RESOURCE_EXHAUSTED": "refused"}
+            if error.code.name not in ends:
                 raise
-            return "past their deadline"
+            return ends[error.code.name]
         return "whole"
     return how
 

@@ -34,6 +34,8 @@ async def test_a_thousand_random_requests_leave_nothing_behind(start: Start) -> 
     assert status.requests_failed == 0
     # A deadline may pass before the server has heard of the request, which then counts nowhere.
     accounted = status.requests_finished + status.requests_cancelled
-    assert _REQUESTS - ended["past their deadline"] <= accounted <= _REQUESTS
-    assert len(ended) == 4, "requests ended in every way"
+    accepted = _REQUESTS - ended["refused"]
+    assert accepted - ended["past their deadline"] <= accounted <= accepted
+    assert ended.keys() >= {"whole", "left", "aborted"}
+    assert ended["refused"] + ended["past their deadline"] > 0, "no deadline was too short"
     await asyncio.to_thread(cluster.stop)

@@ -77,7 +77,7 @@ class StepRecorder:
         for engine in _ENGINES:
             _replace(engine, "step", self._begin_step)
         _replace("model.runner:ModelRunner", "run", self._note_run)
-        _replace("cluster.attention_worker", "open_exchange", self._record_exchange)
+        _replace("cluster.lanes:GlooLanes", "exchange", self._record_exchange)
 
     def probe(self, on: bool) -> None:
         """Take steps apart, or no longer. Call it only while the worker is idle."""
@@ -125,13 +125,13 @@ class StepRecorder:
 
         return noted
 
-    def _record_exchange(self, open_exchange: Callable[..., Exchange]) -> Callable[..., Exchange]:
-        @functools.wraps(open_exchange)
-        def opened(*args: Any) -> Exchange:
-            self._exchange = _RecordedExchange(open_exchange(*args), lambda: self._rounds)
+    def _record_exchange(self, make_exchange: Callable[..., Exchange]) -> Callable[..., Exchange]:
+        @functools.wraps(make_exchange)
+        def made(*args: Any) -> Exchange:
+            self._exchange = _RecordedExchange(make_exchange(*args), lambda: self._rounds)
             return self._exchange
 
-        return opened
+        return made
 
 
 class _RecordedExchange:
