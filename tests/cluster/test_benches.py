@@ -8,7 +8,6 @@ import pathlib
 import pytest
 
 from cluster.planning import EMBEDDED_MODEL
-from ops.bench.breakdown.analysis import GEMM_PARTS
 from ops.bench.breakdown.command import BreakdownOptions, bench_breakdown
 from ops.bench.breakdown.report import GROUPS
 from ops.bench.interference.command import InterferenceOptions, bench_interference
@@ -26,7 +25,8 @@ def test_a_breakdown_adds_up_and_tells_what_a_step_costs(tmp_path: pathlib.Path)
     assert [case["sequences"] for case in report["decode"]] == [1, 4]
     for case in report["decode"]:
         assert sum(case["parts_s"].values()) == pytest.approx(case["step_s"])
-        assert all(case["parts_s"][part] > 0 for part in ("attention", "plan", "pack", "sample", *GEMM_PARTS))
+        # What a layer computes before its experts is one compiled call, which is not taken apart.
+        assert all(case["parts_s"][part] > 0 for part in ("attention_half", "plan", "pack", "sample"))
         assert case["parts_s"].keys() <= {part for parts in GROUPS.values() for part in parts}
         assert 0 < case["floor_s"]["step"] < case["step_s"]
         assert 0 < case["other_share"] < 1
