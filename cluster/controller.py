@@ -305,7 +305,11 @@ class Controller:
         balanced_s = loop.time()
         while True:
             await asyncio.sleep(self._plan.config.health.period_s)
-            await self._look_after_services()
+            try:
+                await self._look_after_services()
+            except OctetError as error:
+                # Whoever did not answer is looked at again at the next turn.
+                _log.warning("the services were not looked after: %s", error)
             if config.auto and self._state == "READY" and loop.time() - balanced_s >= config.check_every_s:
                 balanced_s = loop.time()
                 if await self._rebalance_if_it_pays():
