@@ -33,6 +33,7 @@ from model.runner import ModelRunner
 from model.transformer import Transformer
 from model.weights import AttentionWeights, MtpWeights, gates_of, load_attention_weights, load_mtp_weights
 from octet.counters import StepCounters
+from octet.faults import reach
 from octet.ids import Epoch, WorkerId
 from octet.mailbox import Mailbox
 from octet.messages import KvPull
@@ -120,6 +121,7 @@ class AttentionWorker:
 
         Raises: LaneTimeoutError.
         """
+        reach("link")
         with self._connecting:
             self._lanes.link(shards, epoch)
 
@@ -168,6 +170,7 @@ class AttentionWorker:
 
         Raises: LaneTimeoutError if the step under way does not end in time.
         """
+        reach("adopt")
         planner = Planner(routing.placement, self._device)
         self._built.loop.adopt(planner, self._lanes.exchange(routing.shards))
         self._lanes.unlink(others_than=routing.shards)

@@ -14,6 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cluster.changes import Changes
 from cluster.cluster_status import ClusterStatus
 from cluster.decision_log import DecisionLog
+from cluster.fault_points import FaultPoints
 from cluster.frontend_actor import FrontendActor
 from cluster.members import POOLS, MemberStatus, Pool
 from cluster.membership import Membership
@@ -23,6 +24,7 @@ from cluster.pool_scaler import PoolScaler
 from cluster.pools import TASK_EVENTS, Member, Pools, call, call_all
 from cluster.router_actor import Router
 from cluster.watch import Watch
+from octet import faults
 from octet.errors import OctetError, StartupError
 from octet.ids import WorkerId
 from router.proposal import Proposal
@@ -58,13 +60,14 @@ class StartProgress:
     loading: tuple[Loading, ...] = ()
 
 
-class Controller:
+class Controller(FaultPoints):
     """An async Ray actor. Called in this order: `start`, `drain`, `stop`; everything else in between.
 
     States: STARTING, READY, DEGRADED while a pool lacks members that were lost, DRAINING, FAILED.
     """
 
     def __init__(self, plan: ServingPlan) -> None:
+        faults.allow(plan.config.chaos.enabled)
         self._plan = plan
         self._state, self._reason, self._phase = "STARTING", "", "starting the frontend"
         self._sizes: dict[Pool, int] = {pool: getattr(plan.config.pools, pool).size for pool in POOLS}

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from octet.config import LaneConfig
 from octet.errors import LaneError, LaneTimeoutError, UnavailableError
+from octet.faults import reach
 from octet.ids import WorkerId
 from octet.mailbox import Mailbox
 from octet.messages import Message, WorkerLoad
@@ -133,6 +134,7 @@ class EngineLoop:
         outgoing = self._engine.step(now_s)
         self.step_s += time.perf_counter() - begun_s
         self.num_steps += 1
+        reach("sampled")
         return outgoing
 
     def _wait(self, now_s: float) -> None:

@@ -10,6 +10,7 @@ import logging
 import secrets
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
+from cluster.audit import Audit
 from cluster.dispatcher import Dispatcher
 from cluster.intake import Intake, Totals
 from cluster.live_requests import LiveRequest, LiveRequests
@@ -27,6 +28,7 @@ from octet.errors import (
     RequestUnknownError,
     WireError,
 )
+from octet.faults import reach
 from octet.ids import RequestId, WorkerId
 from octet.mailbox import AsyncMailbox
 from octet.messages import Evicted, Failed, StepReport, TokenEvent
@@ -53,6 +55,7 @@ class Frontend:
         self._kept = KeptResults(self._config)
         self._intake = Intake(self._config, plan.config.autoscaler)
         self._dispatcher = Dispatcher(plan, self._mailbox, self._live, self._give_up, self._sent)
+        self._audit = Audit(plan.config.chaos.audit_dir, worker_id)
         self._idle = asyncio.Event()
         self._idle.set()
         self._reading: asyncio.Task[None] | None = None
@@ -95,6 +98,7 @@ class Frontend:
         Args:
             draining: of the workers, those that are given nothing more; what is there goes on.
         """
+        self._audit.workers({**prefill, **decode})
         self._dispatcher.set_workers(prefill, decode, draining)
 
     @contextlib.contextmanager
@@ -164,6 +168,7 @@ class Frontend:
             self._reading.cancel()
         self._dispatcher.close()
         self._mailbox.close()
+        self._audit.close()
 
     def _find(self, request_id: RequestId) -> Record | None:
         live = self._live.get(request_id)
@@ -189,6 +194,7 @@ class Frontend:
         self._intake.accept(live, _now_s())
         self._kept.forget(live.request_id)
         self._live.add(live)
+        self._audit.accept(live.request_id, [len(token_ids) for token_ids in spec.received])
         self._idle.clear()
         for each in live.first_requests():
             self._dispatcher.start(live, each)
@@ -233,6 +239,7 @@ class Frontend:
         """The one place where a request ends, however; the first outcome counts."""
         if live.record.outcome is not None:
             return
+        self._audit.end(live.request_id, outcome.kind)
         self._intake.end(live, outcome, _now_s())
         self._live.remove(live)
         self._dispatcher.forget(live)
@@ -291,7 +298,9 @@ class Frontend:
         match event:
             case TokenEvent():
                 for each, its_worker in live.in_order(event, worker_id):
+                    reach("commit")
                     if live.commit(each):
+                        self._audit.commit(each, its_worker)
                         self._intake.count(live, each.choice, _now_s())
                         self._dispatcher.note_token(live, each, its_worker)
                 if live.journal.ended:

@@ -10,6 +10,7 @@ from typing import Any
 import ray.util
 
 from cluster.cluster_service import ClusterService
+from cluster.fault_points import FaultPoints
 from cluster.frontend import Frontend
 from cluster.generation_service import GenerationService
 from cluster.grpc_service import GrpcServer
@@ -17,14 +18,16 @@ from cluster.operations import ControllerOperations
 from cluster.plan import ServingPlan
 from cluster.request_meter import RequestLoad
 from model.tokenizer import Tokenizer
+from octet import faults
 from octet.ids import WorkerId
 from octet.mailbox import AsyncMailbox
 
 
-class FrontendActor:
+class FrontendActor(FaultPoints):
     """Called in this order: `listen`, `serve`, `drain`, `stop`; `set_workers` whenever they change after `serve`."""
 
     def __init__(self, worker_id: WorkerId, plan: ServingPlan, controller: Any) -> None:
+        faults.allow(plan.config.chaos.enabled)
         self._worker_id, self._plan, self._controller = worker_id, plan, controller
 
     async def listen(self) -> tuple[str, int]:

@@ -22,6 +22,7 @@ from cluster.plan import ServingPlan
 from cluster.pool_actors import node_id
 from cluster.pools import Member, call, call_all
 from octet.errors import OctetError, UnavailableError
+from octet.faults import reach
 from octet.ids import Epoch, WorkerId
 from router.placement import EMPTY
 from router.routing import Routing
@@ -170,14 +171,17 @@ class Membership:
         self._lost.clear()
         try:
             await self._unless_lost(self._link(self._attention(), joining, epoch))
+            reach("change.linked")
             step = await self._unless_lost(propose(epoch))
             await self._unless_lost(self._prepare(step.fills, present, f"{epoch}.{step.target.placement.version}"))
+            reach("change.prepared")
         except OctetError:
             # Lanes to those that were to join end with their next adoption; what was filled is emptied.
             survivors = [member for worker_id, member in present.items() if worker_id in before.shards]
             await self._retire(survivors, before)
             raise
         await self._adopt(step.target)
+        reach("change.adopted")
         self.routing = step.target
         self._members |= newcomers
         self._note_new(joining)

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import ray
 import ray.util
 
+from cluster.fault_points import FaultPoints
 from cluster.members import Endpoint, MemberStatus, Role
 from cluster.plan import ServingPlan
+from octet import faults
 from octet.ids import Epoch, WorkerId
 from router.routing import Routing
 
@@ -24,13 +26,15 @@ if TYPE_CHECKING:
     from router.transition import SlotFill
 
 
-class _AttentionActor:
+class _AttentionActor(FaultPoints):
     """See `AttentionWorker`, to which every method goes."""
 
     _role: Role
 
     def __init__(self, worker_id: WorkerId, plan: ServingPlan, controller: Any) -> None:
         from cluster.attention_worker import AttentionWorker
+
+        faults.allow(plan.config.chaos.enabled)
 
         def report(reason: str) -> None:
             controller.lane_broke.remote(worker_id, reason)
@@ -94,12 +98,13 @@ class DecodeWorker(_AttentionActor):
         self._worker.hand_over_to(heirs)
 
 
-class ExpertShard:
+class ExpertShard(FaultPoints):
     """See `ShardWorker`, to which every method goes."""
 
     def __init__(self, worker_id: WorkerId, plan: ServingPlan, controller: Any) -> None:
         from cluster.shard_worker import ShardWorker
 
+        faults.allow(plan.config.chaos.enabled)
         self._worker = ShardWorker(worker_id, plan, ray.util.get_node_ip_address(), node_id())
         self._lifeline = _Lifeline()
 

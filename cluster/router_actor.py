@@ -8,9 +8,11 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cluster.fault_points import FaultPoints
 from cluster.plan import ServingPlan
 from cluster.prospects import prospects
 from cluster.signals import Prospect
+from octet import faults
 from octet.ids import Epoch, WorkerId
 from router.proposal import Proposal, make_proposal
 from router.routing import Routing
@@ -23,10 +25,11 @@ _FRESH_S = 5.0
 """How long whoever asks for fresh telemetry waits for a member that is slow to answer."""
 
 
-class Router:
+class Router(FaultPoints):
     """An async Ray actor. `watch` whenever members have joined or left."""
 
     def __init__(self, plan: ServingPlan) -> None:
+        faults.allow(plan.config.chaos.enabled)
         self._config = plan.config.telemetry
         self._plan = plan
         self._service = RouterService(plan.routing, plan.model.num_experts_per_tok, self._config, time.monotonic())

@@ -24,6 +24,7 @@ from experts.shard import ExpertShard
 from experts.slots import EMPTY, ExpertSlots, Fill
 from model.checkpoint import Checkpoint, LoadProgress, LoadSnapshot
 from octet.errors import LaneError
+from octet.faults import reach
 from octet.ids import Epoch, WorkerId
 from router.channel import GroupChannel
 from router.group import Group, GroupStore
@@ -85,6 +86,7 @@ class ShardWorker:
         Raises: LaneTimeoutError.
         """
         assert self._loop is not None, "load comes before link"
+        reach("link")
         store = self._peer_stores.of(peer)
         port = open_port(peer, role, self._worker_id, linked, epoch, self._plan, store, self._host)
         self._loop.add(peer.worker_id, port, DECODE_FIRST if role == "decode" else PREFILL_AFTER)
@@ -101,6 +103,7 @@ class ShardWorker:
         Raises: CheckpointError.
         """
         assert self._slots is not None, "load comes before prepare"
+        reach("prepare")
         by_source: dict[WorkerId | None, list[Fill]] = defaultdict(list)
         for fill in fills:
             by_source[fill.source].append(Fill(layer=fill.layer, slot=fill.slot, expert=fill.expert))
@@ -129,6 +132,7 @@ class ShardWorker:
     def retire(self, held: Mapping[int, Sequence[int]]) -> None:
         """Empty every slot that is EMPTY here. No attention worker may route to one of them."""
         assert self._slots is not None, "load comes before retire"
+        reach("retire")
         assert self._shard is not None
         with self._changing:
             for layer, experts in held.items():

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from model.kv_cache import KvCache
 from octet.errors import OctetError
+from octet.faults import reach
 from octet.ids import LeaseId, WorkerId
 from octet.messages import KvOffer, KvPull
 from router.channel import KvChannel
@@ -114,6 +115,7 @@ class KvReceiver:
 
     def _receive(self, channel: KvChannel, pages: Sequence[int]) -> str:
         for part in self._cache.parts(pages):
+            reach("handoff.receive")
             received = channel.receive(len(part) * self._cache.page_bytes())
             if received is None:
                 return "its lease was over before the pages were taken"

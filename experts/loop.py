@@ -21,6 +21,7 @@ from experts.meter import FrameMeter
 from experts.shard import ExpertShard, Rows
 from octet.counters import FrameCounters
 from octet.errors import LaneError
+from octet.faults import reach
 
 _log = logging.getLogger(__name__)
 
@@ -107,6 +108,7 @@ class ShardLoop:
 
     def _answer(self, lane: LaneEnd, call: LaneCall) -> None:
         try:
+            reach("serve")
             y_UH = self._shard.serve(call.layer, call.rows)
         except Exception as error:
             # The attention worker must hear of any fault, or its step would wait for the deadline.

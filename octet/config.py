@@ -322,6 +322,15 @@ class AutoscalerConfig(_Node):
         return self
 
 
+class ChaosConfig(_Node):
+    """For tests that do harm on purpose."""
+
+    enabled: bool = False
+    """Let faults be armed in the processes; see `octet.faults`. Only for clusters whose Ray nobody else can reach."""
+    audit_dir: str | None = None
+    """A directory on the frontend's node, for a record of every token that is committed; null keeps none."""
+
+
 class RayConfig(_Node):
     address: str | None = None
     """A running Ray cluster (`auto` for this machine's); null starts one here and stops it at the end."""
@@ -346,6 +355,7 @@ class OctetConfig(_Node):
     telemetry: TelemetryConfig = TelemetryConfig()
 
     autoscaler: AutoscalerConfig = AutoscalerConfig()
+    chaos: ChaosConfig = ChaosConfig()
     ray: RayConfig = RayConfig()
 
     @pydantic.model_validator(mode="after")

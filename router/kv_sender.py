@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from model.kv_cache import KvCache
 from octet.errors import LaneError
+from octet.faults import reach
 from octet.ids import LeaseId, WorkerId
 from octet.messages import KvPull
 from router.channel import KvChannel
@@ -70,6 +71,7 @@ class KvSender:
                     channel.send(None)
                 else:
                     for part in self._cache.parts(pages):
+                        reach("handoff.send")
                         channel.send(self._cache.export_pages(part))
             except LaneError as error:
                 _log.warning("the channel to %s is given up: %s", worker_id, error)

@@ -16,6 +16,7 @@ import torch
 from model.config import ModelConfig
 from model.weights import GateWeights
 from octet.errors import LaneError
+from octet.faults import reach
 from router.exchange import Exchange, ExpertRows, Ticket
 from router.gate import Gate
 from router.plan import Planner, ShardPlan
@@ -58,6 +59,7 @@ class RoutedExperts:
             else ExpertRows(x_UH=x_TH[plan.rows_U], slots_UK=plan.slots_UK, weights_UK=plan.weights_UK)
             for plan in plans
         ]
+        reach("dispatch")
         ticket = self._exchange.send(layer, rows)
         self._under_way.append(ticket)
         return Dispatched(x_TH, plans, ticket)
@@ -68,6 +70,7 @@ class RoutedExperts:
         ticket = self._under_way.popleft()
         assert ticket is dispatched.ticket, "combined in the order of the dispatches"
         begun_s = time.perf_counter()
+        reach("combine")
         replies = self._exchange.receive(ticket)
         self.combine_s += time.perf_counter() - begun_s
         y_TH = torch.zeros(dispatched.x_TH.shape, dtype=torch.float32, device=dispatched.x_TH.device)

@@ -1,0 +1,160 @@
+"""Which faults come when, as a value and as a file."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Annotated, Any, Literal, TypeAlias
+
+import pydantic
+import yaml
+
+from octet.errors import ConfigError
+from octet.faults import POINTS, Action
+
+PoolName = Literal["prefill", "decode", "experts"]
+Target = Literal["prefill", "decode", "experts", "router", "frontend", "controller"]
+DURATION_S = 4.0
+
+
+class _Event(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+
+    at_s: float = pydantic.Field(ge=0)
+    """After the beginning of the load."""
+
+
+class _Aimed(_Event):
+    target: Target
+    which: int = pydantic.Field(0, ge=0)
+    """Of the target's members at that moment, in the order of their ids, and from the first again past the last."""
+
+    @property
+    def aim(self) -> str:
+        return self.target
+
+
+class Kill(_Aimed):
+    """SIGKILL."""
+
+    do: Literal["kill"] = "kill"
+    all: bool = False
+    """Every member of the pool at once."""
+
+    @property
+    def kind(self) -> str:
+        return f"kill {'every ' * self.all}{self.target}"
+
+
+class Stop(_Aimed):
+    """SIGSTOP, and SIGCONT later: also to a process that was given up meanwhile, and was killed for it."""
+
+    do: Literal["stop"] = "stop"
+    for_s: float = pydantic.Field(gt=0)
+
+    @property
+    def kind(self) -> str:
+        return f"stop {self.target}"
+
+
+class Arm(_Aimed):
+    """A fault at a named step; see `octet.faults`."""
+
+    do: Literal["arm"] = "arm"
+    point: str
+    action: Action = "kill"
+    after: int = pydantic.Field(0, ge=0)
+    for_s: float = pydantic.Field(0.5, ge=0)
+    """Of a delay or a stop."""
+
+    @pydantic.model_validator(mode="after")
+    def _the_step_is_reached_there(self) -> Arm:
+        if self.point not in POINTS:
+            raise ValueError(f"there is no step '{self.point}', only {', '.join(POINTS)}")
+        if self.target not in POINTS[self.point]:
+            raise ValueError(f"'{self.point}' is a step of {' and '.join(POINTS[self.point])}, not of {self.target}")
+        return self
+
+    @property
+    def kind(self) -> str:
+        return f"{self.action} {self.target} at {self.point}"
+
+
+class Scale(_Event):
+    """Another size of a pool, asked for as any operator would; it is brought back at the end."""
+
+    do: Literal["scale"] = "scale"
+    pool: PoolName
+    by: int
+
+    @property
+    def kind(self) -> str:
+        return f"scale {self.pool} by {self.by:+d}"
+
+
+class Rebalance(_Event):
+    """Experts move after their load."""
+
+    do: Literal["rebalance"] = "rebalance"
+
+    @property
+    def kind(self) -> str:
+        return "rebalance"
+
+
+class KillNode(_Event):
+    """SIGKILL to a whole node of the harness's own Ray: its raylet and all that runs below. Never the head."""
+
+    do: Literal["kill_node"] = "kill_node"
+    which: int = pydantic.Field(0, ge=0)
+
+    @property
+    def kind(self) -> str:
+        return "kill a node"
+
+
+Event: TypeAlias = Annotated[Kill | Stop | Arm | Scale | Rebalance | KillNode, pydantic.Field(discriminator="do")]
+
+
+class Schedule(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+
+    name: str = "schedule"
+    duration_s: float = pydantic.Field(DURATION_S, gt=0)
+    """Of the load, at least; it goes on until every fault is over."""
+    events: tuple[Event, ...] = ()
+
+    @pydantic.model_validator(mode="after")
+    def _events_are_within_the_load(self) -> Schedule:
+        late = [event for event in self.events if event.at_s > self.duration_s]
+        if late:
+            raise ValueError(f"{late[0].kind} comes at {late[0].at_s} s, after duration_s ({self.duration_s})")
+        return self
+
+
+def load_schedule(file: pathlib.Path) -> Schedule:
+    """From YAML or JSON. Raises: ConfigError naming the field."""
+    try:
+        tree = yaml.safe_load(file.read_text())
+    except OSError as error:
+        raise ConfigError(str(file), error.strerror, "a readable YAML or JSON file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(str(file), f"invalid YAML ({error})", "a YAML or JSON mapping") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(str(file), type(tree).__name__, "a mapping with the field 'events'")
+    return parse_schedule({"name": file.stem, **tree})
+
+
+def parse_schedule(tree: dict[str, Any]) -> Schedule:
+    """Raises: ConfigError naming the field."""
+    try:
+        return Schedule.model_validate(tree)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])) or "schedule"
+        raise ConfigError(field, repr(first["input"]) if first["loc"] else "a contradiction", first["msg"]) from error
+
+
+def dump_schedule(schedule: Schedule) -> str:
+    """As `load_schedule` reads it."""
+    return json.dumps(schedule.model_dump(mode="json"), indent=2) + "\n"

@@ -1,0 +1,61 @@
+"""What a frontend does is on record, and the record is what the checker takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+import pytest
+
+from octet.config import ChaosConfig
+from octet.errors import TraceError
+from ops.chaos.checker import check
+from ops.chaos.commits import read_commits
+from tests.unit.cluster.played import PLAN, playing, token
+from tests.unit.ops.chaos.histories import history
+
+
+async def test_every_commit_of_a_frontend_is_on_record(tmp_path: pathlib.Path) -> None:
+    chaos = ChaosConfig(audit_dir=str(tmp_path))
+    plan = dataclasses.replace(PLAN, config=PLAN.config.model_copy(update={"chaos": chaos}))
+    async with playing(plan) as cluster:
+        client, request = await cluster.admitted()
+        cluster.prefill.tell(token(request, 0, 100))
+        await client.heard(1)
+        cluster.decode.tell(token(request, 1, 101), token(request, 1, 101), token(request, 2, 102, "length"))
+        await client.end()
+        second = cluster.new_worker("decode-1")
+        cluster.set_workers([cluster.prefill], [second])
+    commits = read_commits(tmp_path)
+    assert [(commit.kind, commit.index, commit.worker) for commit in commits if commit.kind == "commit"] == [
+        ("commit", 0, "prefill-0"),
+        ("commit", 1, "decode-0"),
+        ("commit", 2, "decode-0"),
+    ]
+    assert [commit.workers for commit in commits if commit.kind == "workers"] == [
+        ("decode-0", "prefill-0"),
+        ("decode-1", "prefill-0"),
+    ]
+    assert [commit.outcome for commit in commits if commit.kind == "end"] == ["finished"]
+    assert check(history(commits=commits)) == []
+
+
+def test_what_was_accepted_earlier_is_left_out_and_who_served_is_not(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "1-frontend-0-5.jsonl").write_text(
+        '{"kind":"workers","at_s":1,"workers":["decode-0"]}\n'
+        '{"kind":"accept","at_s":2,"request_id":"old","received":[0]}\n'
+        '{"kind":"accept","at_s":4,"request_id":"new","received":[0]}\n'
+        '{"kind":"end","at_s":5,"request_id":"old","outcome":"finished"}\n'
+        '{"kind":"end","at_s":6,"request_id":"new","outcome":"finished"}\n'
+    )
+    found = [(commit.kind, commit.request_id) for commit in read_commits(tmp_path, since_s=3)]
+    assert found == [("workers", ""), ("accept", "new"), ("end", "new")]
+
+
+def test_only_the_last_line_of_a_killed_frontend_may_be_torn(tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "1-frontend-0-5.jsonl"
+    file.write_text('{"kind":"workers","at_s":1,"workers":["decode-0"]}\n{"kind":"acc')
+    assert [commit.kind for commit in read_commits(tmp_path)] == ["workers"]
+    file.write_text('{"kind":"acc\n{"kind":"workers","at_s":1,"workers":["decode-0"]}\n')
+    with pytest.raises(TraceError, match="line 1"):
+        read_commits(tmp_path)

@@ -1,0 +1,98 @@
+"""Schedules: drawn alike by the same seed, read back as they were written, refused by the field that is wrong."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from octet.errors import ConfigError
+from octet.faults import POINTS
+from ops.chaos.drawing import draw_schedule
+from ops.chaos.schedule import (
+    Arm,
+    Kill,
+    Schedule,
+    Stop,
+    dump_schedule,
+    load_schedule,
+    parse_schedule,
+)
+
+
+@given(st.integers(0, 2**63), st.floats(0.5, 60))
+def test_the_same_seed_is_the_same_schedule(seed: int, duration_s: float) -> None:
+    schedule = draw_schedule(seed, duration_s)
+    assert draw_schedule(seed, duration_s) == schedule
+    assert schedule.events
+    assert all(0 <= event.at_s <= duration_s for event in schedule.events)
+
+
+def test_seeds_draw_every_kind_of_fault_and_every_step_of_members() -> None:
+    events = [event for seed in range(400) for event in draw_schedule(seed).events]
+    assert {event.do for event in events} == {"kill", "stop", "arm", "scale", "rebalance"}
+    assert {event.target for event in events if isinstance(event, Kill)} == {"prefill", "decode", "experts", "router"}
+    members = {point for point, where in POINTS.items() if set(where) & {"prefill", "decode", "experts"}}
+    assert {event.point for event in events if isinstance(event, Arm)} == members
+
+
+def test_services_are_hit_only_where_they_are_named() -> None:
+    events = [event for seed in range(100) for event in draw_schedule(seed, services=()).events]
+    assert all(event.target != "router" for event in events if isinstance(event, Kill))
+
+
+@pytest.mark.parametrize("name", ["a.json", "b.yaml"])
+def test_a_schedule_is_read_as_it_was_written(tmp_path: pathlib.Path, name: str) -> None:
+    schedule = draw_schedule(7)
+    file = tmp_path / name
+    file.write_text(dump_schedule(schedule))
+    assert load_schedule(file) == schedule
+
+
+def test_a_schedule_in_yaml(tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "two.yaml"
+    file.write_text(
+        "duration_s: 3\n"
+        "events:\n"
+        "  - {at_s: 0.5, do: kill, target: experts, which: 1}\n"
+        "  - {at_s: 1, do: stop, target: decode, for_s: 0.5}\n"
+    )
+    assert load_schedule(file) == Schedule(
+        name="two",
+        duration_s=3,
+        events=(Kill(at_s=0.5, target="experts", which=1), Stop(at_s=1, target="decode", for_s=0.5)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("event", "field"),
+    [
+        ({"at_s": 1, "do": "explode"}, "events.0"),
+        ({"at_s": -1, "do": "rebalance"}, r"events.0.rebalance.at_s"),
+        ({"at_s": 9, "do": "rebalance"}, "duration_s"),
+        ({"at_s": 1, "do": "kill", "target": "gpu"}, r"events.0.kill.target"),
+        ({"at_s": 1, "do": "kill", "target": "decode", "force": 9}, r"events.0.kill.force"),
+        ({"at_s": 1, "do": "stop", "target": "decode"}, r"events.0.stop.for_s"),
+        ({"at_s": 1, "do": "arm", "target": "decode", "point": "nowhere"}, "no step 'nowhere'"),
+        ({"at_s": 1, "do": "arm", "target": "decode", "point": "serve"}, "a step of experts, not of decode"),
+    ],
+)
+def test_what_is_wrong_is_named(event: dict[str, Any], field: str) -> None:
+    with pytest.raises(ConfigError, match=field):
+        parse_schedule({"duration_s": 4, "events": [event]})
+
+
+@pytest.mark.parametrize("text", ["- 1\n- 2\n", "events: [", "just words"])
+def test_a_file_that_is_no_schedule_is_refused(tmp_path: pathlib.Path, text: str) -> None:
+    file = tmp_path / "broken.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"broken\.yaml"):
+        load_schedule(file)
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        load_schedule(tmp_path / "gone.yaml")
