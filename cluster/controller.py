@@ -25,7 +25,7 @@ from cluster.pools import TASK_EVENTS, Member, Pools, call, call_all
 from cluster.router_actor import Router
 from cluster.watch import Watch
 from octet import faults
-from octet.errors import OctetError, StartupError
+from octet.errors import OctetError, StartupError, UnavailableError
 from octet.ids import WorkerId
 from router.proposal import Proposal
 from router.telemetry_window import TelemetryWindow
@@ -248,7 +248,10 @@ class Controller(FaultPoints):
             "max_concurrency": 1000,
             "enable_task_events": TASK_EVENTS,
         }
-        return ray.remote(cls).options(**options).remote(*args)
+        try:
+            return ray.remote(cls).options(**options).remote(*args)
+        except ValueError as error:
+            raise UnavailableError(f"{name}: {error}") from error
 
     async def _telemetry(self, window_s: float | None = None) -> TelemetryWindow | None:
         """Up to now; None where the router service does not answer, of which the control loop takes care."""
@@ -325,6 +328,8 @@ class Controller(FaultPoints):
         if self._state in ("READY", "DEGRADED") and await _is_gone(self._router):
             # It holds nothing that others do not know, but for the telemetry of the last minutes.
             _log.warning("the router service is gone: another one takes its place")
+            # Whoever was killed from outside keeps its name, in Ray and in what this process remembers of it, until then.
+            ray.kill(self._router)
             self._router = self._control_actor(Router, "router", self._plan)
             await self._ready().replace_router(self._router)
 

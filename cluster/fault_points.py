@@ -17,14 +17,22 @@ _ANSWER_S = 5.0
 class FaultPoints:
     """What every actor of a cluster answers. It takes no fault unless `chaos.enabled` is true."""
 
+    def pid(self) -> int:
+        return os.getpid()
+
     def arm(self, fault: Fault) -> int:
         """Let a fault strike this process. Returns: its pid. Raises: ConfigError."""
         faults.arm(fault)
         return os.getpid()
 
     def disarm(self) -> tuple[Struck, ...]:
-        """Forget every fault. Returns: those that have struck."""
-        return faults.disarm()
+        """Forget every fault that is armed. Returns: those that have struck."""
+        faults.disarm()
+        return faults.struck()
+
+    def struck(self) -> tuple[Struck, ...]:
+        """The faults that have struck."""
+        return faults.struck()
 
 
 def arm(namespace: str, name: str, fault: Fault) -> int:
@@ -33,10 +41,22 @@ def arm(namespace: str, name: str, fault: Fault) -> int:
     return pid
 
 
+def pid_of(namespace: str, name: str) -> int:
+    """Raises: UnavailableError if the actor does not answer."""
+    pid: int = _ask(namespace, name, "pid")
+    return pid
+
+
 def disarm(namespace: str, name: str) -> tuple[Struck, ...]:
     """See `FaultPoints.disarm`. Raises: UnavailableError."""
-    struck: tuple[Struck, ...] = _ask(namespace, name, "disarm")
-    return struck
+    found: tuple[Struck, ...] = _ask(namespace, name, "disarm")
+    return found
+
+
+def struck(namespace: str, name: str) -> tuple[Struck, ...]:
+    """See `FaultPoints.struck`. Raises: UnavailableError."""
+    found: tuple[Struck, ...] = _ask(namespace, name, "struck")
+    return found
 
 
 def _ask(namespace: str, name: str, method: str, *args: object) -> Any:

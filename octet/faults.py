@@ -96,12 +96,14 @@ class FaultPoints:
         with self._lock:
             self._armed[fault.point] = (fault, fault.after)
 
-    def disarm(self) -> tuple[Struck, ...]:
-        """Forget every fault. Returns: those that have struck since the last call."""
+    def struck(self) -> tuple[Struck, ...]:
+        """The faults that have struck so far."""
+        return tuple(self._struck)
+
+    def disarm(self) -> None:
+        """Forget every fault that is armed."""
         with self._lock:
             self._armed.clear()
-            struck, self._struck = tuple(self._struck), []
-        return struck
 
     def reach(self, point: str) -> None:
         """A step is reached: whatever is armed there strikes. Raises: InjectedError, if that is what was armed."""
@@ -130,4 +132,4 @@ class FaultPoints:
 
 
 _process = FaultPoints()
-allow, arm, disarm, reach = _process.allow, _process.arm, _process.disarm, _process.reach
+allow, arm, disarm, reach, struck = _process.allow, _process.arm, _process.disarm, _process.reach, _process.struck

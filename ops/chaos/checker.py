@@ -65,7 +65,7 @@ def check(history: History, epsilon_s: float = EPSILON_S) -> list[Violation]:
             found += look(stream)
     found += _commits(history.commits)
     found += _epochs(history)
-    found += _baseline(history.before, history.after, history.complete)
+    found += baseline(history.before, history.after, history.complete)
     return found
 
 
@@ -215,8 +215,12 @@ def _epochs(history: History) -> Found:
             yield Violation(kind="epoch went back", subject="the cluster", found=f"{later} after {earlier}")
 
 
-def _baseline(before: Facts, after: Facts, complete: bool) -> Found:
-    """Nothing is held any more that was not held before."""
+def baseline(before: Facts, after: Facts, complete: bool) -> Found:
+    """Nothing is held any more that was not held before.
+
+    Args:
+        complete: whether members that were lost had to be replaced by now.
+    """
 
     def found(subject: str, what: str) -> Violation:
         return Violation(kind="not at baseline", subject=subject, found=what)

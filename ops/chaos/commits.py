@@ -9,21 +9,40 @@ from octet.errors import TraceError
 from ops.chaos.history import Commit
 
 
-def read_commits(directory: pathlib.Path, since_s: float = 0.0) -> list[Commit]:
-    """Of every frontend in the order in which they started, from this time on; the members of that time come first.
+class AuditTrail:
+    """Of one cluster. What was read once is not read again."""
 
-    Raises: TraceError for a line that is none, unless it is the last one of a frontend that was killed.
-    """
-    commits: list[Commit] = []
-    for file in sorted(directory.glob("*.jsonl")):
-        lines = file.read_text().splitlines()
-        for number, line in enumerate(lines, 1):
+    def __init__(self, directory: pathlib.Path) -> None:
+        self._directory = directory
+        self._read_bytes: dict[pathlib.Path, int] = {}
+        self._members: dict[str, Commit] = {}
+        """By frontend, what it wrote last of its members."""
+
+    def read(self) -> list[Commit]:
+        """What is new, of every frontend in the order in which they started, after the members that were known.
+
+        Raises: TraceError for a line that is none; half a line at the end is what a killed frontend leaves.
+        """
+        known = list(self._members.values())
+        commits = [commit for file in sorted(self._directory.glob("*.jsonl")) for commit in self._news(file)]
+        for commit in commits:
+            if commit.kind == "workers":
+                self._members[commit.frontend] = commit
+        return [*known, *commits]
+
+    def _news(self, file: pathlib.Path) -> list[Commit]:
+        with file.open("rb") as lines:
+            lines.seek(self._read_bytes.get(file, 0))
+            data = lines.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        self._read_bytes[file] = self._read_bytes.get(file, 0) + len(whole)
+        found = []
+        for line in whole.splitlines():
             try:
-                commits.append(_commit(file.stem, json.loads(line)))
+                found.append(_commit(file.stem, json.loads(line)))
             except (ValueError, TypeError) as error:
-                if number < len(lines):
-                    raise TraceError(file.name, f"line {number}", str(error), "a line of a frontend's audit") from error
-    return _since(commits, since_s)
+                raise TraceError(file.name, repr(line[:40]), str(error), "a line of a frontend's audit") from error
+        return found
 
 
 def _commit(frontend: str, fields: dict[str, object]) -> Commit:
@@ -33,21 +52,3 @@ def _commit(frontend: str, fields: dict[str, object]) -> Commit:
             raise TypeError(f"{name} is a {type(value).__name__}")
         fields[name] = tuple(value)
     return Commit(frontend=frontend, **fields)  # type: ignore[arg-type]
-
-
-def _since(commits: list[Commit], since_s: float) -> list[Commit]:
-    """Requests that were accepted before are left out as a whole."""
-    known: dict[str, Commit] = {}
-    accepted: set[tuple[str, str]] = set()
-    kept: list[Commit] = []
-    for commit in commits:
-        if commit.kind == "workers" and commit.at_s < since_s:
-            known[commit.frontend] = commit
-        elif commit.kind == "workers":
-            kept.append(commit)
-        else:
-            if commit.kind == "accept" and commit.at_s >= since_s:
-                accepted.add((commit.frontend, commit.request_id))
-            if (commit.frontend, commit.request_id) in accepted:
-                kept.append(commit)
-    return [*known.values(), *kept]

@@ -10,7 +10,7 @@ import pytest
 from octet.config import ChaosConfig
 from octet.errors import TraceError
 from ops.chaos.checker import check
-from ops.chaos.commits import read_commits
+from ops.chaos.commits import AuditTrail
 from tests.unit.cluster.played import PLAN, playing, token
 from tests.unit.ops.chaos.histories import history
 
@@ -26,7 +26,7 @@ async def test_every_commit_of_a_frontend_is_on_record(tmp_path: pathlib.Path) -
         await client.end()
         second = cluster.new_worker("decode-1")
         cluster.set_workers([cluster.prefill], [second])
-    commits = read_commits(tmp_path)
+    commits = AuditTrail(tmp_path).read()
     assert [(commit.kind, commit.index, commit.worker) for commit in commits if commit.kind == "commit"] == [
         ("commit", 0, "prefill-0"),
         ("commit", 1, "decode-0"),
@@ -40,22 +40,23 @@ async def test_every_commit_of_a_frontend_is_on_record(tmp_path: pathlib.Path) -
     assert check(history(commits=commits)) == []
 
 
-def test_what_was_accepted_earlier_is_left_out_and_who_served_is_not(tmp_path: pathlib.Path) -> None:
-    (tmp_path / "1-frontend-0-5.jsonl").write_text(
+def test_what_was_read_is_not_read_again_but_who_serves_is_told(tmp_path: pathlib.Path) -> None:
+    file, trail = tmp_path / "1-frontend-0-5.jsonl", AuditTrail(tmp_path)
+    file.write_text(
         '{"kind":"workers","at_s":1,"workers":["decode-0"]}\n'
         '{"kind":"accept","at_s":2,"request_id":"old","received":[0]}\n'
-        '{"kind":"accept","at_s":4,"request_id":"new","received":[0]}\n'
-        '{"kind":"end","at_s":5,"request_id":"old","outcome":"finished"}\n'
-        '{"kind":"end","at_s":6,"request_id":"new","outcome":"finished"}\n'
     )
-    found = [(commit.kind, commit.request_id) for commit in read_commits(tmp_path, since_s=3)]
-    assert found == [("workers", ""), ("accept", "new"), ("end", "new")]
+    assert [commit.kind for commit in trail.read()] == ["workers", "accept"]
+    with file.open("a") as more:
+        more.write('{"kind":"end","at_s":6,"request_id":"old","outcome":"finished"}\n')
+    found = trail.read()
+    assert [(commit.kind, commit.workers) for commit in found] == [("workers", ("decode-0",)), ("end", ())]
 
 
-def test_only_the_last_line_of_a_killed_frontend_may_be_torn(tmp_path: pathlib.Path) -> None:
+def test_half_a_line_of_a_killed_frontend_is_left_out_and_any_other_is_refused(tmp_path: pathlib.Path) -> None:
     file = tmp_path / "1-frontend-0-5.jsonl"
     file.write_text('{"kind":"workers","at_s":1,"workers":["decode-0"]}\n{"kind":"acc')
-    assert [commit.kind for commit in read_commits(tmp_path)] == ["workers"]
+    assert [commit.kind for commit in AuditTrail(tmp_path).read()] == ["workers"]
     file.write_text('{"kind":"acc\n{"kind":"workers","at_s":1,"workers":["decode-0"]}\n')
-    with pytest.raises(TraceError, match="line 1"):
-        read_commits(tmp_path)
+    with pytest.raises(TraceError, match="acc"):
+        AuditTrail(tmp_path).read()
