@@ -328,7 +328,7 @@ class Controller(FaultPoints):
         if self._state in ("READY", "DEGRADED") and await _is_gone(self._router):
             # It holds nothing that others do not know, but for the telemetry of the last minutes.
             _log.warning("the router service is gone: another one takes its place")
-            # Whoever was killed from outside keeps its name, in Ray and in what this process remembers of it, until then.
+            # One killed from outside keeps its name until then, in Ray or in what this process remembers of it.
             ray.kill(self._router)
             self._router = self._control_actor(Router, "router", self._plan)
             await self._ready().replace_router(self._router)
