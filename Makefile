@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types format bench serve proto embedded clean
+.PHONY: demo test chaos lint types format bench serve proto embedded clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m ops.compile
@@ -12,6 +12,10 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-test lint types
 	$(BIN)/python -m ops.compile
 	$(BIN)/python -m pytest --cov --cov-report=term
+
+chaos: $(VENV)/installed
+	$(BIN)/python -m ops.compile
+	$(BIN)/octet chaos run --seed 0 --count 200 --html chaos.html --json chaos.json
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

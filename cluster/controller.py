@@ -80,6 +80,7 @@ class Controller(FaultPoints):
         """Members that still have to be done without, and why."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._decisions: DecisionLog | None = None
+        self._port = 0
         self._frontend: Any = None
         self._router: Any = None
 
@@ -119,7 +120,7 @@ class Controller(FaultPoints):
         await self._changes.tell_router()
         mailboxes = self._membership.mailboxes
         await call(FRONTEND, self._frontend.serve.remote(mailboxes("prefill"), mailboxes("decode")))
-        self._state, self._phase, self._starting = "READY", "ready", []
+        self._state, self._phase, self._starting, self._port = "READY", "ready", [], port
         self._spawn(self._control())
         self._spawn(self._changes.standby.fill())
         if plan.config.autoscaler.enabled:
@@ -150,6 +151,11 @@ class Controller(FaultPoints):
                 for member, snapshot in zip(members, snapshots, strict=True)
             ),
         )
+
+    async def serving(self) -> tuple[ServingPlan, int]:
+        """What is served, and the gRPC port. Raises: StartupError before everything serves."""
+        self._ready()
+        return self._plan, self._port
 
     async def state(self) -> tuple[str, str]:
         """State and, where it is not READY, the reason."""

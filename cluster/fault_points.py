@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from typing import Any
 
 import ray
@@ -17,13 +18,13 @@ _ANSWER_S = 5.0
 class FaultPoints:
     """What every actor of a cluster answers. It takes no fault unless `chaos.enabled` is true."""
 
-    def pid(self) -> int:
-        return os.getpid()
+    def process(self) -> tuple[str, int]:
+        """The machine that this process runs on, and its pid there."""
+        return socket.gethostname(), os.getpid()
 
-    def arm(self, fault: Fault) -> int:
-        """Let a fault strike this process. Returns: its pid. Raises: ConfigError."""
+    def arm(self, fault: Fault) -> None:
+        """Let a fault strike this process. Raises: ConfigError."""
         faults.arm(fault)
-        return os.getpid()
 
     def disarm(self) -> tuple[Struck, ...]:
         """Forget every fault that is armed. Returns: those that have struck."""
@@ -35,16 +36,17 @@ class FaultPoints:
         return faults.struck()
 
 
-def arm(namespace: str, name: str, fault: Fault) -> int:
-    """Arm a fault in an actor. Returns: its pid. Raises: ConfigError; UnavailableError if it does not answer."""
-    pid: int = _ask(namespace, name, "arm", fault)
-    return pid
-
-
 def pid_of(namespace: str, name: str) -> int:
-    """Raises: UnavailableError if the actor does not answer."""
-    pid: int = _ask(namespace, name, "pid")
-    return pid
+    """For signals. Raises: UnavailableError if the actor does not answer, or runs on another machine."""
+    host, pid = _ask(namespace, name, "process")
+    if host != socket.gethostname():
+        raise UnavailableError(f"{name} runs on {host}, where no signal reaches it from here")
+    return int(pid)
+
+
+def arm(namespace: str, name: str, fault: Fault) -> None:
+    """Arm a fault in an actor. Raises: ConfigError; UnavailableError if it does not answer."""
+    _ask(namespace, name, "arm", fault)
 
 
 def disarm(namespace: str, name: str) -> tuple[Struck, ...]:

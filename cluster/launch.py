@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cluster.controller import Controller, StartProgress
 from cluster.plan import ServingPlan
 from cluster.planning import make_plan
-from octet.config import OctetConfig
+from octet.config import OctetConfig, load_config
 from octet.errors import ConfigError, OctetError, StartupError
 
 _POLL_S = 0.3
@@ -80,6 +80,23 @@ def launch(config: OctetConfig, report: Report = lambda progress: None) -> Runni
             ray.shutdown()
         raise
     return RunningCluster(plan, controller, port, owns_ray)
+
+
+def attach(ray_address: str, namespace: str) -> RunningCluster:
+    """A cluster that somebody else has started; stopping it stops it for everybody.
+
+    Raises: ConfigError if there is none.
+    """
+    if not ray.is_initialized():
+        _connect(load_config(overrides=[f"ray.address={ray_address}", f"ray.namespace={namespace}"]))
+    try:
+        controller = ray.get_actor("controller", namespace=namespace)
+        serving: Any = ray.get(controller.serving.remote(), timeout=_ANSWER_S)
+    except (ValueError, ray.exceptions.RayError) as error:
+        raise ConfigError(
+            "ray.namespace", repr(namespace), "one with an Octet cluster that serves", str(error)
+        ) from error
+    return RunningCluster(serving[0], controller, serving[1], owns_ray=False)
 
 
 def _connect(config: OctetConfig) -> None:

@@ -15,6 +15,7 @@ from octet.errors import OctetError
 from ops import render
 from ops.bench.cli import DEFAULT_ADDRESS, Address, bench
 from ops.changes import parse_sizes, print_rebalance
+from ops.chaos.cli import chaos
 from ops.experts_cli import experts
 from ops.render_decisions import print_decisions
 from ops.render_experts import print_experts
@@ -28,6 +29,7 @@ app = typer.Typer(
 
 app.add_typer(experts, name="experts")
 app.add_typer(bench, name="bench")
+app.add_typer(chaos, name="chaos")
 
 _ConfigFile = Annotated[
     pathlib.Path | None, typer.Option("-c", "--config", help="A YAML file; see deploy/laptop.yaml.")
@@ -234,10 +236,15 @@ def simulate(
 
 
 @app.command()
-def demo() -> None:
+def demo(
+    chaos: Annotated[bool, typer.Option("--chaos", help="Kill one of everybody while it writes, and compare.")] = False,
+) -> None:
     """Start the embedded model on three pools, ask it something, show what its experts did, and stop."""
+    from ops.chaos.demo import demo_chaos
     from ops.demo import demo as run
 
+    if chaos:
+        raise typer.Exit(demo_chaos())
     run()
 
 

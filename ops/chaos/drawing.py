@@ -26,8 +26,8 @@ _STEPS: tuple[tuple[str, Target, bool], ...] = (
     ("retire", "experts", True),
 )
 """Named steps, and whether they are reached only while the cluster changes."""
-_FREQUENT = {"dispatch": 40, "combine": 40, "serve": 80, "sampled": 20, "handoff.send": 3, "handoff.receive": 3}
-"""Passes within which the fault strikes."""
+_PASSES = {("dispatch", "decode"): 40, ("combine", "decode"): 40, ("serve", "experts"): 80, ("sampled", "decode"): 20}
+"""Within which the fault strikes, where steps are frequent; elsewhere it does at one of the first two."""
 _LONGEST_STOP_S, _LONGEST_DELAY_S = 1.5, 0.5
 
 
@@ -52,7 +52,7 @@ def draw_schedule(
 def _draw_fault(draw: random.Random, at_s: float, services: Sequence[Target]) -> list[Event]:
     pool: PoolName = draw.choice(("prefill", "decode", "experts"))
     which = draw.randrange(4)
-    match draw.choice(("kill", "kill service", "stop", "step", "step", "step", "change")):
+    match draw.choice(("kill", "kill", "kill service", "stop", "stop", "step", "step", "step", "step", "change")):
         case "kill":
             return [Kill(at_s=at_s, target=pool, which=which)]
         case "kill service" if services:
@@ -72,9 +72,12 @@ def _draw_fault(draw: random.Random, at_s: float, services: Sequence[Target]) ->
         which=which,
         point=point,
         action=action,
-        after=draw.randrange(_FREQUENT.get(point, 1)),
+        after=0 if changing else draw.randrange(_PASSES.get((point, target), 2)),
         for_s=round(draw.uniform(0.05, longest_s), 2),
     )
+    if point == "link":
+        # It takes somebody new.
+        return [armed, Scale(at_s=at_s, pool="experts", by=1)]
     # A change begins when the fault is there.
     return [armed, _draw_change(draw, round(at_s + 0.1, 2))] if changing else [armed]
 

@@ -102,18 +102,7 @@ class Rebalance(_Event):
         return "rebalance"
 
 
-class KillNode(_Event):
-    """SIGKILL to a whole node of the harness's own Ray: its raylet and all that runs below. Never the head."""
-
-    do: Literal["kill_node"] = "kill_node"
-    which: int = pydantic.Field(0, ge=0)
-
-    @property
-    def kind(self) -> str:
-        return "kill a node"
-
-
-Event: TypeAlias = Annotated[Kill | Stop | Arm | Scale | Rebalance | KillNode, pydantic.Field(discriminator="do")]
+Event: TypeAlias = Annotated[Kill | Stop | Arm | Scale | Rebalance, pydantic.Field(discriminator="do")]
 
 
 class Schedule(pydantic.BaseModel):

@@ -51,7 +51,8 @@ def test_an_error_is_one_line_on_stderr_and_exit_code_1(tmp_path: pathlib.Path) 
 def test_help_names_every_command() -> None:
     done = subprocess.run([OCTET, "--help"], capture_output=True, text=True, timeout=60, check=True)
     assert all(
-        command in done.stdout for command in ("serve", "generate", "status", "check", "demo", "bench", "experts")
+        command in done.stdout
+        for command in ("serve", "generate", "status", "check", "demo", "bench", "experts", "chaos")
     )
 
 

@@ -1,0 +1,199 @@
+"""Carries a schedule out, and notes what came of each of its events."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import signal
+import time
+from collections.abc import Callable, Mapping
+
+from octet.client import CallError
+from octet.errors import OctetError
+from octet.faults import Fault
+from ops.chaos.history import Injected
+from ops.chaos.observe import state_of
+from ops.chaos.schedule import Arm, Event, Kill, Rebalance, Scale, Schedule, Stop
+from ops.chaos.stage import Stage, signal_to
+
+_POLL_S = 0.02
+_PATIENCE_S = 8.0
+"""How long after the schedule's time, and after it was armed, a fault may still strike."""
+_CHANGE_S = 120.0
+_TURN_S = 1.5
+_OF_CHANGES = ("link", "prepare", "adopt", "retire", "change.linked", "change.prepared", "change.adopted")
+"""Steps that everybody reaches who takes part; others are reached by who has work."""
+
+
+async def play(stage: Stage, schedule: Schedule, begin_s: float) -> list[Injected]:
+    """Every event at its time; returns when all are over.
+
+    Args:
+        begin_s: of the schedule, in seconds since 1970.
+    """
+    over = asyncio.Event()
+    arms = {id(event): asyncio.Event() for event in schedule.events if isinstance(event, Arm)}
+
+    async def run(event: Event) -> Injected:
+        await asyncio.sleep(max(0.0, begin_s + event.at_s - time.time()))
+        # What is to strike during a change is armed before the change begins, however long that takes.
+        for earlier in schedule.events:
+            if id(earlier) in arms and not isinstance(event, Arm) and earlier.at_s <= event.at_s:
+                await arms[id(earlier)].wait()
+        return await _play(stage, event, arms.get(id(event), asyncio.Event()), over)
+
+    running = [(event, asyncio.create_task(run(event))) for event in schedule.events]
+    done = list(await asyncio.gather(*(task for event, task in running if id(event) not in arms)))
+    await asyncio.sleep(max(0.0, begin_s + schedule.duration_s - time.time()))
+    if arming := [task for event, task in running if id(event) in arms]:
+        # Both may take their time on a machine that is busy.
+        await asyncio.gather(*(armed.wait() for armed in arms.values()))
+        await asyncio.wait(arming, timeout=_PATIENCE_S)
+    over.set()
+    done += await asyncio.gather(*arming)
+    return sorted(done, key=lambda injected: injected.at_s)
+
+
+async def _play(stage: Stage, event: Event, armed: asyncio.Event, over: asyncio.Event) -> Injected:
+    """
+    Args:
+        armed: set when an armed fault is there, or will never be.
+        over: set when it may not strike any more.
+    """
+    at_s = time.time()
+    try:
+        match event:
+            case Kill():
+                return await _kill(stage, event)
+            case Stop():
+                return await _stop(stage, event)
+            case Arm():
+                return await _arm(stage, event, armed, over)
+            case Scale():
+                return await _scale(stage, event)
+            case Rebalance():
+                moves = len((await stage.client.rebalance(timeout_s=_CHANGE_S)).moves)
+                return _done(event, at_s, "rebalance", note=f"{moves} moves")
+    except OctetError as error:
+        # What others do to the cluster may let this fail: the cluster says so, and is as it was.
+        return _done(event, at_s, event.kind, fired=False, note=str(error))
+    finally:
+        armed.set()
+
+
+async def _kill(stage: Stage, event: Kill) -> Injected:
+    victims = await _victims(stage, event)
+    at_s = time.time()
+    for pid in victims.values():
+        signal_to(pid, signal.SIGKILL)
+    well = await stage.without(victims)
+    return _done(event, at_s, f"kill {', '.join(victims)}", note="" if well else "it was never done without")
+
+
+async def _victims(stage: Stage, event: Kill) -> Mapping[str, int]:
+    """Pids by name."""
+    if event.all and event.target in stage.sizes:
+        return {name: await stage.pid(name) for name in await stage.members(event.target)}
+    name = await stage.name_of(event.target, event.which)
+    return {name: await stage.pid(name)}
+
+
+async def _stop(stage: Stage, event: Stop) -> Injected:
+    name = await stage.name_of(event.target, event.which)
+    pid = await stage.pid(name)
+    at_s = time.time()
+    signal_to(pid, signal.SIGSTOP)
+    try:
+        async with asyncio.timeout(event.for_s):
+            await _seen(lambda: not state_of(pid))
+    except TimeoutError:
+        # It stood still all the time, and nobody killed it.
+        pass
+    finally:
+        signal_to(pid, signal.SIGCONT)
+    note = "" if state_of(pid) else "it was killed for it"
+    if note:
+        await stage.without({name: pid})
+    return _done(event, at_s, f"stop {name} for {event.for_s:g} s", note=note)
+
+
+async def _arm(stage: Stage, event: Arm, armed: asyncio.Event, over: asyncio.Event) -> Injected:
+    """At the member that is meant; where it has nothing to do, at the others in turn."""
+    fault = Fault(point=event.point, action=event.action, after=event.after, for_s=event.for_s)
+    for turn in itertools.count(event.which):
+        name = await stage.name_of(event.target, turn)
+        pid, armed_s = await stage.pid(name), time.time()
+        await stage.arm(name, fault)
+        armed.set()
+        try:
+            async with asyncio.timeout(None if event.point in _OF_CHANGES else _TURN_S):
+                struck_s = await _struck(stage, name, pid, fault, armed_s, over)
+        except TimeoutError:
+            struck_s = 0.0
+        if not struck_s:
+            times_s = [struck.at_s for struck in await stage.disarm(name) if struck.fault == fault]
+            # It may have struck in the very last moment.
+            struck_s = max((at_s for at_s in times_s if at_s >= armed_s), default=0.0)
+            struck_s = struck_s or (time.time() if state_of(pid) in ("", "T") else 0.0)
+        if struck_s or over.is_set():
+            break
+    if struck_s:
+        await _aftermath(stage, event, name, pid)
+    return Injected(
+        at_s=struck_s or time.time(),
+        what=f"{event.action} {name} at {event.point}",
+        kind=event.kind,
+        until_s=time.time(),
+        fired=bool(struck_s),
+        note="" if struck_s else "not reached",
+    )
+
+
+async def _struck(stage: Stage, name: str, pid: int, fault: Fault, armed_s: float, over: asyncio.Event) -> float:
+    """When it was; 0.0 if `over` came first."""
+    match fault.action:
+        case "kill":
+            return await _seen(lambda: not state_of(pid), over)
+        case "stop":
+            return await _seen(lambda: state_of(pid) == "T", over)
+    while not over.is_set():
+        await asyncio.sleep(10 * _POLL_S)
+        times_s = [struck.at_s for struck in await stage.struck(name) if struck.fault == fault]
+        if times_s and times_s[-1] >= armed_s:
+            return times_s[-1]
+    return 0.0
+
+
+async def _aftermath(stage: Stage, event: Arm, name: str, pid: int) -> None:
+    """Until its effect is over."""
+    match event.action:
+        case "kill":
+            await stage.without({name: pid})
+        case "stop":
+            await asyncio.sleep(event.for_s)
+            signal_to(pid, signal.SIGCONT)
+        case "delay":
+            await asyncio.sleep(event.for_s)
+
+
+async def _seen(condition: Callable[[], bool], over: asyncio.Event | None = None) -> float:
+    """Look until it is true. Returns: when it was; 0.0 if `over` came first."""
+    while over is None or not over.is_set():
+        if condition():
+            return time.time()
+        await asyncio.sleep(_POLL_S)
+    return 0.0
+
+
+async def _scale(stage: Stage, event: Scale) -> Injected:
+    at_s = time.time()
+    size = max(1, len(await stage.members(event.pool)) + event.by)
+    try:
+        await stage.client.scale(**{event.pool: size}, timeout_s=_CHANGE_S)
+    except CallError as error:
+        return _done(event, at_s, f"{event.pool} → {size}", fired=False, note=str(error))
+    return _done(event, at_s, f"{event.pool} → {size}")
+
+
+def _done(event: Event, at_s: float, what: str, fired: bool = True, note: str = "") -> Injected:
+    return Injected(at_s=at_s, what=what, kind=event.kind, until_s=time.time(), fired=fired, note=note)

@@ -1,0 +1,91 @@
+"""One cluster for every test here, to which any harm may be done: each test waits until it is as it was."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import pathlib
+import uuid
+from collections.abc import Iterator, Sequence
+
+import pytest
+
+from cluster.launch import RunningCluster, launch
+from octet.client import AsyncClient
+from octet.config import load_config
+from octet.v1 import octet_pb2 as pb
+from ops.chaos.command import questioned
+from ops.chaos.history import Facts, Question
+from ops.chaos.own import FIELDS, SIZES
+from ops.chaos.questions import Asked
+from ops.chaos.run import Load, Verdict, run_schedule
+from ops.chaos.schedule import Event, Schedule
+from ops.chaos.stage import Stage
+from tests.clusters import Reference
+
+
+@dataclasses.dataclass(frozen=True)
+class Chaos:
+    cluster: RunningCluster
+    questions: Sequence[Question]
+    start: Facts
+    """Of the cluster before anything was done to it."""
+
+    def run(self, *events: Event, duration_s: float = 1.0, complete: bool = False) -> Verdict:
+        """Under load. Returns: what came of it.
+
+        Args:
+            complete: wait until everybody who was lost is replaced.
+        """
+        (verdict,) = self.run_all([Schedule(duration_s=duration_s, events=events)], complete)
+        return verdict
+
+    def run_all(self, schedules: Sequence[Schedule], complete: bool = True) -> list[Verdict]:
+        """One after the other; the last one waits for everybody who was lost, if that is asked for."""
+
+        async def play() -> list[Verdict]:
+            async with AsyncClient(self.cluster.address, timeout_s=120) as client:
+                stage = Stage(self.cluster.plan, self.cluster.address, client)
+                verdicts = []
+                for number, schedule in enumerate(schedules):
+                    whole = complete and number == len(schedules) - 1
+                    load = Load(users=3, tail_s=0.2, seed=number)
+                    verdicts.append(
+                        await run_schedule(stage, schedule, self.questions, load, complete=whole, start=self.start)
+                    )
+                return verdicts
+
+        return asyncio.run(play())
+
+    def status(self) -> pb.GetStatusResponse:
+        async def ask() -> pb.GetStatusResponse:
+            async with AsyncClient(self.cluster.address, timeout_s=60) as client:
+                return await client.status()
+
+        return asyncio.run(ask())
+
+
+@pytest.fixture(scope="package")
+def chaos(
+    ray_session: None, checkpoint: pathlib.Path, reference: Reference, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Chaos]:
+    own = [
+        f"model.path={checkpoint}",
+        f"ray.namespace=octet-{uuid.uuid4().hex[:8]}",
+        f"chaos.audit_dir={tmp_path_factory.mktemp('audit')}",
+    ]
+    cluster = launch(load_config(overrides=[*own, *FIELDS, *SIZES]))
+    with contextlib.ExitStack() as stack:
+        stack.callback(cluster.stop, drain=False)
+
+        async def prepare() -> tuple[Facts, list[Question]]:
+            async with questioned(cluster, Asked(new_tokens=32)) as (stage, questions):
+                return await stage.facts(), questions
+
+        start, questions = asyncio.run(prepare())
+        for question in questions:
+            if question.seed is None:
+                greedy = reference.greedy(list(question.prompt), question.max_new_tokens)
+                assert question.expected == (tuple(greedy),), "what the cluster answers without faults"
+        yield Chaos(cluster, questions, start)
