@@ -148,9 +148,9 @@ class Changes:
             elif size < len(members):
                 await self._shrink(pool, members[size:])
 
-    def interrupt(self) -> None:
+    def interrupt(self, worker_id: WorkerId) -> None:
         """A member is lost: give up what is being prepared, so that the loss can be dealt with."""
-        self._membership.interrupt()
+        self._membership.interrupt(worker_id)
 
     async def recover(self, lost: Mapping[WorkerId, str]) -> None:
         """Go on without these members. Raises: OctetError if that is not possible yet."""

@@ -281,7 +281,7 @@ class Controller(FaultPoints):
         if self._state not in ("READY", "DEGRADED"):
             return
         self._lost[worker_id] = reason
-        self._ready().interrupt()
+        self._ready().interrupt(worker_id)
         if self._state == "READY":
             self._spawn(self._recover())
         self._state, self._reason = "DEGRADED", "; ".join(f"{w}: {why}" for w, why in self._lost.items())

@@ -51,6 +51,7 @@ class Membership:
         self._attempts = itertools.count(plan.routing.epoch)
         self._lane_s = plan.config.lane.connect_s + _MARGIN_S
         self._lost = asyncio.Event()
+        self._gone: set[WorkerId] = set()
         self.routing = plan.routing
 
     def __contains__(self, worker_id: object) -> bool:
@@ -110,14 +111,17 @@ class Membership:
         sources = [member for member in everyone if member.pool == "prefill"]
         targets = [member for member in everyone if member.pool == "decode"]
         pairs = [(s, t) for s in sources for t in targets if s in workers or t in workers]
+        self._heed_losses()
         try:
-            await self._link(workers, shards, Epoch(next(self._attempts)))
-            await self._open_channels(pairs)
+            await self._unless_lost(self._link(workers, shards, Epoch(next(self._attempts))))
+            await self._unless_lost(self._open_channels(pairs))
             mailboxes = self._frontends | {m.worker_id: self._endpoints[m.worker_id].mailbox for m in everyone}
-            await call_all([(member, member.actor.meet.remote(mailboxes)) for member in everyone], self._lane_s)
+            meets = [(member, member.actor.meet.remote(mailboxes)) for member in everyone]
+            await self._unless_lost(call_all(meets, self._lane_s))
             # The first placement that a process sees may let it compile its planner.
             start_s = self._plan.config.ray.start_timeout_s
-            await call_all([(member, member.actor.start.remote(self.routing)) for member in workers], start_s)
+            starts = [(member, member.actor.start.remote(self.routing)) for member in workers]
+            await self._unless_lost(call_all(starts, start_s))
         except OctetError:
             await self._forget({member.worker_id for member in workers})
             raise
@@ -168,7 +172,7 @@ class Membership:
         newcomers = {member.worker_id: member for member in joining}
         shards = {member.worker_id: member for member in self.pool("experts")} | newcomers
         present = {worker_id: member for worker_id, member in shards.items() if worker_id not in lost}
-        self._lost.clear()
+        self._heed_losses(known=lost)
         try:
             await self._unless_lost(self._link(self._attention(), joining, epoch))
             reach("change.linked")
@@ -192,9 +196,16 @@ class Membership:
             await self._forget(leaving)
         return step
 
-    def interrupt(self) -> None:
+    def interrupt(self, worker_id: WorkerId) -> None:
         """A member is lost: what is being prepared is given up, so that the loss can be dealt with."""
+        self._gone.add(worker_id)
         self._lost.set()
+
+    def _heed_losses(self, known: Collection[WorkerId] = ()) -> None:
+        """From here on, `_unless_lost` gives up; at once where a member is lost that nobody has dealt with yet."""
+        self._lost.clear()
+        if (self._gone & self._members.keys()) - set(known):
+            self._lost.set()
 
     def _note_new(self, members: Sequence[Member]) -> None:
         self._since_s |= dict.fromkeys((member.worker_id for member in members), time.monotonic())

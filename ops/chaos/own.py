@@ -17,6 +17,8 @@ FIELDS = (
     "frontend.port=0",
     "kv.memory_gib=0.05",
     "health.timeout_s=4",
+    # Who connects to somebody that has died meanwhile waits so long.
+    "lane.connect_s=10",
     "chaos.enabled=true",
 )
 

@@ -10,24 +10,27 @@ from tests.chaos.conftest import Chaos
 
 SHRINK = (Scale(at_s=0.5, pool="experts", by=-1),)
 GROW = (Scale(at_s=0.5, pool="experts", by=1),)
+JOIN = (Scale(at_s=0.5, pool="decode", by=1),)
 LOSE = (Kill(at_s=0.5, target="experts", which=0),)
 
 
 @pytest.mark.parametrize(
     ("target", "point", "after", "cause"),
     [
+        # Neighbours in this list are of different pools: one is replaced while the next one is lost.
         ("decode", "dispatch", 5, ()),
-        ("decode", "combine", 5, ()),
-        ("prefill", "combine", 1, ()),
         ("experts", "serve", 20, ()),
         ("prefill", "sampled", 1, ()),
-        ("decode", "sampled", 5, ()),
-        ("prefill", "handoff.send", 1, ()),
-        ("decode", "handoff.receive", 1, ()),
+        ("decode", "combine", 5, ()),
         ("experts", "prepare", 0, SHRINK),
-        ("decode", "adopt", 0, SHRINK),
+        ("prefill", "handoff.send", 1, ()),
+        ("decode", "sampled", 5, ()),
         ("experts", "retire", 0, SHRINK),
         ("prefill", "link", 0, GROW),
+        ("decode", "handoff.receive", 1, ()),
+        ("experts", "link", 0, JOIN),
+        ("prefill", "combine", 1, ()),
+        ("decode", "adopt", 0, SHRINK),
         # A second loss while the first one is dealt with.
         ("experts", "prepare", 0, LOSE),
         ("prefill", "adopt", 0, LOSE),

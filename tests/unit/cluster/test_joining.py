@@ -1,0 +1,84 @@
+"""Members that join, played: what becomes of it when somebody else is lost meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from cluster.members import Endpoint, Pool
+from cluster.membership import Membership
+from cluster.pools import Member
+from octet.errors import UnavailableError
+from octet.ids import WorkerId
+from tests.unit.cluster.played import PATIENT_S, PLAN, soon
+
+
+class Played:
+    """An actor that answers every call at once, but for those that it never answers."""
+
+    def __init__(self, worker_id: str, *, hangs_at: tuple[str, ...] = ()) -> None:
+        self.worker_id, self.hangs_at = WorkerId(worker_id), hangs_at
+        self.calls: list[str] = []
+        self.asked_in_vain = asyncio.Event()
+
+    def __getattr__(self, method: str) -> Any:
+        return _Method(lambda: self._answer(method))
+
+    async def _answer(self, method: str) -> Endpoint | None:
+        self.calls.append(method)
+        if method in self.hangs_at:
+            self.asked_in_vain.set()
+            await asyncio.Event().wait()
+        if method != "endpoint":
+            return None
+        return Endpoint(worker_id=self.worker_id, mailbox="tcp://h:1", store="h:2", node_id="n", pid=1)
+
+
+class _Method:
+    def __init__(self, answer: Callable[[], Awaitable[Any]]) -> None:
+        self._answer = answer
+
+    def remote(self, *args: object) -> Awaitable[Any]:
+        return self._answer()
+
+
+def member(pool: Pool, actor: Played) -> Member:
+    berth: Any = None
+    return Member(worker_id=actor.worker_id, pool=pool, actor=actor, berth=berth)
+
+
+async def serving(*members: Member) -> Membership:
+    membership = Membership(PLAN, {})
+    await membership.reach(members)
+    await membership.found(members)
+    return membership
+
+
+async def test_a_join_is_given_up_as_soon_as_somebody_else_is_lost() -> None:
+    prefill = Played("prefill-0", hangs_at=("send_to",))
+    membership = await serving(member("experts", Played("experts-0")), member("prefill", prefill))
+    newcomer = member("decode", Played("decode-0"))
+    await membership.reach([newcomer])
+    joining = asyncio.create_task(membership.enter([newcomer]))
+    await asyncio.wait_for(prefill.asked_in_vain.wait(), PATIENT_S)
+    membership.interrupt(WorkerId("experts-0"))
+    with pytest.raises(UnavailableError, match="lost meanwhile"):
+        await soon(joining)
+    assert newcomer.worker_id not in membership
+    assert "forget" in prefill.calls, "nothing joins the others to it"
+
+
+async def test_nobody_joins_before_a_loss_is_dealt_with() -> None:
+    prefill = member("prefill", Played("prefill-0"))
+    membership = await serving(member("experts", Played("experts-0")), prefill)
+    newcomer = member("decode", Played("decode-0"))
+    await membership.reach([newcomer])
+    membership.interrupt(WorkerId("prefill-0"))
+    with pytest.raises(UnavailableError):
+        await asyncio.wait_for(membership.enter([newcomer]), PATIENT_S)
+    await membership.leave([prefill])
+    await asyncio.wait_for(membership.enter([newcomer]), PATIENT_S)
+    assert newcomer.worker_id in membership
