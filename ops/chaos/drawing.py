@@ -76,8 +76,9 @@ def _draw_fault(draw: random.Random, at_s: float, services: Sequence[Target]) ->
         for_s=round(draw.uniform(0.05, longest_s), 2),
     )
     if point == "link":
-        # It takes somebody new.
-        return [armed, Scale(at_s=at_s, pool="experts", by=1)]
+        # It takes somebody new at the other end.
+        joined: PoolName = "decode" if target == "experts" else "experts"
+        return [armed, Scale(at_s=at_s, pool=joined, by=1)]
     # A change begins when the fault is there.
     return [armed, _draw_change(draw, round(at_s + 0.1, 2))] if changing else [armed]
 

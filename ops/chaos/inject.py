@@ -94,12 +94,12 @@ async def _victims(stage: Stage, event: Kill) -> Mapping[str, int]:
     """Pids by name."""
     if event.all and event.target in stage.sizes:
         return {name: await stage.pid(name) for name in await stage.members(event.target)}
-    name = await stage.name_of(event.target, event.which)
+    name = await stage.name_of(event.target, event.which, deadly=True)
     return {name: await stage.pid(name)}
 
 
 async def _stop(stage: Stage, event: Stop) -> Injected:
-    name = await stage.name_of(event.target, event.which)
+    name = await stage.name_of(event.target, event.which, deadly=False)
     pid = await stage.pid(name)
     at_s = time.time()
     signal_to(pid, signal.SIGSTOP)
@@ -121,7 +121,7 @@ async def _arm(stage: Stage, event: Arm, armed: asyncio.Event, over: asyncio.Eve
     """At the member that is meant; where it has nothing to do, at the others in turn."""
     fault = Fault(point=event.point, action=event.action, after=event.after, for_s=event.for_s)
     for turn in itertools.count(event.which):
-        name = await stage.name_of(event.target, turn)
+        name = await stage.name_of(event.target, turn, deadly=event.action == "kill")
         pid, armed_s = await stage.pid(name), time.time()
         await stage.arm(name, fault)
         armed.set()

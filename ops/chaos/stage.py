@@ -65,14 +65,17 @@ class Stage:
         found = [m.worker_id for p in status.pools if p.name == pool for m in p.members if _serves(m)]
         return sorted(found, key=lambda worker_id: int(worker_id.rpartition("-")[2]))
 
-    async def name_of(self, target: str, which: int) -> str:
-        """The actor that is meant: a service, or a member once its pool has another one beside it.
+    async def name_of(self, target: str, which: int, deadly: bool) -> str:
+        """The actor that is meant: a service, or a member.
+
+        Args:
+            deadly: wait until its pool has another member beside it, if it is meant to have one.
 
         Raises: UnavailableError if the pool does not fill in time.
         """
         if target in SERVICES:
             return SERVICES[target]
-        least = min(2, self.sizes[target])
+        least = min(2 if deadly else 1, self.sizes[target])
         deadline_s = time.monotonic() + _SETTLE_S
         while len(members := await self.members(target)) < least:
             if time.monotonic() > deadline_s:
