@@ -125,6 +125,15 @@ def decide(
     return decision, State(**states, redundancy=stabilizer)
 
 
+def give_up(state: State, pool: str) -> State:
+    """After an action that failed: the pool is as it was, and may get another target at once."""
+    if pool == REDUNDANCY:
+        return dataclasses.replace(state, redundancy=dataclasses.replace(state.redundancy, pending=None))
+    of_pool: PoolState = getattr(state, pool)
+    idle = dataclasses.replace(of_pool, stabilizer=dataclasses.replace(of_pool.stabilizer, pending=None))
+    return dataclasses.replace(state, **{pool: idle})
+
+
 def _consider(
     now_s: float, pool: Pool, signals: Signals, config: AutoscalerConfig, fleet: Fleet, state: PoolState
 ) -> tuple[tuple[int, str], Proposal, PoolState]:
@@ -137,7 +146,8 @@ def _consider(
     capacity = _learned(state.capacity, measured_capacity(mine, config.cold_start_s))
     demand = _demand(pool, signals, config, fleet, capacity)
     trend = observe(state.trend, now_s, demand.load) if mine.members else state.trend
-    ahead = forecast(trend, config.forecast_horizon_s) if trend is not None and mine.members else 0.0
+    looks_ahead = trend is not None and mine.members and config.forecast_horizon_s > 0
+    ahead = forecast(trend, config.forecast_horizon_s) if trend is not None and looks_ahead else 0.0
     wanted, reason = _wanted(current, demand, ahead, config, bounds, signals)
     if lapsed:
         reason = f"{lapsed}; {reason}"

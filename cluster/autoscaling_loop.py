@@ -9,7 +9,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
-from cluster.autoscaler import REDUNDANCY, Fleet, PoolDecision, State, decide
+from cluster.autoscaler import REDUNDANCY, Fleet, PoolDecision, State, decide, give_up
 from cluster.decision_log import DecisionLog
 from cluster.members import POOLS
 from cluster.signals import Signals
@@ -86,4 +86,5 @@ class AutoscalingLoop:
             outcome = str(error)
         if outcome != "done":
             _log.warning("%s: %d → %d: %s", one.pool, one.current, one.target, outcome)
+            self._state = give_up(self._state, one.pool)
         self.log.end(one.pool, one.target, outcome)

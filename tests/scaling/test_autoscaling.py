@@ -35,7 +35,11 @@ def test_a_burst_makes_the_decode_pool_grow_and_quiet_makes_it_shrink(
         with Traffic(cluster.address, answers, num_users=12) as traffic:
             wait_until(lambda: len(members(client.status(), "decode")) == 2, 90, "the decode pool grows")
             traffic.flow()
-        wait_until(lambda: len(members(client.status(), "decode")) == 1, 90, "the decode pool shrinks")
+        try:
+            wait_until(lambda: len(members(client.status(), "decode")) == 1, 90, "the decode pool shrinks")
+        finally:
+            # Shown where the test fails.
+            print(client.status().decisions, client.status().latest_decisions)
         status = client.status()
         sizes = [(d.pool, d.current, d.target, d.outcome) for d in status.decisions]
         assert sizes[0] == ("decode", 1, 2, "done")

@@ -134,6 +134,13 @@ def test_a_pool_follows_a_step_up_and_after_the_delay_back_down() -> None:
         assert sizes[6000][name] == 1
 
 
+def test_without_a_forecast_a_load_that_is_over_holds_nothing() -> None:
+    plant = Plant(scaling(), lambda now_s: 4.0 if now_s < 1000 else 0.1)
+    while plant.now_s < 1000 + EVERY_S:
+        plant.tick()
+    assert {of(plant.history[-1], name).wanted for name in POOLS} == {1}
+
+
 def test_a_growing_load_is_met_before_it_comes() -> None:
     """Members take 120 s to start while the load grows by one every 100 s."""
     behind = {}
