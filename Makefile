@@ -3,18 +3,25 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test chaos lint types format bench serve proto embedded clean
+.PHONY: demo test chaos lint types kernels coverage format bench serve proto embedded clean
 
-demo: $(VENV)/installed
-	$(BIN)/python -m ops.compile
+demo: $(VENV)/installed kernels
 	$(BIN)/octet demo
 
-test: $(VENV)/installed-test lint types
+# What needs one core runs beside another of its kind; clusters have both cores for themselves.
+test: $(VENV)/installed-test
+	$(MAKE) --jobs 2 --output-sync lint types kernels
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 tests/unit tests/numerics tests/gpu
+	$(BIN)/python -m pytest tests/cluster tests/scaling tests/chaos
+
+# Numba compiles once; afterwards every process finds the code in its cache.
+kernels: $(VENV)/installed
 	$(BIN)/python -m ops.compile
+
+coverage: $(VENV)/installed-test kernels
 	$(BIN)/python -m pytest --cov --cov-report=term
 
-chaos: $(VENV)/installed
-	$(BIN)/python -m ops.compile
+chaos: $(VENV)/installed kernels
 	$(BIN)/octet chaos run --seed 0 --count 200 --html chaos.html --json chaos.json
 
 lint: $(VENV)/installed-test

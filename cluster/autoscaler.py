@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from cluster.budget import fit
 from cluster.demand import Demand, decode_demand, expert_demand, measured_capacity, prefill_demand
@@ -131,7 +132,8 @@ def give_up(state: State, pool: str) -> State:
         return dataclasses.replace(state, redundancy=dataclasses.replace(state.redundancy, pending=None))
     of_pool: PoolState = getattr(state, pool)
     idle = dataclasses.replace(of_pool, stabilizer=dataclasses.replace(of_pool.stabilizer, pending=None))
-    return dataclasses.replace(state, **{pool: idle})
+    changed: dict[str, Any] = {pool: idle}
+    return dataclasses.replace(state, **changed)
 
 
 def _consider(

@@ -286,7 +286,8 @@ class AutoscalerConfig(_Node):
     look_back_period_s: float = pydantic.Field(30.0, gt=0)
     """What a decision looks at; at least `metrics_interval_s`."""
     forecast_horizon_s: float = pydantic.Field(180.0, ge=0)
-    """The trend of the load is followed this far ahead: about what a new member takes to start and load. 0: it is not."""
+    """The trend of the load is followed this far ahead: about what a new member takes to start and load. 0: not
+    at all."""
     cold_start_s: float = pydantic.Field(30.0, ge=0)
     """What a member reports in its first seconds is left out."""
     action_timeout_s: float = pydantic.Field(900.0, gt=0)

@@ -23,6 +23,8 @@ from octet.config import load_config
 from octet.v1 import octet_pb2 as pb
 
 Start = Callable[..., RunningCluster]
+GRACE_S = 3.0
+"""For so long the embedded model's frontend keeps a request whose client has gone."""
 # Transformers' classes are only partly typed.
 make_config: Any = Glm4MoeConfig
 make_model: Any = Glm4MoeForCausalLM
@@ -99,9 +101,8 @@ def reference(checkpoint: pathlib.Path) -> Reference:
     return Reference(make_model.from_pretrained(checkpoint, dtype=torch.float32).eval())
 
 
-@pytest.fixture(scope="module")
-def start(ray_session: None) -> Iterator[Start]:
-    """Starts clusters, each in a namespace of its own, and stops them after the module."""
+def _starting() -> Iterator[Start]:
+    """Starts clusters, each in a namespace of its own, and stops them in the end."""
     running: list[RunningCluster] = []
 
     def start_one(*overrides: str) -> RunningCluster:
@@ -116,9 +117,41 @@ def start(ray_session: None) -> Iterator[Start]:
 
 
 @pytest.fixture(scope="module")
-def embedded(start: Start) -> RunningCluster:
+def start(ray_session: None) -> Iterator[Start]:
+    """Starts clusters that only one module has a use for."""
+    yield from _starting()
+
+
+@pytest.fixture(scope="session")
+def start_shared(ray_session: None) -> Iterator[Start]:
+    """Starts the clusters below, which every test that does not ask for another leaves as it found them."""
+    yield from _starting()
+
+
+@pytest.fixture(scope="session")
+def embedded(start_shared: Start) -> RunningCluster:
     """The embedded model on one prefill worker, one decode worker and two shards."""
-    return start()
+    return start_shared(f"frontend.resume_grace_s={GRACE_S}")
+
+
+@pytest.fixture(scope="session")
+def paired(start_shared: Start) -> RunningCluster:
+    """The embedded model on two prefill workers and two decode workers, with few pages."""
+    sizes = ("pools.prefill.size=2", "pools.decode.size=2", "pools.experts.size=1")
+    return start_shared(*sizes, "kv.prefill_pages=300", "kv.decode_pages=300")
+
+
+@pytest.fixture(scope="session")
+def small(start_shared: Start, checkpoint: pathlib.Path) -> RunningCluster:
+    """The random checkpoint on pools of one."""
+    return start_shared(f"model.path={checkpoint}", "pools.experts.size=1", "prefill.chunk_tokens=96")
+
+
+@pytest.fixture(scope="session")
+def wide(start_shared: Start, checkpoint: pathlib.Path) -> RunningCluster:
+    """The random checkpoint on two prefill workers, two decode workers and three shards."""
+    sizes = ("pools.prefill.size=2", "pools.decode.size=2", "pools.experts.size=3")
+    return start_shared(f"model.path={checkpoint}", *sizes, "prefill.chunk_tokens=96")
 
 
 @pytest.fixture

@@ -8,14 +8,20 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import ray
 
+from cluster.launch import RunningCluster
 from octet.client import CallError, Client
 from octet.errors import CheckpointError, ConfigError, StartupError
 from tests.clusters import Start, at_baseline, wait_until
 
 
-def test_a_full_queue_sheds_with_resource_exhausted(start: Start) -> None:
-    cluster = start("frontend.max_requests=1", "pools.experts.size=1")
-    with Client(cluster.address, timeout_s=60) as client:
+@pytest.fixture(scope="module")
+def single(start: Start) -> RunningCluster:
+    """It takes one request at a time, until the last test has killed its frontend."""
+    return start("frontend.max_requests=1", "pools.experts.size=1")
+
+
+def test_a_full_queue_sheds_with_resource_exhausted(single: RunningCluster) -> None:
+    with Client(single.address, timeout_s=60) as client:
         stream = client.stream("first", max_new_tokens=4000, ignore_eos=True)
         next(stream)
         with pytest.raises(CallError, match=r"RESOURCE_EXHAUSTED.*max_requests"):
@@ -23,7 +29,13 @@ def test_a_full_queue_sheds_with_resource_exhausted(start: Start) -> None:
         stream.close()
         wait_until(lambda: at_baseline(client.status()), 5, "pages back to baseline")
         assert client.generate("third", max_new_tokens=2).usage.completion_tokens == 2
-    cluster.stop()
+
+
+def test_a_killed_frontend_fails_the_cluster(single: RunningCluster) -> None:
+    ray.kill(ray.get_actor("frontend-0", namespace=single.plan.config.ray.namespace))
+    wait_until(lambda: single.state()[0] == "FAILED", 15, "the controller sees the loss")
+    assert "frontend-0" in single.state()[1]
+    single.stop(drain=False)
 
 
 def test_a_shortage_of_pages_preempts_and_changes_no_token(start: Start) -> None:
@@ -45,14 +57,6 @@ def test_a_shortage_of_pages_preempts_and_changes_no_token(start: Start) -> None
     cluster.stop()
 
 
-def test_a_killed_frontend_fails_the_cluster(start: Start) -> None:
-    cluster = start("pools.experts.size=1")
-    ray.kill(ray.get_actor("frontend-0", namespace=cluster.plan.config.ray.namespace))
-    wait_until(lambda: cluster.state()[0] == "FAILED", 15, "the controller sees the loss")
-    assert "frontend-0" in cluster.state()[1]
-    cluster.stop(drain=False)
-
-
 def test_a_broken_checkpoint_is_refused_before_anything_starts(
     start: Start, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -61,12 +65,10 @@ def test_a_broken_checkpoint_is_refused_before_anything_starts(
         start(f"model.path={empty}")
 
 
-def test_a_port_that_is_taken_is_a_config_error(start: Start) -> None:
-    cluster = start("pools.experts.size=1")
-    port = cluster.address.rpartition(":")[2]
+def test_a_port_that_is_taken_is_a_config_error(start: Start, embedded: RunningCluster) -> None:
+    port = embedded.address.rpartition(":")[2]
     with pytest.raises(ConfigError, match=r"frontend\.port"):
         start(f"frontend.port={port}")
-    cluster.stop()
 
 
 def test_pools_that_ray_cannot_place_are_a_startup_error(start: Start) -> None:

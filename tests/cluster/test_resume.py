@@ -13,16 +13,10 @@ from cluster.launch import RunningCluster
 from octet.client import AsyncClient, CallError, Client
 from octet.v1 import octet_pb2 as pb
 from octet.v1 import octet_pb2_grpc as rpc
-from tests.clusters import Start, at_baseline, wait_until
+from tests.clusters import GRACE_S, at_baseline, wait_until
 from tests.unit.cluster.proxy import proxy
 
 NUM_TOKENS = 120
-GRACE_S = 3.0
-
-
-@pytest.fixture(scope="module")
-def embedded(start: Start) -> RunningCluster:
-    return start(f"frontend.resume_grace_s={GRACE_S}")
 
 
 @pytest.fixture(autouse=True)

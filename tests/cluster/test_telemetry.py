@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 
+from cluster.launch import RunningCluster
 from octet.client import Client
 from octet.v1 import octet_pb2 as pb
 from router.trace.files import read_trace
@@ -21,9 +22,14 @@ STREAMS, PROMPT_TOKENS, NEW_TOKENS = 4, 40, 12
 
 
 @pytest.fixture(scope="module")
-def status(start: Start) -> pb.GetStatusResponse:
-    """Of a cluster of one prefill worker, one decode worker and three shards, after it has answered some requests."""
-    cluster = start("pools.experts.size=3", "prefill.prefix_cache=false", "telemetry.step_s=0.5")
+def cluster(start: Start) -> RunningCluster:
+    """One prefill worker, one decode worker and three shards."""
+    return start("pools.experts.size=3", "prefill.prefix_cache=false", "telemetry.step_s=0.5")
+
+
+@pytest.fixture(scope="module")
+def status(cluster: RunningCluster) -> pb.GetStatusResponse:
+    """After it has answered some requests, and nothing else."""
     with Client(cluster.address, timeout_s=60) as client:
         vocab_size = client.model_info().vocab_size
         for _ in range(STREAMS):
@@ -87,8 +93,9 @@ def test_attention_workers_tell_what_they_computed_and_how_they_waited(status: p
     assert prefill.rows_per_s / decode.rows_per_s == pytest.approx(expected, rel=0.2)
 
 
-def test_a_recording_has_every_token_of_its_time(start: Start, tmp_path: pathlib.Path) -> None:
-    cluster = start("prefill.prefix_cache=false")
+def test_a_recording_has_every_token_of_its_time(
+    cluster: RunningCluster, status: pb.GetStatusResponse, tmp_path: pathlib.Path
+) -> None:
     file = tmp_path / "trace.npz"
     octet, where = str(pathlib.Path(sys.executable).parent / "octet"), ["--grpc", cluster.address]
     command = [octet, "experts", "record", str(file), *where, "--seconds", "600", "--step", "0.5"]
@@ -108,4 +115,4 @@ def test_a_recording_has_every_token_of_its_time(start: Start, tmp_path: pathlib
     loads_LE = np.sum([window.loads_LE for window in trace.windows], axis=0)
     assert loads_LE.sum(1).tolist() == [TOP_K * (3 + 7)] * len(trace.header.layers)
     assert sum(window.tokens for window in trace.windows) == 3 + 7
-    assert trace.windows[-1].members.keys() == {"prefill-0", "decode-0", "experts-0", "experts-1"}
+    assert trace.windows[-1].members.keys() == {"prefill-0", "decode-0", "experts-0", "experts-1", "experts-2"}

@@ -20,13 +20,8 @@ from tests.clusters import Start, Traffic, at_baseline, members, settled, wait_u
 Answers = Mapping[tuple[int, ...], Sequence[int]]
 
 
-@pytest.fixture(scope="module")
-def cluster(start: Start, checkpoint: pathlib.Path) -> RunningCluster:
-    return start(f"model.path={checkpoint}", "pools.experts.size=1")
-
-
-def test_the_expert_pool_grows_to_four_shards_and_back(cluster: RunningCluster, answers: Answers) -> None:
-    with Client(cluster.address, timeout_s=120) as client, Traffic(cluster.address, answers, num_users=4) as traffic:
+def test_the_expert_pool_grows_to_four_shards_and_back(small: RunningCluster, answers: Answers) -> None:
+    with Client(small.address, timeout_s=120) as client, Traffic(small.address, answers, num_users=4) as traffic:
         traffic.flow()
         for size in (2, 4, 3, 1):
             before = client.status()
@@ -39,12 +34,12 @@ def test_the_expert_pool_grows_to_four_shards_and_back(cluster: RunningCluster, 
             # Sixteen experts on two layers, each exactly once.
             assert sum(shard.num_held for shard in shards.values()) == 32
             traffic.flow()
-    assert client_baseline(cluster)
+    assert client_baseline(small)
 
 
 @pytest.mark.parametrize("pool", ["prefill", "decode"])
-def test_an_attention_pool_grows_and_shrinks(cluster: RunningCluster, answers: Answers, pool: str) -> None:
-    with Client(cluster.address, timeout_s=120) as client, Traffic(cluster.address, answers, num_users=6) as traffic:
+def test_an_attention_pool_grows_and_shrinks(small: RunningCluster, answers: Answers, pool: str) -> None:
+    with Client(small.address, timeout_s=120) as client, Traffic(small.address, answers, num_users=6) as traffic:
         traffic.flow()
         first = set(members(client.status(), pool))
         client.scale(**{pool: 2})
@@ -53,14 +48,14 @@ def test_an_attention_pool_grows_and_shrinks(cluster: RunningCluster, answers: A
         client.scale(**{pool: 1})
         assert set(members(client.status(), pool)) == first
         traffic.flow()
-    assert client_baseline(cluster)
+    assert client_baseline(small)
 
 
-def test_a_decode_worker_that_leaves_hands_its_running_sequences_over(start: Start, checkpoint: pathlib.Path) -> None:
-    cluster = start(f"model.path={checkpoint}", "pools.experts.size=1", "pools.decode.size=2")
+def test_a_decode_worker_that_leaves_hands_its_running_sequences_over(small: RunningCluster) -> None:
     prompts = [[random.randrange(3, 512) for _ in range(random.randint(5, 40))] for _ in range(6)]
     options: dict[str, Any] = {"max_new_tokens": 400, "ignore_eos": True}
-    with Client(cluster.address, timeout_s=120) as client:
+    with Client(small.address, timeout_s=120) as client:
+        client.scale(decode=2)
         expected = [list(client.generate(prompt, **options).choices[0].token_ids) for prompt in prompts]
         before = computed_tokens(client)
         with ThreadPoolExecutor(len(prompts)) as pool:
@@ -72,7 +67,6 @@ def test_a_decode_worker_that_leaves_hands_its_running_sequences_over(start: Sta
         # Every prompt was computed once: nothing that was generated had to be computed again.
         assert computed_tokens(client) - before == sum(map(len, prompts))
         wait_until(lambda: at_baseline(client.status()), 30, "pages back to baseline")
-    cluster.stop(drain=False)
 
 
 def running(client: Client) -> list[int]:
@@ -94,9 +88,9 @@ def computed_tokens(client: Client) -> int:
     ],
 )
 def test_a_size_that_cannot_be_is_refused_with_the_reason(
-    cluster: RunningCluster, sizes: dict[str, int], reason: str
+    small: RunningCluster, sizes: dict[str, int], reason: str
 ) -> None:
-    with Client(cluster.address, timeout_s=60) as client:
+    with Client(small.address, timeout_s=60) as client:
         before = client.status()
         with pytest.raises(CallError, match=reason) as refused:
             client.scale(**sizes)
@@ -104,14 +98,14 @@ def test_a_size_that_cannot_be_is_refused_with_the_reason(
         assert client.status().epoch == before.epoch
 
 
-def test_a_pool_of_another_name_is_a_bad_request(cluster: RunningCluster) -> None:
-    with Client(cluster.address, timeout_s=60) as client, pytest.raises(CallError, match=r"sizes\.pool") as refused:
+def test_a_pool_of_another_name_is_a_bad_request(small: RunningCluster) -> None:
+    with Client(small.address, timeout_s=60) as client, pytest.raises(CallError, match=r"sizes\.pool") as refused:
         client.scale(routers=2)
     assert refused.value.code == grpc.StatusCode.INVALID_ARGUMENT
 
 
-def client_baseline(cluster: RunningCluster) -> bool:
-    with Client(cluster.address, timeout_s=60) as client:
+def client_baseline(small: RunningCluster) -> bool:
+    with Client(small.address, timeout_s=60) as client:
         wait_until(lambda: at_baseline(client.status()), 30, "pages back to baseline")
     return True
 

@@ -64,7 +64,7 @@ def build(environment: Environment, env_dir: pathlib.Path) -> pathlib.Path:
     with (home.parent / f"{environment.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (home / _DONE).exists():
-            _run(environment, [sys.executable, "-m", "venv", "--clear", str(home)])
+            _run(environment, [sys.executable, "-m", "venv", "--clear", "--without-pip", str(home)])
             _install(environment, python, environment.requirements)
             if environment.alone:
                 _install_alone(environment, python)
@@ -74,7 +74,7 @@ def build(environment: Environment, env_dir: pathlib.Path) -> pathlib.Path:
 
 def _install_alone(environment: Environment, python: pathlib.Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        pip = [str(python), "-m", "pip"]
+        pip = _pip(python)
         _run(environment, [*pip, "download", "--no-deps", "--only-binary=:all:", "-d", scratch, environment.alone])
         (wheel,) = pathlib.Path(scratch).glob("*.whl")
         _install(environment, python, needs(wheel, environment.left_out))
@@ -95,7 +95,12 @@ def _install(environment: Environment, python: pathlib.Path, requirements: Seque
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write("\n".join(requirements))
         file.flush()
-        _run(environment, [str(python), "-m", "pip", "install", "-r", file.name])
+        _run(environment, [*_pip(python), "install", "-r", file.name])
+
+
+def _pip(python: pathlib.Path) -> list[str]:
+    """Our own installs into the other environment, which needs none then."""
+    return [sys.executable, "-m", "pip", "--python", str(python)]
 
 
 def _run(environment: Environment, command: Sequence[str]) -> None:

@@ -156,7 +156,7 @@ def test_a_growing_load_is_met_before_it_comes() -> None:
     assert behind[180.0] < 0.8 * behind[0.0]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     level=st.floats(0.2, 20),
     noise=st.floats(0, 0.3),
