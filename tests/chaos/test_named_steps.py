@@ -46,6 +46,7 @@ def test_a_process_may_die_at_a_named_step(
     assert struck.fired, struck.note
 
 
+@pytest.mark.timeout(600)
 def test_twenty_random_schedules_violate_nothing_and_leave_the_cluster_as_it_was(chaos: Chaos) -> None:
     verdicts = chaos.run_all([draw_schedule(seed, duration_s=1.0, num_faults=1) for seed in range(20)])
     assert [(v.schedule.name, v.violations) for v in verdicts if v.violations] == []
