@@ -9,9 +9,8 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
-from cluster.autoscaler import REDUNDANCY, Fleet, PoolDecision, State, decide, give_up
+from cluster.autoscaler import Fleet, PoolDecision, State, decide, give_up
 from cluster.decision_log import DecisionLog
-from cluster.members import POOLS
 from cluster.signals import Signals
 from octet.config import AutoscalerConfig
 from octet.errors import OctetError
@@ -21,8 +20,6 @@ _log = logging.getLogger(__name__)
 Observe = Callable[[], Awaitable[Signals]]
 Act = Callable[[PoolDecision], Awaitable[None]]
 """Carries a decision about one pool out. Raises: OctetError, if it was refused or rolled back."""
-WantNodes = Callable[[dict[str, int]], Awaitable[None]]
-"""Told the size of every pool that nodes have to be there for."""
 
 
 class AutoscalingLoop:
@@ -34,11 +31,10 @@ class AutoscalingLoop:
         fleet: Fleet,
         observe: Observe,
         act: Act,
-        want_nodes: WantNodes | None = None,
         clock: Callable[[], float] | None = None,
     ) -> None:
         self._config, self._fleet = config, fleet
-        self._observe, self._act, self._want_nodes = observe, act, want_nodes
+        self._observe, self._act = observe, act
         self._clock = clock or asyncio.get_running_loop().time
         self._state = State()
         self._actions: set[asyncio.Task[None]] = set()
@@ -63,23 +59,17 @@ class AutoscalingLoop:
             return
         decision, self._state = decide(self._clock(), signals, self._config, self._fleet, self._state)
         self.log.add(decision)
-        sizes = {str(one.pool): max(one.current, one.target) for one in decision.pools if one.pool in POOLS}
         for one in decision.actions:
             _log.info("%s: %d → %d: %s", one.pool, one.current, one.target, one.reason)
-            task = asyncio.get_running_loop().create_task(self._carry_out(one, sizes))
+            task = asyncio.get_running_loop().create_task(self._carry_out(one))
             self._actions.add(task)
             task.add_done_callback(self._actions.discard)
 
-    async def _carry_out(self, one: PoolDecision, sizes: dict[str, int]) -> None:
-        """Nodes are asked for before members need them, and given back after members have left."""
+    async def _carry_out(self, one: PoolDecision) -> None:
         outcome = "done"
         try:
             async with asyncio.timeout(self._config.action_timeout_s):
-                if self._want_nodes is not None and one.pool != REDUNDANCY and one.target > one.current:
-                    await self._want_nodes(sizes)
                 await self._act(one)
-                if self._want_nodes is not None and one.target < one.current and one.pool != REDUNDANCY:
-                    await self._want_nodes({**sizes, one.pool: one.target})
         except TimeoutError:
             outcome = f"not complete after {self._config.action_timeout_s:g} s"
         except OctetError as error:

@@ -6,27 +6,23 @@ One at a time; each is on record with its reason and outcome. What is asked for 
 from __future__ import annotations
 
 import asyncio
-import collections
 import contextlib
-import logging
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from cluster.change_record import ChangeRecord
+from cluster.change_log import ChangeLog
 from cluster.members import MemberStatus, Pool
 from cluster.membership import Membership
 from cluster.plan import ServingPlan
 from cluster.pools import Member, Pools, call
+from cluster.preparation import Preparation
 from cluster.standby import Standby
 from octet.errors import ConfigError, OctetError
 from octet.ids import Epoch, WorkerId
 from router.proposal import Proposal
 from router.transition import Transition
 
-_log = logging.getLogger(__name__)
-
-_RECORDS = 100
 _PROPOSE_S = 60.0
 _ANSWER_S = 10.0
 _STOP_S = 10.0
@@ -52,28 +48,22 @@ class Changes:
         self._on_members = on_members
         self._plan, self._pools, self._membership = plan, pools, membership
         self._standby = Standby(plan, pools, membership)
+        self._preparation = Preparation(pools, self._standby)
         self._frontend, self._router = frontend, router
-        self._one_at_a_time = asyncio.Lock()
         self._draining: set[WorkerId] = set()
-        self._records: collections.deque[ChangeRecord] = collections.deque(maxlen=_RECORDS)
-        self.under_way = ""
+        self._joining: set[asyncio.Task[None]] = set()
+        self.log = ChangeLog()
         self.num_redundant = plan.config.pools.experts.redundant_experts
         """Slots per layer beyond one for each expert, over all shards."""
-        self._starting: collections.Counter[Pool] = collections.Counter()
 
     @property
     def standby(self) -> Standby:
         return self._standby
 
     @property
-    def records(self) -> tuple[ChangeRecord, ...]:
-        """The last ones, oldest first."""
-        return tuple(self._records)
-
-    @property
     def starting(self) -> Mapping[Pool, int]:
         """Members on their way in, by pool."""
-        return dict(self._starting)
+        return self._preparation.starting
 
     @property
     def draining(self) -> frozenset[WorkerId]:
@@ -104,7 +94,7 @@ class Changes:
         proposal = await self._propose(self._membership.routing.epoch)
         if not proposal.transition.fills or proposal.relative_gain < min_gain:
             return proposal
-        async with self._recorded("rebalance", reason) as record:
+        async with self.log.change("rebalance", reason) as record:
             proposals: list[Proposal] = []
 
             async def propose(epoch: Epoch) -> Transition:
@@ -117,7 +107,10 @@ class Changes:
             return proposals[0]
 
     async def scale(self, pool: Pool, size: int, reason: str) -> None:
-        """Bring a pool to this many members. Raises: OctetError, and then it is as it was."""
+        """Bring a pool to this many members; what was asked of it before, and waits for processes, is given up.
+
+        Raises: OctetError, and then it is as it was.
+        """
         num_experts = self._plan.model.n_routed_experts
         if size < 1:
             raise ConfigError(f"pools.{pool}.size", size, "at least 1")
@@ -125,17 +118,39 @@ class Changes:
             raise ConfigError("pools.experts.size", size, f"at most the model's {num_experts} experts")
         if pool == "experts" and self._plan.device != "cpu":
             raise ConfigError("pools.experts.size", "a change while serving", "the size at the start, on GPUs")
-        missing = size - len(self._membership.pool(pool))
-        if missing == 0 and not self._one_at_a_time.locked():
-            return
-        # Processes start beside whatever else is going on; only their joining is a change.
-        begun_s = time.monotonic()
-        self._starting[pool] += max(0, missing)
-        try:
-            ready = await self._ready_members(pool, missing) if missing > 0 else []
-        finally:
-            self._starting[pool] -= max(0, missing)
-        async with self._recorded("scale", reason) as record:
+        self._preparation.give_up(pool)
+        if size != len(self._membership.pool(pool)) or self.log.busy:
+            await self._resize(pool, size, reason, shrinks=True)
+        if len(self._membership.pool(pool)) < size:
+            # What was under way has made it smaller.
+            await self._resize(pool, size, reason, shrinks=True)
+
+    async def replenish(self, pool: Pool, size: int, reason: str) -> None:
+        """Let a pool have at least this many members, beside whatever it was asked for. Raises: OctetError."""
+        if len(self._membership.pool(pool)) < size:
+            await self._resize(pool, size, reason, shrinks=False)
+
+    async def _resize(self, pool: Pool, size: int, reason: str, shrinks: bool) -> None:
+        """Processes start beside whatever else is going on; only their joining is a change.
+
+        Until they join it can be cancelled, and nothing is left of it.
+        """
+        begun_s, before = time.monotonic(), len(self._membership.pool(pool))
+        ready: list[Member] = []
+        if size > before:
+            async with self.log.attempt("scale", reason, only_failure=True) as failure:
+                failure.append(f"{pool}: {before} → {size}")
+                ready = await self._preparation.members(pool, size - before)
+        joining = asyncio.create_task(self._join(pool, size, reason, shrinks, ready, begun_s))
+        self._joining.add(joining)
+        joining.add_done_callback(self._joining.discard)
+        await asyncio.shield(joining)
+
+    async def _join(
+        self, pool: Pool, size: int, reason: str, shrinks: bool, ready: Sequence[Member], begun_s: float
+    ) -> None:
+        """Let members in or out; all parts have deadlines."""
+        async with self.log.change("scale", reason) as record:
             members = self._membership.pool(pool)
             record.append(f"{pool}: {len(members)} → {size}")
             joining, surplus = ready[: max(0, size - len(members))], ready[max(0, size - len(members)) :]
@@ -145,7 +160,7 @@ class Changes:
             if joining:
                 record.append(f"processes were ready after {time.monotonic() - begun_s:.1f} s")
                 await self._grow(pool, joining)
-            elif size < len(members):
+            elif shrinks and size < len(members):
                 await self._shrink(pool, members[size:])
 
     def interrupt(self, worker_id: WorkerId) -> None:
@@ -155,7 +170,7 @@ class Changes:
     async def recover(self, lost: Mapping[WorkerId, str]) -> None:
         """Go on without these members. Raises: OctetError if that is not possible yet."""
         reason = "; ".join(f"{worker_id}: {why}" for worker_id, why in lost.items())
-        async with self._recorded("recovery", reason) as record:
+        async with self.log.change("recovery", reason) as record:
             members = [member for member in self._membership.all() if member.worker_id in lost]
             for member in members:
                 # Whatever it still does, it does no more.
@@ -186,16 +201,6 @@ class Changes:
         self._on_members(self._membership.all())
         actors = {member.worker_id: member.actor for member in self._membership.all()}
         await call("the router", self._router.watch.remote(self._membership.routing, actors), _ANSWER_S)
-
-    async def _ready_members(self, pool: Pool, count: int) -> list[Member]:
-        """Loaded, from those on standby and new ones. Raises: OctetError."""
-        taken = await self._standby.take(pool, count)
-        try:
-            return taken + (await self._standby.start(pool, count - len(taken)) if len(taken) < count else [])
-        except BaseException:
-            for member in taken:
-                self._pools.end(member)
-            raise
 
     async def _grow(self, pool: Pool, members: Sequence[Member]) -> None:
         try:
@@ -254,7 +259,7 @@ class Changes:
         survivors = [shard for shard in self._membership.routing.shards if shard not in shards]
         joining: list[Member] = []
         if not survivors:
-            joining = await self._ready_members("experts", len(shards))
+            joining = await self._preparation.unless_stopped("experts", len(shards))
         try:
             await self._reroute(joining=joining, leaving=shards, lost=shards)
         except BaseException:
@@ -286,29 +291,3 @@ class Changes:
             self._membership.routing, epoch, self.num_redundant, tuple(joining), tuple(leaving), tuple(lost)
         )
         return await call("the router", proposed, _PROPOSE_S)
-
-    @contextlib.asynccontextmanager
-    async def _recorded(self, kind: str, reason: str) -> AsyncIterator[list[str]]:
-        """One change at a time; what is appended becomes its outcome."""
-        async with self._one_at_a_time:
-            at_s, begun_s, outcome = time.time(), time.monotonic(), list[str]()
-            self.under_way = kind
-            succeeded = False
-            try:
-                yield outcome
-                succeeded = True
-            except OctetError as error:
-                outcome.append(str(error))
-                raise
-            finally:
-                self.under_way = ""
-                record = ChangeRecord(
-                    at_s=at_s,
-                    duration_s=time.monotonic() - begun_s,
-                    kind=kind,
-                    reason=reason,
-                    outcome="; ".join(outcome),
-                    succeeded=succeeded,
-                )
-                self._records.append(record)
-                _log.log(logging.INFO if succeeded else logging.WARNING, "%s", record)

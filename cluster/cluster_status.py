@@ -26,6 +26,8 @@ class ClusterStatus:
     """The last ones, oldest first."""
     under_way: str
     """The change that is being carried out, if one is."""
+    waiting_for: str
+    """What Ray has no room for yet, if there is such a thing."""
     decisions: DecisionLog | None
     """The autoscaler's, if there is one."""
     decisions_s: float

@@ -22,6 +22,7 @@ from cluster.plan import ServingPlan
 from cluster.pool_actors import node_id
 from cluster.pool_scaler import PoolScaler
 from cluster.pools import TASK_EVENTS, Member, Pools, call, call_all
+from cluster.recovery import Recovery
 from cluster.router_actor import Router
 from cluster.watch import Watch
 from octet import faults
@@ -35,8 +36,6 @@ _log = logging.getLogger(__name__)
 FRONTEND = WorkerId("frontend-0")
 _ANSWER_S = 10.0
 _STOP_S = 10.0
-_RETRY_S = 1.0
-"""Between two attempts to replace what was lost."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,8 +75,7 @@ class Controller(FaultPoints):
         self._membership: Membership | None = None
         self._changes: Changes | None = None
         self._watch: Watch | None = None
-        self._lost: dict[WorkerId, str] = {}
-        """Members that still have to be done without, and why."""
+        self._recovery: Recovery | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._decisions: DecisionLog | None = None
         self._port = 0
@@ -108,9 +106,10 @@ class Controller(FaultPoints):
         self._membership = Membership(plan, {FRONTEND: frontend_mailbox})
         self._watch = Watch(plan.config.health, 2 * plan.config.lane.recovery_s, self._on_lost)
         self._changes = Changes(plan, self._pools, self._membership, self._frontend, self._router, self._watch.set)
+        self._recovery = Recovery(self._changes, self._short)
         self._phase = "waiting for Ray to place the pools"
         for pool in POOLS:
-            self._starting += await self._pools.start(pool, self._sizes[pool])
+            self._starting += await self._pools.start(pool, self._sizes[pool], together=self._together(pool))
         self._phase = "starting the pools' processes"
         await self._membership.reach(self._starting)
         self._phase = "loading weights"
@@ -178,8 +177,9 @@ class Controller(FaultPoints):
             telemetry=await self._telemetry(window_s),
             epoch=routing.epoch,
             placement_version=routing.placement.version,
-            changes=self._changes.records if self._changes is not None else (),
-            under_way=self._changes.under_way if self._changes is not None else "",
+            changes=self._changes.log.records if self._changes is not None else (),
+            under_way=self._changes.log.under_way if self._changes is not None else "",
+            waiting_for=self._pools.waiting_for if self._pools is not None else "",
             decisions=self._decisions,
             decisions_s=asyncio.get_running_loop().time(),
         )
@@ -192,12 +192,16 @@ class Controller(FaultPoints):
         """Bring pools to these sizes, one after the other. Raises: OctetError."""
         changes = self._ready()
         for pool, size in sizes.items():
-            before, self._sizes[pool] = self._sizes[pool], size
+            before = self._sizes[pool]
+            # What is lost is made up for to the smaller of the two until it is done.
+            self._sizes[pool] = min(before, size)
             try:
                 await changes.scale(pool, size, reason)
             except BaseException:
-                self._sizes[pool] = before
+                if self._sizes[pool] == min(before, size):
+                    self._sizes[pool] = before
                 raise
+            self._sizes[pool] = size
         self._spawn(changes.standby.fill())
 
     async def _scale_one(self, pool: Pool, size: int, reason: str) -> None:
@@ -280,35 +284,28 @@ class Controller(FaultPoints):
         _log.error("%s is lost: %s", worker_id, reason)
         if self._state not in ("READY", "DEGRADED"):
             return
-        self._lost[worker_id] = reason
+        assert self._recovery is not None
+        self._recovery.add(worker_id, reason)
         self._ready().interrupt(worker_id)
         if self._state == "READY":
-            self._spawn(self._recover())
-        self._state, self._reason = "DEGRADED", "; ".join(f"{w}: {why}" for w, why in self._lost.items())
+            self._spawn(self._recover(self._recovery))
+        self._state, self._reason = "DEGRADED", self._recovery.reason
 
-    async def _recover(self) -> None:
-        """Go on without what is lost, then replace it; as often as it takes, and with what is lost meanwhile."""
-        changes, replaced = self._ready(), ", ".join(self._lost)
-        while self._state == "DEGRADED" and (self._lost or not self._complete()):
-            lost = dict(self._lost)
-            try:
-                if lost:
-                    replaced = ", ".join(sorted(lost))
-                    await changes.recover(lost)
-                    self._lost = {worker_id: why for worker_id, why in self._lost.items() if worker_id not in lost}
-                else:
-                    for pool, size in self._sizes.items():
-                        await changes.scale(pool, size, f"to replace {replaced}")
-            except OctetError as error:
-                _log.warning("no recovery yet: %s", error)
-                await asyncio.sleep(_RETRY_S)
+    async def _recover(self, recovery: Recovery) -> None:
+        await recovery.run()
         if self._state == "DEGRADED":
             self._state, self._reason = "READY", ""
-        await changes.standby.fill()
+        await self._ready().standby.fill()
 
-    def _complete(self) -> bool:
+    def _short(self) -> dict[Pool, int]:
+        """The sizes of the pools that have fewer members."""
         assert self._membership is not None
-        return all(len(self._membership.pool(pool)) == size for pool, size in self._sizes.items())
+        return {pool: size for pool, size in self._sizes.items() if len(self._membership.pool(pool)) < size}
+
+    def _together(self, pool: Pool) -> int:
+        """Members that the autoscaler never takes away again, and that may therefore share a placement group."""
+        scaler = self._plan.config.autoscaler
+        return getattr(scaler, pool).min_replicas if scaler.enabled else self._sizes[pool]
 
     async def _control(self) -> None:
         """Observe what no member's death tells: the services, and how level the load of the experts is."""

@@ -50,6 +50,7 @@ class ControllerOperations:
             uptime_s=time.monotonic() - self._started_s,
             changes=map(_change, status.changes),
             change_under_way=status.under_way,
+            waiting_for=status.waiting_for,
         )
         if status.telemetry is not None:
             add_telemetry(answer, status.telemetry)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any, cast
@@ -15,7 +14,6 @@ from cluster.membership import Membership
 from cluster.observe import observe
 from cluster.plan import ServingPlan
 from cluster.pools import call
-from cluster.ray_nodes import want_nodes
 from cluster.request_meter import RequestLoad
 from cluster.signals import Prospect, Signals
 from router.telemetry_window import TelemetryWindow
@@ -49,9 +47,7 @@ class PoolScaler:
             gpus_per_member={pool: getattr(config.pools, pool).num_gpus or 1 for pool in POOLS},
             max_batch=config.decode.max_batch,
         )
-        # Only a Ray cluster that was there before can have an autoscaler of nodes.
-        nodes = functools.partial(want_nodes, config.pools) if config.ray.address is not None else None
-        self.loop = AutoscalingLoop(config.autoscaler, fleet, self._observe, self._act, nodes)
+        self.loop = AutoscalingLoop(config.autoscaler, fleet, self._observe, self._act)
 
     async def _observe(self) -> Signals:
         """Raises: OctetError if the router service or the frontend does not answer."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import dataclasses
 import itertools
 import logging
@@ -27,6 +28,8 @@ TASK_EVENTS = False
 """Ray's GCS would keep an event of every call, of which the watch makes several a second."""
 _CONCURRENCY = 64
 """A member connects to all others at once, and is asked for its status meanwhile."""
+_WAIT_S = 1.0
+"""How long a thread waits for Ray at a time: as long it may go on after nobody wants the group any more."""
 _CLASSES: dict[Pool, type] = {"prefill": PrefillWorker, "decode": DecodeWorker, "experts": ExpertShard}
 
 
@@ -58,19 +61,37 @@ class Pools:
         """Bundles in use."""
         self._free: dict[Pool, list[Berth]] = {pool: [] for pool in POOLS}
         self._ended: set[WorkerId] = set()
-        self.waiting_for = ""
-        """What Ray was asked to place, as long as it has not."""
+        self._waiting: collections.Counter[Pool] = collections.Counter()
 
-    async def start(self, pool: Pool, count: int, timeout_s: float | None = None) -> list[Member]:
+    @property
+    def waiting_for(self) -> str:
+        """What Ray was asked to place, as long as it has not; nothing if empty."""
+        wanted = [
+            f"{count} × {_bundle(self._config(pool))} for the {pool} pool"
+            for pool, count in self._waiting.items()
+            if count
+        ]
+        return ", ".join(wanted)
+
+    async def start(self, pool: Pool, count: int, timeout_s: float | None = None, together: int = 0) -> list[Member]:
         """Reserve bundles for so many members, all or none, and start an actor in each.
 
-        Raises: StartupError if Ray does not place them in time.
+        Where there is no room, the placement groups are pending, which an autoscaler of Ray's takes for demand: it
+        adds nodes if it can.
+
+        Args:
+            together: so many of them share a placement group, laid out by the pool's strategy. The others have one
+                each, which is gone as soon as they are, so that Ray can give their nodes back; but with a strict
+                strategy, which is a matter of groups.
+
+        Raises: StartupError if Ray does not place them in time, and then nothing is reserved.
         """
         try:
             async with asyncio.timeout(timeout_s):
-                berths = await self._reserve(pool, count)
+                berths = await self._reserve(pool, count, together)
         except TimeoutError:
-            raise StartupError(f"Ray had no room within {timeout_s} s for {self.waiting_for}") from None
+            wanted = f"{count} × {_bundle(self._config(pool))} for the {pool} pool"
+            raise StartupError(f"no node had room within {timeout_s:g} s, and none came, for {wanted}") from None
         return [self._start_in(berth, pool) for berth in berths]
 
     def end(self, member: Member) -> None:
@@ -94,26 +115,31 @@ class Pools:
             remove_placement_group(group)
         self._groups.clear()
 
-    async def _reserve(self, pool: Pool, count: int) -> list[Berth]:
-        """Bundles that members left behind, then a group of new ones."""
+    async def _reserve(self, pool: Pool, count: int, together: int) -> list[Berth]:
+        """Bundles that members left behind, then new ones."""
         free = self._free[pool]
         berths = [free.pop() for _ in range(min(count, len(free)))]
-        if missing := count - len(berths):
-            config = self._config(pool)
-            wanted = {"CPU": config.num_cpus, "GPU": config.num_gpus, **config.resources}
-            # A bundle may not be empty; this much of a CPU is Ray's smallest share.
-            bundle = {name: amount for name, amount in wanted.items() if amount > 0} or {"CPU": 0.0001}
-            group = placement_group([bundle] * missing, strategy=config.strategy)
-            self.waiting_for = f"{missing} × {bundle} for the {pool} pool"
-            try:
-                await group.ready()
-            except BaseException:
+        missing = count - len(berths)
+        config = self._config(pool)
+        bundle = _bundle(config)
+        sizes = group_sizes(missing, missing if config.strategy.startswith("STRICT") else together)
+        groups = [placement_group([bundle] * size, strategy=config.strategy) for size in sizes]
+        self._waiting[pool] += missing
+        try:
+            for group in groups:
+                # `ready()` would start a process to find out.
+                while not await asyncio.to_thread(group.wait, _WAIT_S):
+                    pass
+        except BaseException:
+            for group in groups:
                 remove_placement_group(group)
-                free += berths
-                raise
-            self.waiting_for = ""
+            free += berths
+            raise
+        finally:
+            self._waiting[pool] -= missing
+        for group, size in zip(groups, sizes, strict=True):
             self._groups[group] = 0
-            berths += [Berth(group, index) for index in range(missing)]
+            berths += [Berth(group, index) for index in range(size)]
         for berth in berths:
             self._groups[berth.group] += 1
         return berths
@@ -139,6 +165,18 @@ class Pools:
     def _config(self, pool: Pool) -> PoolConfig:
         config: PoolConfig = getattr(self._plan.config.pools, pool)
         return config
+
+
+def group_sizes(count: int, together: int) -> list[int]:
+    """Of the placement groups for so many members, of which so many share one."""
+    first = min(count, together)
+    return [size for size in (first, *[1] * (count - first)) if size]
+
+
+def _bundle(config: PoolConfig) -> dict[str, float]:
+    """What a member holds of its node. Ray takes no empty bundle: this much of a CPU is its smallest share."""
+    wanted = {"CPU": config.num_cpus, "GPU": config.num_gpus, **config.resources}
+    return {name: amount for name, amount in wanted.items() if amount > 0} or {"CPU": 0.0001}
 
 
 async def call_all(calls: Sequence[tuple[Member, Awaitable[_T]]], timeout_s: float) -> list[_T]:

@@ -48,6 +48,9 @@ class Standby:
             except OctetError as error:
                 _log.warning("a process on standby is lost: %s", error)
                 self._pools.end(member)
+            except BaseException:
+                self._ready[pool] += [member, *taken]
+                raise
             else:
                 taken.append(member)
         return taken

@@ -53,6 +53,8 @@ def print_changes(status: pb.GetStatusResponse, console: Console) -> None:
     """The last changes, newest first."""
     if status.change_under_way:
         console.print(f"under way: {status.change_under_way}")
+    if status.waiting_for:
+        console.print(f"waiting for nodes with room for {status.waiting_for}", highlight=False)
     for change in list(reversed(status.changes))[:_SHOWN]:
         at = datetime.datetime.fromtimestamp(change.at_s, tz=datetime.UTC).astimezone().strftime("%H:%M:%S")
         outcome = change.outcome if change.succeeded else f"failed: {change.outcome}"

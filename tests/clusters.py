@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import ray
 import torch
+from ray.cluster_utils import Cluster
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
 from cluster.launch import RunningCluster, launch
@@ -26,22 +27,40 @@ Start = Callable[..., RunningCluster]
 GRACE_S = 3.0
 """For so long the embedded model's frontend keeps a request whose client has gone."""
 # Transformers' classes are only partly typed.
+OBJECT_STORE_BYTES = 128 * 2**20
+DECODE_PLACES = "octet_decode"
+"""A resource of which every node has one, for pools that ask for it."""
 make_config: Any = Glm4MoeConfig
 make_model: Any = Glm4MoeForCausalLM
 
 
 @pytest.fixture(scope="session")
-def ray_session() -> Iterator[None]:
-    ray.init(
-        address="local",
-        num_cpus=8,
-        include_dashboard=False,
-        logging_level=logging.ERROR,
-        log_to_driver=False,
-        object_store_memory=128 * 2**20,
+def nodes() -> Iterator[Cluster]:
+    """Ray on one node, which others may join and leave."""
+    nodes = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 8,
+            "resources": {DECODE_PLACES: 1},
+            "object_store_memory": OBJECT_STORE_BYTES,
+            "include_dashboard": False,
+            # Ray's word that a node is gone comes within seconds; see docs/cluster.md.
+            "_system_config": {
+                "health_check_period_ms": 500,
+                "health_check_timeout_ms": 2000,
+                "health_check_failure_threshold": 4,
+            },
+        },
     )
-    yield
+    ray.init(address=nodes.address, logging_level=logging.ERROR, log_to_driver=False)
+    yield nodes
     ray.shutdown()
+    nodes.shutdown()
+
+
+@pytest.fixture(scope="session")
+def ray_session(nodes: Cluster) -> None:
+    """A connection to Ray."""
 
 
 @pytest.fixture(scope="session")

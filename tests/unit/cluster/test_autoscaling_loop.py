@@ -6,10 +6,8 @@ import pytest
 
 from cluster.autoscaler import PoolDecision
 from cluster.autoscaling_loop import AutoscalingLoop
-from cluster.ray_nodes import bundles
 from cluster.signals import Signals
 from cluster.status_decisions import add_decisions
-from octet.config import PoolsConfig
 from octet.errors import UnavailableError
 from octet.v1 import octet_pb2 as pb
 from ops.render_decisions import print_decisions
@@ -21,10 +19,8 @@ BUSY = signals(arriving=3 * 350)
 class Cluster:
     def __init__(self, sees: Signals | Exception, fails: Exception | None = None) -> None:
         self._sees, self._fails = sees, fails
-        self.done: list[tuple[str, object]] = []
-        self.loop = AutoscalingLoop(
-            scaling(action_timeout_s=0.2), FLEET, self.observe, self.act, self.want, lambda: 7.0
-        )
+        self.done: list[tuple[str, int]] = []
+        self.loop = AutoscalingLoop(scaling(action_timeout_s=0.2), FLEET, self.observe, self.act, lambda: 7.0)
 
     async def observe(self) -> Signals:
         if isinstance(self._sees, Exception):
@@ -34,10 +30,7 @@ class Cluster:
     async def act(self, one: PoolDecision) -> None:
         if self._fails is not None:
             raise self._fails
-        self.done.append(("act", (one.pool, one.target)))
-
-    async def want(self, sizes: dict[str, int]) -> None:
-        self.done.append(("nodes", sizes))
+        self.done.append((one.pool, one.target))
 
 
 async def stepped(cluster: Cluster) -> Cluster:
@@ -46,19 +39,10 @@ async def stepped(cluster: Cluster) -> Cluster:
     return cluster
 
 
-async def test_a_decision_is_recorded_and_carried_out_after_its_nodes_were_asked_for() -> None:
+async def test_a_decision_is_recorded_and_carried_out() -> None:
     cluster = await stepped(Cluster(BUSY))
-    (kind, sizes), (_, acted) = cluster.done
-    assert (kind, sizes) == ("nodes", {"prefill": 2, "decode": 1, "experts": 1})
-    assert acted == ("prefill", 2)
+    assert cluster.done == [("prefill", 2)]
     assert cluster.loop.log.actions[0].outcome == "done"
-
-
-async def test_nodes_are_given_back_after_members_have_left() -> None:
-    quiet = signals(prefill=BUSY.prefill.__class__(members=BUSY.prefill.members * 3), arriving=10)
-    cluster = await stepped(Cluster(quiet))
-    assert [kind for kind, _ in cluster.done] == ["act", "nodes"]
-    assert cluster.done[1][1] == {"prefill": 1, "decode": 1, "experts": 1}
 
 
 async def test_a_refused_action_is_told_with_its_reason_and_ends_nothing() -> None:
@@ -99,11 +83,3 @@ async def test_the_status_tells_what_was_decided_and_why(capsys: pytest.CaptureF
     shown = capsys.readouterr().out
     assert "prefill" in shown
     assert "done" in shown
-
-
-def test_every_member_has_a_bundle() -> None:
-    pools = PoolsConfig.model_validate(
-        {"decode": {"num_cpus": 2, "num_gpus": 1, "resources": {"octet_decode": 1}}, "experts": {"num_cpus": 0}}
-    )
-    wanted = bundles(pools, {"prefill": 1, "decode": 2, "experts": 1})
-    assert wanted == [{"CPU": 0.1}, *[{"CPU": 2.0, "GPU": 1.0, "octet_decode": 1.0}] * 2, {"CPU": 0.0001}]

@@ -1,0 +1,74 @@
+"""Reserving room for members, without Ray: placement groups are ready when a test says so."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import pytest
+
+import cluster.pools
+from cluster.planning import make_plan
+from cluster.pools import Pools, group_sizes
+from octet.config import load_config
+from octet.errors import StartupError
+
+
+class Group:
+    def __init__(self, bundles: list[dict[str, float]]) -> None:
+        self.bundles, self.room = bundles, False
+
+    def wait(self, timeout_s: float) -> bool:
+        if not self.room:
+            time.sleep(0.02)
+        return self.room
+
+
+@pytest.fixture
+def groups(monkeypatch: pytest.MonkeyPatch) -> list[Group]:
+    """All that are not removed."""
+    made: list[Group] = []
+
+    def make(bundles: list[dict[str, float]], strategy: str) -> Any:
+        made.append(Group(bundles))
+        return made[-1]
+
+    monkeypatch.setattr(cluster.pools, "placement_group", make)
+    monkeypatch.setattr(cluster.pools, "remove_placement_group", made.remove)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("count", "together", "sizes"),
+    [(3, 3, [3]), (3, 0, [1, 1, 1]), (3, 1, [1, 1, 1]), (3, 2, [2, 1]), (1, 5, [1]), (0, 2, [])],
+)
+def test_only_members_that_stay_share_a_group(count: int, together: int, sizes: list[int]) -> None:
+    assert group_sizes(count, together) == sizes
+
+
+async def test_where_no_room_comes_nothing_stays_reserved_and_the_error_says_what_was_wanted(
+    groups: list[Group],
+) -> None:
+    pools = Pools(make_plan(load_config(None, ["pools.decode.num_cpus=3"])), None)
+    starting = asyncio.create_task(pools.start("decode", 2, 0.1))
+    await asyncio.sleep(0.03)
+    assert [group.bundles for group in groups] == [[{"CPU": 3.0}]] * 2
+    assert pools.waiting_for == "2 × {'CPU': 3.0} for the decode pool"
+    groups[0].room = True
+    with pytest.raises(StartupError, match=r"no node had room within 0\.1 s, and none came, for 2 × {'CPU': 3\.0}"):
+        await starting
+    assert groups == []
+    assert pools.waiting_for == ""
+
+
+async def test_what_is_given_up_leaves_no_group(groups: list[Group]) -> None:
+    pools = Pools(make_plan(load_config(None, ["pools.experts.strategy=STRICT_SPREAD"])), None)
+    starting = asyncio.create_task(pools.start("experts", 2))
+    await asyncio.sleep(0.03)
+    # A strict strategy is one of a group.
+    assert [len(group.bundles) for group in groups] == [2]
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert groups == []
