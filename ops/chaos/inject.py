@@ -19,6 +19,8 @@ from ops.chaos.stage import Stage, signal_to
 _POLL_S = 0.02
 _PATIENCE_S = 8.0
 """How long after the schedule's time, and after it was armed, a fault may still strike."""
+_CHANGE_PATIENCE_S = 45.0
+"""The same at a step of a change, which may wait for processes to start."""
 _CHANGE_S = 120.0
 _TURN_S = 1.5
 _OF_CHANGES = ("link", "prepare", "adopt", "retire", "change.linked", "change.prepared", "change.adopted")
@@ -48,7 +50,8 @@ async def play(stage: Stage, schedule: Schedule, begin_s: float) -> list[Injecte
     if arming := [task for event, task in running if id(event) in arms]:
         # Both may take their time on a machine that is busy.
         await asyncio.gather(*(armed.wait() for armed in arms.values()))
-        await asyncio.wait(arming, timeout=_PATIENCE_S)
+        of_changes = any(isinstance(event, Arm) and event.point in _OF_CHANGES for event in schedule.events)
+        await asyncio.wait(arming, timeout=_CHANGE_PATIENCE_S if of_changes else _PATIENCE_S)
     over.set()
     done += await asyncio.gather(*arming)
     return sorted(done, key=lambda injected: injected.at_s)

@@ -58,6 +58,13 @@ class Chaos:
 
         return asyncio.run(play())
 
+    def whole(self) -> bool:
+        """Whether every pool has as many members as at the start, and nothing is under way."""
+        status = self.status()
+        idle = status.state == "READY" and not status.change_under_way
+        sizes = {pool.name: sum(member.state != "STANDBY" for member in pool.members) for pool in status.pools}
+        return idle and sizes == dict(self.start.sizes)
+
     def status(self) -> pb.GetStatusResponse:
         async def ask() -> pb.GetStatusResponse:
             async with AsyncClient(self.cluster.address, timeout_s=60) as client:
