@@ -67,6 +67,8 @@ def leftovers(before: Holdings, after: Holdings) -> list[str]:
     if after.ray.bundles != len(members):
         found.append(f"{after.ray.bundles} bundles are reserved for {len(members)} members")
     known = {member.pid for member in members.values()}
+    # Those of other clusters on the same Ray were there before, and were no members then either.
+    known |= before.processes.keys() - {member.pid for pool in before.status.pools for member in pool.members}
     orphans = {pid: name for pid, name in after.processes.items() if pid not in known and name in _POOL_CLASSES}
     if orphans:
         found.append(f"processes of no member: {', '.join(f'{name} ({pid})' for pid, name in orphans.items())}")
