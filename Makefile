@@ -8,11 +8,14 @@ BIN := $(VENV)/bin
 demo: $(VENV)/installed kernels
 	$(BIN)/octet demo
 
-# What needs one core runs beside another of its kind; clusters have both cores for themselves.
+# What needs one core runs beside another of its kind; clusters have both cores for themselves, and end with their
+# part of the tests: idle ones take time from the others.
 test: $(VENV)/installed-test
 	$(MAKE) --jobs 2 --output-sync lint types kernels
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 tests/unit tests/numerics tests/gpu
-	$(BIN)/python -m pytest tests/cluster tests/scaling tests/chaos
+	$(BIN)/python -m pytest tests/cluster
+	$(BIN)/python -m pytest tests/scaling
+	$(BIN)/python -m pytest tests/chaos
 
 # Numba compiles once; afterwards every process finds the code in its cache.
 kernels: $(VENV)/installed

@@ -92,9 +92,7 @@ class Controller(FaultPoints):
             async with asyncio.timeout(timeout_s):
                 return await self._start()
         except TimeoutError:
-            waiting_for = self._pools.waiting_for if self._pools is not None else ""
-            phase = f"waiting for Ray to place {waiting_for}" if waiting_for else self._phase
-            raise StartupError(f"the cluster was not up within {timeout_s} s; it was {phase}") from None
+            raise StartupError(f"the cluster was not up within {timeout_s} s; it was {self._phase}") from None
 
     async def _start(self) -> int:
         plan, this = self._plan, ray.get_runtime_context().current_actor
@@ -107,8 +105,8 @@ class Controller(FaultPoints):
         self._watch = Watch(plan.config.health, 2 * plan.config.lane.recovery_s, self._on_lost)
         self._changes = Changes(plan, self._pools, self._membership, self._frontend, self._router, self._watch.set)
         self._recovery = Recovery(self._changes, self._short)
-        self._phase = "waiting for Ray to place the pools"
         for pool in POOLS:
+            self._phase = f"waiting for Ray to place {self._pools.wanted(pool, self._sizes[pool])}"
             self._starting += await self._pools.start(pool, self._sizes[pool], together=self._together(pool))
         self._phase = "starting the pools' processes"
         await self._membership.reach(self._starting)

@@ -66,12 +66,11 @@ class Pools:
     @property
     def waiting_for(self) -> str:
         """What Ray was asked to place, as long as it has not; nothing if empty."""
-        wanted = [
-            f"{count} × {_bundle(self._config(pool))} for the {pool} pool"
-            for pool, count in self._waiting.items()
-            if count
-        ]
-        return ", ".join(wanted)
+        return ", ".join(self.wanted(pool, count) for pool, count in self._waiting.items() if count)
+
+    def wanted(self, pool: Pool, count: int) -> str:
+        """What so many members of a pool need of Ray, in words."""
+        return f"{count} × {_bundle(self._config(pool))} for the {pool} pool"
 
     async def start(self, pool: Pool, count: int, timeout_s: float | None = None, together: int = 0) -> list[Member]:
         """Reserve bundles for so many members, all or none, and start an actor in each.
@@ -90,7 +89,7 @@ class Pools:
             async with asyncio.timeout(timeout_s):
                 berths = await self._reserve(pool, count, together)
         except TimeoutError:
-            wanted = f"{count} × {_bundle(self._config(pool))} for the {pool} pool"
+            wanted = self.wanted(pool, count)
             raise StartupError(f"no node had room within {timeout_s:g} s, and none came, for {wanted}") from None
         return [self._start_in(berth, pool) for berth in berths]
 

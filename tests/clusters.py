@@ -154,23 +154,9 @@ def embedded(start_shared: Start) -> RunningCluster:
 
 
 @pytest.fixture(scope="session")
-def paired(start_shared: Start) -> RunningCluster:
-    """The embedded model on two prefill workers and two decode workers, with few pages."""
-    sizes = ("pools.prefill.size=2", "pools.decode.size=2", "pools.experts.size=1")
-    return start_shared(*sizes, "kv.prefill_pages=300", "kv.decode_pages=300")
-
-
-@pytest.fixture(scope="session")
 def small(start_shared: Start, checkpoint: pathlib.Path) -> RunningCluster:
     """The random checkpoint on pools of one."""
     return start_shared(f"model.path={checkpoint}", "pools.experts.size=1", "prefill.chunk_tokens=96")
-
-
-@pytest.fixture(scope="session")
-def wide(start_shared: Start, checkpoint: pathlib.Path) -> RunningCluster:
-    """The random checkpoint on two prefill workers, two decode workers and three shards."""
-    sizes = ("pools.prefill.size=2", "pools.decode.size=2", "pools.experts.size=3")
-    return start_shared(f"model.path={checkpoint}", *sizes, "prefill.chunk_tokens=96")
 
 
 @pytest.fixture

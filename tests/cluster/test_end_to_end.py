@@ -15,7 +15,7 @@ from octet.messages import PrefillRequest, pack_ids
 from octet.request import Output, Sampling, Stopping
 from octet.v1 import octet_pb2 as pb
 from ops.local import CALLER, DECODE, LocalEngine
-from tests.clusters import Reference, at_baseline, wait_until
+from tests.clusters import Reference, Start, at_baseline, wait_until
 
 _NEW_TOKENS = 24
 
@@ -51,6 +51,13 @@ def _sampled_locally(checkpoint: pathlib.Path, prompt: list[int], seed: int) -> 
     tokens = engine.generate([request])[0][0]
     engine.close()
     return tokens
+
+
+@pytest.fixture(scope="module")
+def wide(start: Start, checkpoint: pathlib.Path) -> RunningCluster:
+    """The random checkpoint on two prefill workers, two decode workers and three shards."""
+    sizes = ("pools.prefill.size=2", "pools.decode.size=2", "pools.experts.size=3")
+    return start(f"model.path={checkpoint}", *sizes, "prefill.chunk_tokens=96")
 
 
 @pytest.mark.parametrize("pools", ["small", "wide"])

@@ -64,11 +64,12 @@ def leftovers(before: Holdings, after: Holdings) -> list[str]:
     found = []
     if strangers := after.ray.actors - members.keys() - SERVICES:
         found.append(f"actors that are no members: {', '.join(sorted(strangers))}")
-    if after.ray.bundles != len(members):
-        found.append(f"{after.ray.bundles} bundles are reserved for {len(members)} members")
-    known = {member.pid for member in members.values()}
-    # Those of other clusters on the same Ray were there before, and were no members then either.
-    known |= before.processes.keys() - {member.pid for pool in before.status.pools for member in pool.members}
+    # What other clusters on the same Ray hold was there before, and belonged to no member then either.
+    members_before = {member.pid for pool in before.status.pools for member in pool.members}
+    bundles = after.ray.bundles - (before.ray.bundles - len(members_before))
+    if bundles != len(members):
+        found.append(f"{bundles} bundles are reserved for {len(members)} members")
+    known = {member.pid for member in members.values()} | (before.processes.keys() - members_before)
     orphans = {pid: name for pid, name in after.processes.items() if pid not in known and name in _POOL_CLASSES}
     if orphans:
         found.append(f"processes of no member: {', '.join(f'{name} ({pid})' for pid, name in orphans.items())}")

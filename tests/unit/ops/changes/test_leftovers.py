@@ -39,11 +39,12 @@ def test_what_members_need_is_not_left_over() -> None:
 
 
 def test_what_belongs_to_another_cluster_is_not_left_over_by_this_one() -> None:
-    shared = dataclasses.replace(CLEAN, processes={**CLEAN.processes, 20: "ExpertShard"})
+    both = Inventory(actors=CLEAN.ray.actors, bundles=3)
+    shared = dataclasses.replace(CLEAN, processes={**CLEAN.processes, 20: "ExpertShard"}, ray=both)
     assert leftovers(shared, shared) == []
     # A member that was there before and is none any more has to be gone.
     fewer = pb.GetStatusResponse(pools=[CLEAN.status.pools[0]])
-    ray = Inventory(actors=SERVICES | {"decode-0"}, bundles=1)
+    ray = Inventory(actors=SERVICES | {"decode-0"}, bundles=2)
     (found,) = leftovers(shared, dataclasses.replace(shared, status=fewer, ray=ray))
     assert found == "processes of no member: ExpertShard (8)"
 
