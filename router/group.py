@@ -70,6 +70,8 @@ class Group:
         try:
             self._group = gloo(store.prefix(name), rank, size, options)
         except (RuntimeError, DistError) as error:
+            # Whoever keeps the error keeps this frame, and with it a device that listens on a port.
+            options._devices = []
             raise LaneTimeoutError(
                 f"group {name}: rank {rank} of {size} found no full group in {connect_s} s"
             ) from error
