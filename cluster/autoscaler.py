@@ -19,7 +19,7 @@ from cluster.members import POOLS, Pool
 from cluster.redundancy import wanted_redundancy
 from cluster.signals import PoolSignals, Signals
 from cluster.stabilizer import NOTHING_YET, Proposal, Stabilizer, act, note, propose, settle
-from octet.config import AutoscalerConfig, PoolScalingConfig
+from octet.autoscaler_config import AutoscalerConfig, PoolScalingConfig
 
 REDUNDANCY = "redundant_experts"
 """Decided like a pool's size, and named like one in decisions."""

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from cluster.autoscaler import Fleet, PoolDecision, State, decide, give_up
 from cluster.decision_log import DecisionLog
 from cluster.signals import Signals
-from octet.config import AutoscalerConfig
+from octet.autoscaler_config import AutoscalerConfig
 from octet.errors import OctetError
 
 _log = logging.getLogger(__name__)

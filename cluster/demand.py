@@ -11,7 +11,7 @@ import dataclasses
 import math
 
 from cluster.signals import ExpertSignals, MemberSample, PoolSignals, Signals
-from octet.config import AutoscalerConfig, ExpertScalingConfig
+from octet.autoscaler_config import AutoscalerConfig, ExpertScalingConfig
 
 _LEAST_BUSY = 0.02
 """A member that computed less than this share of the period says nothing about what it could do."""

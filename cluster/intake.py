@@ -11,7 +11,8 @@ from cluster.record import Outcome
 from cluster.request_meter import RequestLoad, RequestMeter
 from cluster.slo import Slo
 from cluster.validation import GenerateSpec
-from octet.config import AutoscalerConfig, FrontendConfig
+from octet.autoscaler_config import AutoscalerConfig
+from octet.config import FrontendConfig
 from octet.errors import QueueFullError, UnavailableError
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from cluster.demand import peak_busy_share
 from cluster.signals import ExpertSignals
-from octet.config import ExpertScalingConfig
+from octet.autoscaler_config import ExpertScalingConfig
 
 
 def wanted_redundancy(experts: ExpertSignals, config: ExpertScalingConfig, cold_start_s: float) -> tuple[int, str]:

@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from octet.config import PoolScalingConfig
+from octet.autoscaler_config import PoolScalingConfig
 
 _SLACK_S = 1e-6
 

@@ -1,6 +1,7 @@
 """The configuration of a cluster: one frozen tree, from defaults, a YAML file and flags, in that order of strength.
 
-Every field is documented here, and nowhere else is an environment variable or a file consulted.
+Every field is documented here, or in `octet/autoscaler_config.py`; nowhere else is an environment variable or a file
+consulted.
 """
 
 from __future__ import annotations
@@ -13,14 +14,12 @@ from typing import Any, Literal
 import pydantic
 import yaml
 
+from octet.autoscaler_config import AutoscalerConfig, PoolScalingConfig
+from octet.config_node import ConfigNode
 from octet.errors import ConfigError
 
 
-class _Node(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
-
-
-class ModelConfig(_Node):
+class ModelConfig(ConfigNode):
     """What is served."""
 
     path: str | None = None
@@ -29,7 +28,7 @@ class ModelConfig(_Node):
     """Longest prompt + answer in tokens; null takes the checkpoint's, bounded by the KV pages of either pool."""
 
 
-class PoolConfig(_Node):
+class PoolConfig(ConfigNode):
     """One actor pool and what each of its members holds of a node."""
 
     size: int = pydantic.Field(1, ge=1)
@@ -57,13 +56,13 @@ class ExpertPoolConfig(PoolConfig):
     slot takes no memory, and on GPUs what is needed at the start. Moving experts takes free ones."""
 
 
-class PoolsConfig(_Node):
+class PoolsConfig(ConfigNode):
     prefill: PoolConfig = PoolConfig()
     decode: PoolConfig = PoolConfig()
     experts: ExpertPoolConfig = ExpertPoolConfig()
 
 
-class KvConfig(_Node):
+class KvConfig(ConfigNode):
     """The paged KV cache of each attention worker."""
 
     page_size: int = pydantic.Field(16, ge=1)
@@ -75,7 +74,7 @@ class KvConfig(_Node):
     """Memory of each attention worker's KV pages where their number is not given."""
 
 
-class PrefillConfig(_Node):
+class PrefillConfig(ConfigNode):
     chunk_tokens: int = pydantic.Field(512, ge=1)
     """Tokens computed in one step, over all packed requests: it bounds how long a shard is held by one frame."""
     max_requests: int = pydantic.Field(64, ge=1)
@@ -84,12 +83,12 @@ class PrefillConfig(_Node):
     """Keep the pages of prompts that were computed, as long as they are not needed, for prompts that begin alike."""
 
 
-class DecodeConfig(_Node):
+class DecodeConfig(ConfigNode):
     max_batch: int = pydantic.Field(64, ge=1)
     """Sequences advanced by one step."""
 
 
-class SpeculationConfig(_Node):
+class SpeculationConfig(ConfigNode):
     """Drafting with the checkpoint's MTP head. The tokens are the same with and without."""
 
     num_speculative_tokens: int = pydantic.Field(0, ge=0, le=16)
@@ -103,7 +102,7 @@ class SpeculationConfig(_Node):
         return int(self.num_speculative_tokens > 0)
 
 
-class LaneConfig(_Node):
+class LaneConfig(ConfigNode):
     timeout_s: float = pydantic.Field(30.0, gt=0)
     """Silence of a shard, or of an attention worker that owes a heartbeat, after which the lane is given up."""
     connect_s: float = pydantic.Field(60.0, gt=0)
@@ -117,7 +116,7 @@ class LaneConfig(_Node):
     while experts do; null never. Small steps lose by it: each half reads all weights."""
 
 
-class HealthConfig(_Node):
+class HealthConfig(ConfigNode):
     """When a member is taken for lost, though its process may still be there."""
 
     period_s: float = pydantic.Field(0.5, gt=0)
@@ -126,7 +125,7 @@ class HealthConfig(_Node):
     """How late one may be."""
 
 
-class BalancingConfig(_Node):
+class BalancingConfig(ConfigNode):
     """How experts follow their load from shard to shard."""
 
     auto: bool = False
@@ -147,14 +146,14 @@ class BalancingConfig(_Node):
     """Most MiB per second that one shard sends another; null sends as fast as it goes."""
 
 
-class HandoffConfig(_Node):
+class HandoffConfig(ConfigNode):
     lease_s: float = pydantic.Field(60.0, gt=0)
     """How long a prefill worker keeps pages for a decode worker that neither takes them nor says that it will."""
     timeout_s: float = pydantic.Field(30.0, gt=0)
     """Deadline of one part of a transfer; a prompt's pages go in parts of at most 4 MiB."""
 
 
-class TlsConfig(_Node):
+class TlsConfig(ConfigNode):
     """PEM files on the node of the frontend. Without them gRPC is in the clear."""
 
     cert: str | None = None
@@ -170,7 +169,7 @@ class TlsConfig(_Node):
         return self
 
 
-class FrontendConfig(_Node):
+class FrontendConfig(ConfigNode):
     host: str = "127.0.0.1"
     """Address that the gRPC server listens on; 0.0.0.0 for every interface."""
     port: int = pydantic.Field(50051, ge=0, le=65535)
@@ -208,7 +207,7 @@ class FrontendConfig(_Node):
     """How long live requests may go on after a stop is asked for."""
 
 
-class TelemetryConfig(_Node):
+class TelemetryConfig(ConfigNode):
     """How the router service looks at what members count. Counting itself is always on."""
 
     step_s: float = pydantic.Field(1.0, ge=0.1)
@@ -221,109 +220,7 @@ class TelemetryConfig(_Node):
     """A member that has not answered for so long is left out, until it does again."""
 
 
-class PoolScalingConfig(_Node):
-    """When a pool grows and shrinks. Names are those of Ray Serve's autoscaling where the meaning is the same."""
-
-    min_replicas: int = pydantic.Field(1, ge=0)
-    """0 lets the pool go when nothing is asked for; requests that come then wait for it to start."""
-    max_replicas: int = pydantic.Field(8, ge=1)
-    upscale_delay_s: float = pydantic.Field(30.0, ge=0)
-    """The pool grows to what was wanted throughout this time."""
-    downscale_delay_s: float = pydantic.Field(600.0, ge=0)
-    """It shrinks to the most that was wanted at any moment of this time."""
-    upscaling_factor: float = pydantic.Field(1.0, gt=0)
-    """What part of a wanted change is made at once; more than 1 overshoots."""
-    downscaling_factor: float = pydantic.Field(1.0, gt=0, le=1)
-
-    @pydantic.model_validator(mode="after")
-    def _the_bounds_are_in_order(self) -> PoolScalingConfig:
-        if self.min_replicas > self.max_replicas:
-            raise ValueError(
-                f"min_replicas ({self.min_replicas}) must be at most max_replicas ({self.max_replicas}); "
-                "raise max_replicas or lower min_replicas"
-            )
-        return self
-
-
-class WorkerScalingConfig(PoolScalingConfig):
-    """Of attention workers, each of which serves whole requests."""
-
-    square_root_staffing: float = pydantic.Field(0.0, ge=0)
-    """β of `R + β·√R` members for a load of R: a small pool needs more than its part in reserve for chance, since one
-    long prompt fills a whole member. Counts where it is more than the target share leaves anyway."""
-
-
-class PrefillScalingConfig(WorkerScalingConfig):
-    target_busy_share: float = pydantic.Field(0.7, gt=0, le=1)
-    """The share of its time that a worker is meant to compute prompts."""
-
-
-class DecodeScalingConfig(WorkerScalingConfig):
-    """A decode worker with one sequence is as busy as one with fifty; what fills is its KV cache."""
-
-    target_kv_occupancy: float = pydantic.Field(0.8, gt=0, le=1)
-    target_ongoing_requests: float | None = pydantic.Field(None, gt=0)
-    """Sequences per worker; null takes 0.8 of `decode.max_batch`."""
-
-
-class ExpertScalingConfig(PoolScalingConfig):
-    target_busy_share: float = pydantic.Field(0.7, gt=0, le=1)
-    """The share of its time that the fullest shard is meant to compute."""
-    target_balancedness: float = pydantic.Field(0.9, gt=0, le=1)
-    """Below this, and where the fullest shard is what steps wait for, replicas of experts are asked for."""
-    max_redundant_experts: int = pydantic.Field(32, ge=0)
-    """Slots per layer beyond one for each expert, over all shards; beside what shards must have."""
-    least_gain: float = pydantic.Field(0.02, gt=0, lt=1)
-    """Balancedness that redundancy has to bring, or its slots go back."""
-
-
-class AutoscalerConfig(_Node):
-    """Sizes of the pools by load. Not by GPU utilisation: a GPU that waits in a collective looks busy."""
-
-    enabled: bool = False
-    metrics_interval_s: float = pydantic.Field(10.0, gt=0)
-    """Decisions are this far apart."""
-    look_back_period_s: float = pydantic.Field(30.0, gt=0)
-    """What a decision looks at; at least `metrics_interval_s`."""
-    forecast_horizon_s: float = pydantic.Field(180.0, ge=0)
-    """The trend of the load is followed this far ahead: about what a new member takes to start and load. 0: not
-    at all."""
-    cold_start_s: float = pydantic.Field(30.0, ge=0)
-    """What a member reports in its first seconds is left out."""
-    action_timeout_s: float = pydantic.Field(900.0, gt=0)
-    """A change of a pool that is not complete by then is given up, and another may be decided."""
-    reversal_cooldown_s: float = pydantic.Field(600.0, ge=0)
-    """A pool that has grown does not shrink for so long, and changes direction at most once in this time; growing is
-    exempt while requests miss their target."""
-    tolerance: float = pydantic.Field(0.1, ge=0, lt=1)
-    """A pool whose load is this close to its target stays as it is."""
-    target_ttft_s: float = pydantic.Field(5.0, gt=0)
-    target_ttft_per_1k_tokens_s: float = pydantic.Field(1.0, ge=0)
-    """Comes on top for every 1,000 tokens of a prompt: attention over a long one takes its time on an idle cluster."""
-    target_tpot_s: float = pydantic.Field(0.1, gt=0)
-    max_gpus: float | None = pydantic.Field(None, gt=0)
-    """Over all pools; where members hold no GPU, each counts as one. Null is no limit beside the pools' own."""
-    prefill: PrefillScalingConfig = PrefillScalingConfig()
-    decode: DecodeScalingConfig = DecodeScalingConfig()
-    experts: ExpertScalingConfig = ExpertScalingConfig()
-
-    @pydantic.model_validator(mode="after")
-    def _a_window_holds_a_decision(self) -> AutoscalerConfig:
-        if self.look_back_period_s < self.metrics_interval_s:
-            raise ValueError(
-                f"autoscaler.look_back_period_s ({self.look_back_period_s}) must be at least "
-                f"autoscaler.metrics_interval_s ({self.metrics_interval_s}), or load between decisions is never seen"
-            )
-        zero = [name for name in ("prefill", "decode", "experts") if getattr(self, name).min_replicas == 0]
-        if zero and len(zero) < 3:
-            raise ValueError(
-                f"autoscaler.{zero[0]}.min_replicas is 0 and another pool's is not: pools go to zero together, "
-                "as none serves without the others"
-            )
-        return self
-
-
-class ChaosConfig(_Node):
+class ChaosConfig(ConfigNode):
     """For tests that do harm on purpose."""
 
     enabled: bool = False
@@ -332,7 +229,7 @@ class ChaosConfig(_Node):
     """A directory on the frontend's node, for a record of every token that is committed; null keeps none."""
 
 
-class RayConfig(_Node):
+class RayConfig(ConfigNode):
     address: str | None = None
     """A running Ray cluster (`auto` for this machine's); null starts one here and stops it at the end."""
     namespace: str = "octet"
@@ -341,7 +238,7 @@ class RayConfig(_Node):
     """Deadline for placing, loading and connecting every pool."""
 
 
-class OctetConfig(_Node):
+class OctetConfig(ConfigNode):
     model: ModelConfig = ModelConfig()
     pools: PoolsConfig = PoolsConfig()
     kv: KvConfig = KvConfig()

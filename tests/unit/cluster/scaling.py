@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cluster.autoscaler import Fleet
 from cluster.signals import ExpertSignals, MemberSample, PoolSignals, Prospect, Signals
-from octet.config import AutoscalerConfig
+from octet.autoscaler_config import AutoscalerConfig
 from octet.ids import WorkerId
 
 FLEET = Fleet(gpus_per_member={"prefill": 1, "decode": 1, "experts": 1}, max_batch=64)

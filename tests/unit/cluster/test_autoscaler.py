@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from cluster.autoscaler import Decision, PoolDecision, State, decide
 from cluster.members import POOLS
 from cluster.signals import Signals
-from octet.config import AutoscalerConfig
+from octet.autoscaler_config import AutoscalerConfig
 from tests.unit.cluster.scaling import FLEET, experts, member, pool, scaling, signals
 
 EVERY_S = 10.0

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from cluster.stabilizer import NOTHING_YET, Stabilizer, act, note, propose, settle
-from octet.config import PoolScalingConfig
+from octet.autoscaler_config import PoolScalingConfig
 
 CONFIG = PoolScalingConfig(upscale_delay_s=30, downscale_delay_s=100, max_replicas=20)
 
