@@ -204,7 +204,8 @@ class Membership:
     def _heed_losses(self, known: Collection[WorkerId] = ()) -> None:
         """From here on, `_unless_lost` gives up; at once where a member is lost that nobody has dealt with yet."""
         self._lost.clear()
-        if (self._gone & self._members.keys()) - set(known):
+        self._gone &= self._members.keys()
+        if self._gone - set(known):
             self._lost.set()
 
     def _note_new(self, members: Sequence[Member]) -> None:
