@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -45,14 +46,17 @@ async def play(stage: Stage, schedule: Schedule, begin_s: float) -> list[Injecte
         return await _play(stage, event, arms.get(id(event), asyncio.Event()), over)
 
     running = [(event, asyncio.create_task(run(event))) for event in schedule.events]
-    done = list(await asyncio.gather(*(task for event, task in running if id(event) not in arms)))
-    await asyncio.sleep(max(0.0, begin_s + schedule.duration_s - time.time()))
-    if arming := [task for event, task in running if id(event) in arms]:
-        # Both may take their time on a machine that is busy.
-        await asyncio.gather(*(armed.wait() for armed in arms.values()))
-        of_changes = any(isinstance(event, Arm) and event.point in _OF_CHANGES for event in schedule.events)
-        await asyncio.wait(arming, timeout=_CHANGE_PATIENCE_S if of_changes else _PATIENCE_S)
-    over.set()
+    arming = [task for event, task in running if id(event) in arms]
+    try:
+        done = list(await asyncio.gather(*(task for event, task in running if id(event) not in arms)))
+        await asyncio.sleep(max(0.0, begin_s + schedule.duration_s - time.time()))
+        if arming:
+            # Both may take their time on a machine that is busy.
+            await asyncio.gather(*(armed.wait() for armed in arms.values()))
+            of_changes = any(isinstance(event, Arm) and event.point in _OF_CHANGES for event in schedule.events)
+            await asyncio.wait(arming, timeout=_CHANGE_PATIENCE_S if of_changes else _PATIENCE_S)
+    finally:
+        over.set()
     done += await asyncio.gather(*arming)
     return sorted(done, key=lambda injected: injected.at_s)
 
@@ -107,11 +111,8 @@ async def _stop(stage: Stage, event: Stop) -> Injected:
     at_s = time.time()
     signal_to(pid, signal.SIGSTOP)
     try:
-        async with asyncio.timeout(event.for_s):
-            await _seen(lambda: not state_of(pid))
-    except TimeoutError:
-        # It stood still all the time, and nobody killed it.
-        pass
+        # Whoever is killed for standing still need not be waited for any longer.
+        await _seen(lambda: not state_of(pid), time.monotonic() + event.for_s)
     finally:
         signal_to(pid, signal.SIGCONT)
     note = "" if state_of(pid) else "it was killed for it"
@@ -128,11 +129,8 @@ async def _arm(stage: Stage, event: Arm, armed: asyncio.Event, over: asyncio.Eve
         pid, armed_s = await stage.pid(name), time.time()
         await stage.arm(name, fault)
         armed.set()
-        try:
-            async with asyncio.timeout(None if event.point in _OF_CHANGES else _TURN_S):
-                struck_s = await _struck(stage, name, pid, fault, armed_s, over)
-        except TimeoutError:
-            struck_s = 0.0
+        until_s = math.inf if event.point in _OF_CHANGES else time.monotonic() + _TURN_S
+        struck_s = await _struck(stage, name, pid, fault, armed_s, until_s, over)
         if not struck_s:
             times_s = [struck.at_s for struck in await stage.disarm(name) if struck.fault == fault]
             # It may have struck in the very last moment.
@@ -152,14 +150,16 @@ async def _arm(stage: Stage, event: Arm, armed: asyncio.Event, over: asyncio.Eve
     )
 
 
-async def _struck(stage: Stage, name: str, pid: int, fault: Fault, armed_s: float, over: asyncio.Event) -> float:
-    """When it was; 0.0 if `over` came first."""
+async def _struck(
+    stage: Stage, name: str, pid: int, fault: Fault, armed_s: float, until_s: float, over: asyncio.Event
+) -> float:
+    """When it was; 0.0 if `over` or the time came first."""
     match fault.action:
         case "kill":
-            return await _seen(lambda: not state_of(pid), over)
+            return await _seen(lambda: not state_of(pid), until_s, over)
         case "stop":
-            return await _seen(lambda: state_of(pid) == "T", over)
-    while not over.is_set():
+            return await _seen(lambda: state_of(pid) == "T", until_s, over)
+    while not over.is_set() and time.monotonic() < until_s:
         await asyncio.sleep(10 * _POLL_S)
         times_s = [struck.at_s for struck in await stage.struck(name) if struck.fault == fault]
         if times_s and times_s[-1] >= armed_s:
@@ -179,9 +179,9 @@ async def _aftermath(stage: Stage, event: Arm, name: str, pid: int) -> None:
             await asyncio.sleep(event.for_s)
 
 
-async def _seen(condition: Callable[[], bool], over: asyncio.Event | None = None) -> float:
-    """Look until it is true. Returns: when it was; 0.0 if `over` came first."""
-    while over is None or not over.is_set():
+async def _seen(condition: Callable[[], bool], until_s: float, over: asyncio.Event | None = None) -> float:
+    """Look until it is true. Returns: when it was; 0.0 if `over`, or `until_s` of the monotonic clock, came first."""
+    while time.monotonic() < until_s and not (over is not None and over.is_set()):
         if condition():
             return time.time()
         await asyncio.sleep(_POLL_S)
