@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cluster.changes import Changes
 from cluster.cluster_status import ClusterStatus
 from cluster.decision_log import DecisionLog
-from cluster.fault_points import FaultPoints
+from cluster.fault_points import FaultCalls
 from cluster.frontend_actor import FrontendActor
 from cluster.members import POOLS, MemberStatus, Pool
 from cluster.membership import Membership
@@ -59,7 +59,7 @@ class StartProgress:
     loading: tuple[Loading, ...] = ()
 
 
-class Controller(FaultPoints):
+class Controller(FaultCalls):
     """An async Ray actor. Called in this order: `start`, `drain`, `stop`; everything else in between.
 
     States: STARTING, READY, DEGRADED while a pool lacks members that were lost, DRAINING, FAILED.

@@ -15,7 +15,7 @@ from octet.faults import Fault, Struck
 _ANSWER_S = 5.0
 
 
-class FaultPoints:
+class FaultCalls:
     """What every actor of a cluster answers. It takes no fault unless `chaos.enabled` is true."""
 
     def process(self) -> tuple[str, int]:
@@ -50,13 +50,13 @@ def arm(namespace: str, name: str, fault: Fault) -> None:
 
 
 def disarm(namespace: str, name: str) -> tuple[Struck, ...]:
-    """See `FaultPoints.disarm`. Raises: UnavailableError."""
+    """See `FaultCalls.disarm`. Raises: UnavailableError."""
     found: tuple[Struck, ...] = _ask(namespace, name, "disarm")
     return found
 
 
 def struck(namespace: str, name: str) -> tuple[Struck, ...]:
-    """See `FaultPoints.struck`. Raises: UnavailableError."""
+    """See `FaultCalls.struck`. Raises: UnavailableError."""
     found: tuple[Struck, ...] = _ask(namespace, name, "struck")
     return found
 

@@ -10,7 +10,7 @@ from typing import Any
 import ray.util
 
 from cluster.cluster_service import ClusterService
-from cluster.fault_points import FaultPoints
+from cluster.fault_points import FaultCalls
 from cluster.frontend import Frontend
 from cluster.generation_service import GenerationService
 from cluster.grpc_service import GrpcServer
@@ -23,7 +23,7 @@ from octet.ids import WorkerId
 from octet.mailbox import AsyncMailbox
 
 
-class FrontendActor(FaultPoints):
+class FrontendActor(FaultCalls):
     """Called in this order: `listen`, `serve`, `drain`, `stop`; `set_workers` whenever they change after `serve`."""
 
     def __init__(self, worker_id: WorkerId, plan: ServingPlan, controller: Any) -> None:

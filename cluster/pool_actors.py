@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 import ray.util
 
-from cluster.fault_points import FaultPoints
+from cluster.fault_points import FaultCalls
 from cluster.members import Endpoint, MemberStatus, Role
 from cluster.plan import ServingPlan
 from octet import faults
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from router.transition import SlotFill
 
 
-class _AttentionActor(FaultPoints):
+class _AttentionActor(FaultCalls):
     """See `AttentionWorker`, to which every method goes."""
 
     _role: Role
@@ -98,7 +98,7 @@ class DecodeWorker(_AttentionActor):
         self._worker.hand_over_to(heirs)
 
 
-class ExpertShard(FaultPoints):
+class ExpertShard(FaultCalls):
     """See `ShardWorker`, to which every method goes."""
 
     def __init__(self, worker_id: WorkerId, plan: ServingPlan, controller: Any) -> None:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cluster.fault_points import FaultPoints
+from cluster.fault_points import FaultCalls
 from cluster.plan import ServingPlan
 from cluster.prospects import prospects
 from cluster.signals import Prospect
@@ -25,7 +25,7 @@ _FRESH_S = 5.0
 """How long whoever asks for fresh telemetry waits for a member that is slow to answer."""
 
 
-class Router(FaultPoints):
+class Router(FaultCalls):
     """An async Ray actor. `watch` whenever members have joined or left."""
 
     def __init__(self, plan: ServingPlan) -> None:

@@ -26,10 +26,10 @@ from octet.v1 import octet_pb2 as pb
 Start = Callable[..., RunningCluster]
 GRACE_S = 3.0
 """For so long the embedded model's frontend keeps a request whose client has gone."""
-# Transformers' classes are only partly typed.
 OBJECT_STORE_BYTES = 128 * 2**20
 DECODE_PLACES = "octet_decode"
 """A resource of which every node has one, for pools that ask for it."""
+# Transformers' classes are only partly typed.
 make_config: Any = Glm4MoeConfig
 make_model: Any = Glm4MoeForCausalLM
 

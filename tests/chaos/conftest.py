@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import pathlib
-import uuid
 from collections.abc import Iterator, Sequence
 
 import pytest
 
-from cluster.launch import RunningCluster, launch
+from cluster.launch import RunningCluster
 from octet.client import AsyncClient
-from octet.config import load_config
 from octet.v1 import octet_pb2 as pb
 from ops.chaos.command import questioned
 from ops.chaos.history import Facts, Question
-from ops.chaos.own import FIELDS, SIZES
+from ops.chaos.own import own_cluster
 from ops.chaos.questions import Asked
 from ops.chaos.run import Load, Verdict, run_schedule
 from ops.chaos.schedule import Event, Schedule
@@ -74,17 +71,8 @@ class Chaos:
 
 
 @pytest.fixture(scope="package")
-def chaos(
-    ray_session: None, checkpoint: pathlib.Path, reference: Reference, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Chaos]:
-    own = [
-        f"model.path={checkpoint}",
-        f"ray.namespace=octet-{uuid.uuid4().hex[:8]}",
-        f"chaos.audit_dir={tmp_path_factory.mktemp('audit')}",
-    ]
-    cluster = launch(load_config(overrides=[*own, *FIELDS, *SIZES]))
-    with contextlib.ExitStack() as stack:
-        stack.callback(cluster.stop, drain=False)
+def chaos(ray_session: None, checkpoint: pathlib.Path, reference: Reference) -> Iterator[Chaos]:
+    with own_cluster(checkpoint) as cluster:
 
         async def prepare() -> tuple[Facts, list[Question]]:
             async with questioned(cluster, Asked(new_tokens=32)) as (stage, questions):
