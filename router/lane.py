@@ -182,7 +182,9 @@ def _noting(broken: dict[int, LaneError], shard: int) -> Iterator[None]:
     except RequestLimitError:
         raise
     except LaneError as error:
-        broken[shard] = error
+        # Anew, without a traceback: it would hold the frame that holds `broken`, and with it the links and their ports
+        # until the next garbage collection, which an idle worker seldom has.
+        broken[shard] = type(error)(str(error))
 
 
 def _raise_first(broken: Mapping[int, LaneError]) -> None:

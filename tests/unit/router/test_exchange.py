@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
 import time
+import weakref
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 
 import pytest
 import torch
 
-from octet.errors import LaneTimeoutError, PeerLostError, WrongEpochError
+from octet.errors import LaneError, LaneTimeoutError, PeerLostError, WrongEpochError
 from octet.ids import Epoch
 from router.frames import FrameLayout, Header, Kind
 from router.group import Group, GroupStore
@@ -101,3 +103,29 @@ def test_a_shard_process_that_is_stopped_is_given_up_at_the_deadline() -> None:
         with within(reply_s + MARGIN_S), pytest.raises(LaneTimeoutError):
             exchange.receive(ticket)
         assert time.monotonic() - start_s > 0.9 * reply_s
+
+
+def broken_call(exchange: LaneExchange, call: str) -> None:
+    """Until it fails, as it does when the other end has gone."""
+    with contextlib.suppress(LaneError):
+        for _ in range(100):
+            if call == "heartbeat":
+                exchange.heartbeat()
+            else:
+                exchange.receive(exchange.send(0, [random_rows(3, layout_of())]))
+        pytest.fail("a link whose other end has gone still works")
+
+
+@pytest.mark.parametrize("call", ["heartbeat", "step"])
+def test_a_broken_lane_is_gone_with_its_last_owner_and_waits_for_no_garbage_collection(call: str) -> None:
+    worker, shard = form_pair(PATIENT_S)
+    link = Link(worker, layout_of(), EPOCH)
+    exchange, held = LaneExchange([link]), weakref.ref(link)
+    shard.abort()
+    gc.disable()
+    try:
+        broken_call(exchange, call)
+        del link, exchange
+        assert held() is None, "its port stays open"
+    finally:
+        gc.enable()
