@@ -276,7 +276,13 @@ class Controller(FaultCalls):
     def _spawn(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._over)
+
+    def _over(self, task: asyncio.Task[Any]) -> None:
+        """Nobody awaits what was spawned: an error there would be heard of at the next garbage collection at best."""
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("what should have gone on has ended", exc_info=error)
 
     def _on_lost(self, worker_id: WorkerId, reason: str) -> None:
         _log.error("%s is lost: %s", worker_id, reason)

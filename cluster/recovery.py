@@ -66,6 +66,8 @@ class Recovery:
         finally:
             for task in self._replacing.values():
                 task.cancel()
+            # The next loss finds no cancelled task here, which would look as if its own had ended.
+            self._replacing.clear()
 
     async def _go_on(self) -> None:
         lost = dict(self._lost)

@@ -80,3 +80,17 @@ async def test_what_fails_is_tried_again() -> None:
     cluster.lose("experts", "experts-1")
     await asyncio.wait_for(cluster.recovery.run(), 10)
     assert cluster.sizes == cluster.wanted
+
+
+async def test_the_next_loss_is_made_up_for_though_the_last_one_was_given_up_half_way() -> None:
+    cluster = Cluster(no_room={"decode"})
+    cluster.lose("decode", "decode-0")
+    running = asyncio.create_task(cluster.recovery.run())
+    await until(cluster, {"prefill": 2, "decode": 1, "experts": 2})
+    cluster.wanted["decode"] = 1
+    cluster.lose("experts", "experts-1")
+    await asyncio.wait_for(running, 10)
+    await asyncio.sleep(0)
+    cluster.lose("prefill", "prefill-1")
+    await asyncio.wait_for(cluster.recovery.run(), 10)
+    assert cluster.sizes == cluster.wanted
