@@ -88,3 +88,14 @@ def grouped_swiglu(
                 row, weight = row_of[first + i], weight_of[first + i]
                 for j in range(hidden):
                     y[row, j] += weight * y_of[i, j]
+
+
+@declare(  # type: ignore[untyped-decorator]
+    "i8(f4[:,::1], i4[:,::1], f4[:,::1], b1[::1], i8[::1], f4[:,:,:,::1], f4[:,:,:,::1], f4[:,::1])"
+)
+def serve_rows(x: Any, slots: Any, weights: Any, held: Any, counts: Any, gate_up: Any, down: Any, y: Any) -> Any:
+    """`count_rows`, and if it returned -1, `grouped_swiglu` over all slots."""
+    missing = count_rows(slots, held, counts)
+    if missing < 0:
+        grouped_swiglu(x, slots, weights, gate_up, down, 0, len(held), y)
+    return missing

@@ -6,13 +6,11 @@ it and replies: handing it to another thread would cost as much as a small frame
 
 from __future__ import annotations
 
-import contextlib
 import heapq
 import itertools
 import logging
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -35,6 +33,8 @@ class LaneCall(Protocol):
     def layer(self) -> int: ...
     @property
     def rows(self) -> Rows: ...
+    @property
+    def room_UH(self) -> torch.Tensor | None: ...
 
 
 class LaneEnd(Protocol):
@@ -90,12 +90,15 @@ class ShardLoop:
         try:
             while (call := lane.receive()) is not None:
                 received_s = time.perf_counter()
-                with self._turns.take(priority):
+                self._turns.take(priority)
+                try:
                     begun_s = time.perf_counter()
                     self._answer(lane, call)
                     noted = (len(call.rows.x_UH), begun_s - received_s, time.perf_counter() - begun_s)
                     self._total.note(*noted)
                     meter.note(*noted)
+                finally:
+                    self._turns.give()
         except Exception as error:
             expected = isinstance(error, LaneError)
             level = logging.WARNING if expected else logging.ERROR
@@ -109,7 +112,7 @@ class ShardLoop:
     def _answer(self, lane: LaneEnd, call: LaneCall) -> None:
         try:
             reach("serve")
-            y_UH = self._shard.serve(call.layer, call.rows)
+            y_UH = self._shard.serve(call.layer, call.rows, call.room_UH)
         except Exception as error:
             # The attention worker must hear of any fault, or its step would wait for the deadline.
             _log.exception("a call for layer %d failed", call.layer)
@@ -119,11 +122,11 @@ class ShardLoop:
 
 
 class _Turns:
-    """A lock that goes to the waiter of the lowest priority number, and among equals to the first."""
+    """A lock that is handed to the waiter of the lowest priority number, and among equals to the first."""
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._waiting: list[tuple[int, int]] = []
+        self._guard = threading.Lock()
+        self._waiting: list[tuple[int, int, threading.Lock]] = []
         self._order = itertools.count()
         self._taken = False
 
@@ -131,19 +134,20 @@ class _Turns:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
-    @contextlib.contextmanager
-    def take(self, priority: int) -> Iterator[None]:
-        with self._changed:
-            ticket = (priority, next(self._order))
-            heapq.heappush(self._waiting, ticket)
-            # Whoever holds the turn computes one frame, which is bounded by the lane's largest.
-            self._changed.wait_for(lambda: not self._taken and self._waiting[0] == ticket)
-            heapq.heappop(self._waiting)
-            self._taken = True
-        try:
-            yield
-        finally:
-            with self._changed:
+    def take(self, priority: int) -> None:
+        with self._guard:
+            if not self._taken:
+                self._taken = True
+                return
+            turn = threading.Lock()
+            turn.acquire()
+            heapq.heappush(self._waiting, (priority, next(self._order), turn))
+        # Whoever holds the turn computes one frame, which is bounded by the lane's largest.
+        turn.acquire()
+
+    def give(self) -> None:
+        with self._guard:
+            if self._waiting:
+                heapq.heappop(self._waiting)[2].release()
+            else:
                 self._taken = False
-                if self._waiting:
-                    self._changed.notify_all()

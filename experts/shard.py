@@ -23,6 +23,8 @@ class Rows(Protocol):
     def slots_UK(self) -> torch.Tensor: ...
     @property
     def weights_UK(self) -> torch.Tensor: ...
+    @property
+    def arrays(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32], npt.NDArray[np.float32]]: ...
 
 
 class ExpertShard:
@@ -39,16 +41,22 @@ class ExpertShard:
             # Compiled now, or loaded from where it was compiled before, so that no request waits for it.
             grouped_cpu()
 
-    @torch.inference_mode()
-    def serve(self, layer: int, rows: Rows) -> torch.Tensor:
+    def serve(self, layer: int, rows: Rows, room_UH: torch.Tensor | None = None) -> torch.Tensor:
         """The weighted sums `[U, H]` in the dtype of the rows.
+
+        Args:
+            room_UH: where they may be written and returned.
 
         Raises: ExpertMissingError if a row asks for a slot that holds no expert.
         """
         if layer not in self._counts:
             raise ExpertMissingError(f"layer {layer}: this shard holds layers {sorted(self._counts)}")
-        y_UH = self._compute_packed(layer, rows) if self._slots.packed else self._compute_stacked(layer, rows)
-        self.num_rows += len(rows.x_UH)
+        if self._slots.packed:
+            y_UH = torch.empty_like(rows.x_UH) if room_UH is None else room_UH
+            self._compute_packed(layer, rows, y_UH)
+        else:
+            y_UH = self._compute_stacked(layer, rows)
+        self.num_rows += len(y_UH)
         return y_UH
 
     def counts(self) -> dict[int, npt.NDArray[np.int64]]:
@@ -68,29 +76,35 @@ class ExpertShard:
         np.add.at(counts_E, held_S[held_S != EMPTY], self._counts[layer][held_S != EMPTY])
         return counts_E
 
-    def _compute_packed(self, layer: int, rows: Rows) -> torch.Tensor:
-        slots_UK, holds_S = rows.slots_UK.numpy(), self._slots.holds[layer]
+    def _compute_packed(self, layer: int, rows: Rows, y_UH: torch.Tensor) -> None:
+        holds_S = self._slots.holds[layer]
         counts_S = np.zeros(len(holds_S), dtype=np.int64)
-        missing = grouped_cpu().count_rows(slots_UK, holds_S, counts_S)
+        gate_up, down = self._slots.arrays[layer]
+        y = y_UH.numpy()
+        if torch.get_num_threads() == 1:
+            missing = grouped_cpu().serve_rows(*rows.arrays, holds_S, counts_S, gate_up, down, y)
+            if missing >= 0:
+                raise self._missing(layer, missing)
+            self._note(layer, counts_S)
+            return
+        missing = grouped_cpu().count_rows(rows.arrays[1], holds_S, counts_S)
         if missing >= 0:
             raise self._missing(layer, missing)
         self._note(layer, counts_S)
-        gate_up, down = self._slots.gate_up[layer], self._slots.down[layer]
-        parts: dict[int, torch.Tensor] = {}
+        parts: dict[int, npt.NDArray[np.float32]] = {}
 
         def compute(first_slot: int, last_slot: int) -> None:
-            y_UH = torch.empty_like(rows.x_UH)
-            arguments = (rows.x_UH, rows.slots_UK, rows.weights_UK, gate_up, down)
-            grouped_cpu().grouped_swiglu(*(x.numpy() for x in arguments), first_slot, last_slot, y_UH.numpy())
-            parts[first_slot] = y_UH
+            part = parts[first_slot] = np.empty_like(y)
+            grouped_cpu().grouped_swiglu(*rows.arrays, gate_up, down, first_slot, last_slot, part)
 
-        expert_numbers = (gate_up.numel() + down.numel()) // max(1, len(holds_S))
+        expert_numbers = (gate_up.size + down.size) // max(1, len(holds_S))
         # Slots are filled from the first on, so that those behind the last one held are no thread's share.
         num_used = len(holds_S) - int(holds_S[::-1].argmax())
-        linear_cpu().in_parts(compute, num_used, 2 * int((slots_UK >= 0).sum()) * expert_numbers)
+        linear_cpu().in_parts(compute, num_used, 2 * int((rows.arrays[1] >= 0).sum()) * expert_numbers)
         # In the order of the slots, whichever thread was first.
-        return parts[0] if len(parts) == 1 else torch.stack([parts[first] for first in sorted(parts)]).sum(0)
+        np.sum([parts[first] for first in sorted(parts)], axis=0, out=y)
 
+    @torch.inference_mode()
     def _compute_stacked(self, layer: int, rows: Rows) -> torch.Tensor:
         holds_S = self._slots.holds[layer]
         counts_S = count_slots(rows.slots_UK, len(holds_S))

@@ -6,6 +6,7 @@ Shapes: `S` slots, `H` hidden, `I` expert intermediate; `I'` and `H'` rounded up
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -85,6 +86,11 @@ class ExpertSlots:
             ],
             progress,
         )
+
+    @functools.cached_property
+    def arrays(self) -> dict[int, tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]:
+        """`gate_up` and `down` of each layer, where they are packed."""
+        return {layer: (gate_up.numpy(), self.down[layer].numpy()) for layer, gate_up in self.gate_up.items()}
 
     def held(self, layer: int) -> tuple[int, ...]:
         """The logical expert of each slot, EMPTY for none."""

@@ -3,19 +3,24 @@
 `Exchange` is the attention worker's end, `Port` a shard's. Implementations: `LocalExchange` here (one process),
 `router.lane` (gloo), `router.nccl_lane` (NCCL). One conformance test holds them all to this contract.
 
-Shapes: `U` rows sent to one shard, `H` hidden, `K` experts per token.
+Shapes: `T` tokens, `U` rows sent to one shard, `H` hidden, `K` experts per token.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
+from router.plan import DispatchPlan, ShardPlan
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertRows:
     """One shard's share of one layer's tokens."""
 
@@ -24,6 +29,11 @@ class ExpertRows:
     """int32 slots within the shard, negative where the row does not use the shard."""
     weights_UK: torch.Tensor
     """fp32."""
+
+    @functools.cached_property
+    def arrays(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        """The same on an fp32 CPU."""
+        return self.x_UH.numpy(), self.slots_UK.numpy(), self.weights_UK.numpy()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +44,8 @@ class Call:
     rows: ExpertRows
     sequence: int
     """Counts the frames of a lane, so that a reply finds its question."""
+    room_UH: torch.Tensor | None = None
+    """Where the answer may be written, so that `Port.reply` has nothing to copy."""
 
 
 class Ticket(Protocol):
@@ -49,14 +61,17 @@ class Exchange(Protocol):
     @property
     def num_shards(self) -> int: ...
 
-    def send(self, layer: int, rows: Sequence[ExpertRows | None]) -> Ticket:
-        """Start a round: `rows[i]` goes to shard `i`, None sends nothing. Does not wait for replies.
+    def send(self, layer: int, x_TH: torch.Tensor, plan: DispatchPlan) -> Ticket:
+        """Start a round: each shard is sent the rows that are planned for it. Does not wait for replies.
 
-        Raises: LaneError.
+        `x_TH` may change afterwards. Raises: LaneError, RequestLimitError and then nothing was sent.
         """
 
-    def receive(self, ticket: Ticket) -> list[torch.Tensor | None]:
-        """The weighted sums `[U, H]` of each shard's experts, in the dtype of the rows; None where nothing was sent.
+    def receive(self, ticket: Ticket, y_TH: torch.Tensor) -> None:
+        """Add the weighted sums of each shard's experts, which come in the dtype of the rows, shard by shard.
+
+        Args:
+            y_TH: fp32.
 
         Raises: LaneTimeoutError, PeerLostError, WrongEpochError, ExpertMissingError. After any of them but
         ExpertMissingError the exchange is of no more use.
@@ -85,6 +100,11 @@ class Port(Protocol):
     def close(self) -> None: ...
 
 
+def rows_of(x_TH: torch.Tensor, part: ShardPlan) -> ExpertRows:
+    """What a shard is sent."""
+    return ExpertRows(x_UH=x_TH[part.rows_U], slots_UK=part.slots_UK, weights_UK=part.weights_UK)
+
+
 Serve = Callable[[int, ExpertRows], torch.Tensor]
 """A shard as a function: layer and rows to weighted sums `[U, H]`."""
 
@@ -92,7 +112,8 @@ Serve = Callable[[int, ExpertRows], torch.Tensor]
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Answered:
     layer: int
-    replies: list[torch.Tensor | None]
+    replies: list[tuple[torch.Tensor, torch.Tensor]]
+    """Tokens, and their sums."""
 
 
 class LocalExchange:
@@ -105,13 +126,14 @@ class LocalExchange:
     def num_shards(self) -> int:
         return len(self._shards)
 
-    def send(self, layer: int, rows: Sequence[ExpertRows | None]) -> Ticket:
-        replies = [None if part is None else serve(layer, part) for serve, part in zip(self._shards, rows, strict=True)]
-        return _Answered(layer, replies)
+    def send(self, layer: int, x_TH: torch.Tensor, plan: DispatchPlan) -> Ticket:
+        parts = [(serve, part) for shard, serve in enumerate(self._shards) if (part := plan.of(shard)) is not None]
+        return _Answered(layer, [(part.rows_U, serve(layer, rows_of(x_TH, part))) for serve, part in parts])
 
-    def receive(self, ticket: Ticket) -> list[torch.Tensor | None]:
+    def receive(self, ticket: Ticket, y_TH: torch.Tensor) -> None:
         assert isinstance(ticket, _Answered)
-        return ticket.replies
+        for rows_U, y_UH in ticket.replies:
+            y_TH.index_add_(0, rows_U, y_UH.float())
 
     def heartbeat(self) -> None:
         return

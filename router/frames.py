@@ -13,6 +13,7 @@ import dataclasses
 import enum
 import struct
 
+import numpy as np
 import torch
 
 from octet.errors import LaneError, RequestLimitError, WrongEpochError
@@ -22,6 +23,9 @@ from router.exchange import ExpertRows
 HEADER_BYTES = 64
 _FIELDS = struct.Struct("<8q")
 _MAGIC = 0x4F43544554  # "OCTET"
+
+_REMEMBERED_ROWS = 128
+"""Views of frames of up to so many rows are made once: making them takes as long as a small frame's way."""
 
 
 class Kind(enum.IntEnum):
@@ -46,14 +50,16 @@ class Header:
     num_rows: int = 0
     payload_bytes: int = 0
 
-    def write(self, buffer: torch.Tensor) -> None:
+    def write(self, buffer: torch.Tensor | memoryview) -> None:
+        memory = buffer if isinstance(buffer, memoryview) else buffer.numpy().data
         fields = (_MAGIC, self.kind, self.epoch, self.sequence, self.layer, self.num_rows, self.payload_bytes, 0)
-        _FIELDS.pack_into(buffer.numpy().data, 0, *fields)
+        _FIELDS.pack_into(memory, 0, *fields)
 
     @staticmethod
-    def read(buffer: torch.Tensor, expected_epoch: Epoch) -> Header:
+    def read(buffer: torch.Tensor | memoryview, expected_epoch: Epoch) -> Header:
         """Raises: LaneError if this is no frame, WrongEpochError."""
-        magic, kind, epoch, sequence, layer, num_rows, payload_bytes, _ = _FIELDS.unpack_from(buffer.numpy().data, 0)
+        memory = buffer if isinstance(buffer, memoryview) else buffer.numpy().data
+        magic, kind, epoch, sequence, layer, num_rows, payload_bytes, _ = _FIELDS.unpack_from(memory, 0)
         if magic != _MAGIC or kind not in _KINDS:
             raise LaneError(f"not a frame: magic {magic:#x}, kind {kind}")
         if epoch != expected_epoch:
@@ -95,32 +101,19 @@ class FrameLayout:
         """Room for the largest frame of either direction."""
         return torch.empty(self.call_bytes(self.max_rows), dtype=torch.uint8)
 
-    def write_call(
-        self, buffer: torch.Tensor, epoch: Epoch, sequence: int, layer: int, rows: ExpertRows
-    ) -> torch.Tensor:
-        """The filled part of `buffer`. Raises: RequestLimitError."""
-        num_rows = self._checked(rows)
-        size = self.call_bytes(num_rows)
-        Header(
-            kind=Kind.CALL,
-            epoch=epoch,
-            sequence=sequence,
-            layer=layer,
-            num_rows=num_rows,
-            payload_bytes=size - HEADER_BYTES,
-        ).write(buffer)
-        self._fill(self.rows(buffer, num_rows), rows)
-        return buffer[:size]
-
     def rows(self, buffer: torch.Tensor, num_rows: int) -> ExpertRows:
         """The payload of a call, as views."""
         return self.unpack_call(buffer[HEADER_BYTES:], num_rows)
 
     def pack_call(self, rows: ExpertRows, device: torch.device) -> torch.Tensor:
         """The payload of a call without its header, as a frame of its own. Raises: RequestLimitError."""
-        num_rows = self._checked(rows)
+        num_rows = len(rows.x_UH)
+        self.check(num_rows)
         payload = torch.empty(self.call_bytes(num_rows) - HEADER_BYTES, dtype=torch.uint8, device=device)
-        self._fill(self.unpack_call(payload, num_rows), rows)
+        view = self.unpack_call(payload, num_rows)
+        view.x_UH.copy_(rows.x_UH)
+        view.slots_UK.copy_(rows.slots_UK)
+        view.weights_UK.copy_(rows.weights_UK)
         return payload
 
     def unpack_call(self, payload: torch.Tensor, num_rows: int) -> ExpertRows:
@@ -138,14 +131,38 @@ class FrameLayout:
         """The payload of a reply `[U, H]`, as a view."""
         return buffer[HEADER_BYTES : self.reply_bytes(num_rows)].view(self.dtype).view(num_rows, self.hidden_size)
 
-    def _checked(self, rows: ExpertRows) -> int:
-        num_rows = len(rows.x_UH)
+    def check(self, num_rows: int) -> None:
+        """Raises: RequestLimitError if a frame has no room for so many."""
         if num_rows > self.max_rows:
             raise RequestLimitError(f"{num_rows} rows in one frame: found more than the lane's {self.max_rows}")
-        return num_rows
 
-    @staticmethod
-    def _fill(view: ExpertRows, rows: ExpertRows) -> None:
-        view.x_UH.copy_(rows.x_UH)
-        view.slots_UK.copy_(rows.slots_UK)
-        view.weights_UK.copy_(rows.weights_UK)
+
+class FrameBuffer:
+    """Room for the largest frame of either direction on a CPU, with what is looked at of it again and again."""
+
+    def __init__(self, layout: FrameLayout) -> None:
+        self._layout = layout
+        self.bytes = layout.new_buffer()
+        array = self.bytes.numpy()
+        self.memory = array.data
+        """For headers."""
+        self.words, self.numbers = array[HEADER_BYTES:].view(np.int32), array[HEADER_BYTES:].view(np.float32)
+        """The payload in 32-bit words, and the same as fp32."""
+        self._rows: dict[int, ExpertRows] = {}
+        self._replies: dict[int, torch.Tensor] = {}
+
+    def rows(self, num_rows: int) -> ExpertRows:
+        """The payload of a call, as views."""
+        if num_rows > _REMEMBERED_ROWS:
+            return self._layout.rows(self.bytes, num_rows)
+        if num_rows not in self._rows:
+            self._rows[num_rows] = self._layout.rows(self.bytes, num_rows)
+        return self._rows[num_rows]
+
+    def reply(self, num_rows: int) -> torch.Tensor:
+        """The payload of a reply `[U, H]`, as a view."""
+        if num_rows > _REMEMBERED_ROWS:
+            return self._layout.reply(self.bytes, num_rows)
+        if num_rows not in self._replies:
+            self._replies[num_rows] = self._layout.reply(self.bytes, num_rows)
+        return self._replies[num_rows]

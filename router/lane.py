@@ -9,17 +9,22 @@ row are left out of a round; nobody waits for them.
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+import importlib
+from collections.abc import Mapping, Sequence
+from types import ModuleType
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from octet.errors import ExpertMissingError, LaneError, RequestLimitError
 from octet.ids import Epoch
-from router.exchange import Call, ExpertRows, Ticket
-from router.frames import HEADER_BYTES, FrameLayout, Header, Kind
+from router.exchange import Call, Ticket
+from router.frames import HEADER_BYTES, FrameBuffer, FrameLayout, Header, Kind
 from router.group import Group, Transfer
+from router.plan import DispatchPlan, ShardArrays
 
 OPEN_ROUNDS = 2
 """Rounds that may be under way at once: two micro-batches take turns."""
@@ -40,40 +45,61 @@ class Link:
             epoch: the one in which the link was formed. All its frames carry it, whatever epochs it lives to see.
         """
         self._group, self._layout, self._epoch = group, layout, epoch
-        self._calls = [layout.new_buffer() for _ in range(OPEN_ROUNDS)]
-        self._replies = [layout.new_buffer() for _ in range(OPEN_ROUNDS)]
+        # Compiled now, or loaded from where it was compiled before, so that no request waits for it.
+        frames_cpu()
+        self._calls = [FrameBuffer(layout) for _ in range(OPEN_ROUNDS)]
+        self._replies = [FrameBuffer(layout) for _ in range(OPEN_ROUNDS)]
         self._transfers: list[list[Transfer]] = [[] for _ in range(OPEN_ROUNDS)]
 
-    def write(self, sequence: int, layer: int, rows: ExpertRows) -> torch.Tensor:
-        """The frame of a call, in the buffer of its turn. Raises: LaneError, RequestLimitError."""
-        turn = sequence % OPEN_ROUNDS
+    def write(self, sequence: int, layer: int, x_TH: torch.Tensor, part: ShardArrays) -> None:
+        """A call's frame, into the buffer of its turn. Raises: LaneError, RequestLimitError."""
+        turn, num_rows = sequence % OPEN_ROUNDS, len(part[0])
+        self._layout.check(num_rows)
         # Of a step that failed, a reply may be under way that nobody received.
         transfers, self._transfers[turn] = self._transfers[turn], []
         for transfer in transfers:
             transfer.wait()
-        return self._layout.write_call(self._calls[turn], self._epoch, sequence, layer, rows)
+        buffer = self._calls[turn]
+        Header(
+            kind=Kind.CALL,
+            epoch=self._epoch,
+            sequence=sequence,
+            layer=layer,
+            num_rows=num_rows,
+            payload_bytes=self._layout.call_bytes(num_rows) - HEADER_BYTES,
+        ).write(buffer.memory)
+        frames_cpu().write_rows(x_TH.view(torch.int32).numpy(), *part, buffer.words, buffer.numbers)
 
-    def send(self, sequence: int, frame: torch.Tensor, num_rows: int) -> None:
-        """Send a written frame, and expect its reply. Raises: LaneError."""
+    def send(self, sequence: int, num_rows: int) -> None:
+        """Send the frame that was written. Raises: LaneError."""
         turn = sequence % OPEN_ROUNDS
-        reply = self._group.receive(self._replies[turn][: self._layout.reply_bytes(num_rows)], SHARD)
-        self._transfers[turn] = [reply, self._group.send(frame, SHARD)]
+        frame = self._calls[turn].bytes[: self._layout.call_bytes(num_rows)]
+        self._transfers[turn] = [self._group.send(frame, SHARD)]
 
-    def receive(self, sequence: int, num_rows: int) -> torch.Tensor:
-        """The payload `[U, H]` of the reply.
+    def expect(self, sequence: int, num_rows: int) -> None:
+        """Make ready for the reply. Raises: LaneError."""
+        turn = sequence % OPEN_ROUNDS
+        room = self._replies[turn].bytes[: self._layout.reply_bytes(num_rows)]
+        self._transfers[turn].append(self._group.receive(room, SHARD))
+
+    def receive(self, sequence: int, rows_U: npt.NDArray[np.int64], y_TH: torch.Tensor) -> None:
+        """Add the reply to the tokens that were sent.
 
         Raises: ExpertMissingError with the shard's words if it refused; LaneError.
         """
         turn = sequence % OPEN_ROUNDS
-        self._transfers[turn].pop(0).wait()
+        self._transfers[turn].pop().wait()
         buffer = self._replies[turn]
-        header = Header.read(buffer, self._epoch)
+        header = Header.read(buffer.memory, self._epoch)
         if header.sequence != sequence:
             raise LaneError(f"it answered frame {header.sequence}, expected {sequence}")
         if header.kind is Kind.REFUSAL:
-            text = buffer[HEADER_BYTES : HEADER_BYTES + header.payload_bytes].numpy().tobytes()
+            text = bytes(buffer.memory[HEADER_BYTES : HEADER_BYTES + header.payload_bytes])
             raise ExpertMissingError(text.decode(errors="replace"))
-        return self._layout.reply(buffer, num_rows)
+        if self._layout.dtype == torch.float32:
+            frames_cpu().add_rows(buffer.numbers, rows_U, y_TH.numpy())
+        else:
+            y_TH.index_add_(0, torch.from_numpy(rows_U), buffer.reply(len(rows_U)).float())
 
     def announce(self, kind: Kind, timeout_s: float | None = None) -> None:
         """Send a frame without rows. Raises: LaneError."""
@@ -98,8 +124,8 @@ class _Round:
 
     layer: int
     sequence: int
-    num_rows: dict[int, int]
-    """By shard, where any were sent."""
+    rows: dict[int, npt.NDArray[np.int64]]
+    """The tokens `[U]` sent, by shard."""
     broken: dict[int, LaneError]
     """Shards to which nothing could be sent."""
 
@@ -124,48 +150,55 @@ class LaneExchange:
     def num_shards(self) -> int:
         return len(self._links)
 
-    def send(self, layer: int, rows: Sequence[ExpertRows | None]) -> Ticket:
+    def send(self, layer: int, x_TH: torch.Tensor, plan: DispatchPlan) -> Ticket:
         if len(self._open) == OPEN_ROUNDS:
             raise LaneError(f"{OPEN_ROUNDS} rounds are under way: receive one first")
-        broken: dict[int, LaneError] = {}
-        frames: dict[int, torch.Tensor] = {}
+        started = _Round(layer, self._sequence, {}, {})
         # All are written before one is sent: a frame over the limit leaves no round half sent.
-        for shard, part in enumerate(rows):
-            if part is not None:
-                with _noting(broken, shard):
-                    frames[shard] = self._links[shard].write(self._sequence, layer, part)
-        num_rows = {shard: len(part.x_UH) for shard, part in enumerate(rows) if part is not None}
-        for shard, frame in frames.items():
-            with _noting(broken, shard):
-                self._links[shard].send(self._sequence, frame, num_rows[shard])
-        started = _Round(layer, self._sequence, num_rows, broken)
+        for shard, link in enumerate(self._links):
+            if (part := plan.arrays_of(shard)) is not None:
+                started.rows[shard] = part[0]
+                try:
+                    link.write(self._sequence, layer, x_TH, part)
+                except RequestLimitError:
+                    raise
+                except LaneError as error:
+                    started.broken[shard] = _anew(error)
+        # Shards start at once; there is time to make ready for their replies while they compute.
+        for act in (Link.send, Link.expect):
+            for shard, rows_U in started.rows.items():
+                if shard not in started.broken:
+                    try:
+                        act(self._links[shard], self._sequence, len(rows_U))
+                    except LaneError as error:
+                        started.broken[shard] = _anew(error)
         self._open.append(started)
         self._sequence += 1
         return started
 
-    def receive(self, ticket: Ticket) -> list[torch.Tensor | None]:
+    def receive(self, ticket: Ticket, y_TH: torch.Tensor) -> None:
         assert self._open, "no round is under way"
         assert ticket is self._open[0], "rounds are received in the order in which they were sent"
         current = self._open.popleft()
         _raise_first(current.broken)
-        payloads: list[torch.Tensor | None] = [None] * len(self._links)
         refusals: list[str] = []
-        for shard, num in current.num_rows.items():
+        for shard, rows_U in current.rows.items():
             try:
-                payloads[shard] = self._links[shard].receive(current.sequence, num)
+                self._links[shard].receive(current.sequence, rows_U, y_TH)
             except ExpertMissingError as error:
                 refusals.append(f"shard {shard}: {error}")
             except LaneError as error:
                 _raise_first({shard: error})
         if refusals:
             raise ExpertMissingError("; ".join(refusals))
-        return payloads
 
     def heartbeat(self) -> None:
         broken: dict[int, LaneError] = {}
         for shard, link in enumerate(self._links):
-            with _noting(broken, shard):
+            try:
                 link.announce(Kind.HEARTBEAT)
+            except LaneError as error:
+                broken[shard] = _anew(error)
         _raise_first(broken)
 
     def close(self) -> None:
@@ -174,17 +207,10 @@ class LaneExchange:
             link.close()
 
 
-@contextlib.contextmanager
-def _noting(broken: dict[int, LaneError], shard: int) -> Iterator[None]:
-    """Note that a link is broken, so that the round goes on with the others."""
-    try:
-        yield
-    except RequestLimitError:
-        raise
-    except LaneError as error:
-        # Anew, without a traceback: it would hold the frame that holds `broken`, and with it the links and their ports
-        # until the next garbage collection, which an idle worker seldom has.
-        broken[shard] = type(error)(str(error))
+def _anew(error: LaneError) -> LaneError:
+    """The same without its traceback, which would hold the links and their ports until the next garbage collection, and
+    an idle worker seldom has one."""
+    return type(error)(str(error))
 
 
 def _raise_first(broken: Mapping[int, LaneError]) -> None:
@@ -201,49 +227,56 @@ class LanePort:
             timeout_s: silence after which the attention worker is given up; it sends heartbeats more often than that.
         """
         self._group, self._layout, self._epoch, self._timeout_s = group, layout, epoch, timeout_s
-        # One more than the rounds under way: a frame is received while the others are computed.
-        self._buffers = [layout.new_buffer() for _ in range(OPEN_ROUNDS + 1)]
+        # Gloo sends when it knows of the receive. As many as there may be rounds are posted ahead, so that none is
+        # posted between a frame and its reply; as many more are being answered.
+        self._buffers = [FrameBuffer(layout) for _ in range(2 * OPEN_ROUNDS)]
+        self._posted = collections.deque(group.receive(buffer.bytes, WORKER) for buffer in self._buffers[:OPEN_ROUNDS])
         self._turn = 0
-        self._posted = group.receive(self._buffers[0], WORKER)
-        self._reply = layout.new_buffer()
-        self._sent: Transfer | None = None
+        self._replies = [FrameBuffer(layout) for _ in range(OPEN_ROUNDS)]
+        self._sent: list[Transfer | None] = [None] * OPEN_ROUNDS
 
     def receive(self) -> Call | None:
         while True:
+            if len(self._posted) < OPEN_ROUNDS:
+                following = self._buffers[(self._turn + len(self._posted)) % len(self._buffers)]
+                self._posted.append(self._group.receive(following.bytes, WORKER))
+            self._posted.popleft().wait(self._timeout_s)
             buffer = self._buffers[self._turn]
-            self._posted.wait(self._timeout_s)
-            header = Header.read(buffer, self._epoch)
+            self._turn = (self._turn + 1) % len(self._buffers)
+            header = Header.read(buffer.memory, self._epoch)
             if header.kind is Kind.CLOSE:
                 return None
-            # Gloo sends when it knows of the receive, so the next one is posted before this frame is computed.
-            self._turn = (self._turn + 1) % len(self._buffers)
-            self._posted = self._group.receive(self._buffers[self._turn], WORKER)
             if header.kind is Kind.CALL:
-                rows = self._layout.rows(buffer, header.num_rows)
-                return Call(layer=header.layer, rows=rows, sequence=header.sequence)
+                rows, room_UH = buffer.rows(header.num_rows), self._free(header.sequence).reply(header.num_rows)
+                return Call(layer=header.layer, rows=rows, sequence=header.sequence, room_UH=room_UH)
 
     def reply(self, call: Call, y_UH: torch.Tensor) -> None:
-        buffer, num_rows = self._free_reply(), len(y_UH)
-        size = self._layout.reply_bytes(num_rows)
-        self._layout.reply(buffer, num_rows).copy_(y_UH)
-        self._post(call, Kind.REPLY, num_rows, size)
+        num_rows = len(y_UH)
+        if y_UH is not call.room_UH:
+            self._free(call.sequence).reply(num_rows).copy_(y_UH)
+        self._post(call, Kind.REPLY, num_rows, self._layout.reply_bytes(num_rows))
 
     def refuse(self, call: Call, error: Exception) -> None:
-        buffer = self._free_reply()
+        buffer = self._free(call.sequence)
         room = self._layout.reply_bytes(len(call.rows.x_UH)) - HEADER_BYTES
         text = str(error).encode()[:room]
-        buffer[HEADER_BYTES : HEADER_BYTES + len(text)] = torch.tensor(list(text), dtype=torch.uint8)
+        buffer.memory[HEADER_BYTES : HEADER_BYTES + len(text)] = text
         self._post(call, Kind.REFUSAL, 0, HEADER_BYTES + len(text))
 
     def close(self) -> None:
         self._group.abort()
 
-    def _free_reply(self) -> torch.Tensor:
-        if self._sent is not None:
-            self._sent.wait()
-        return self._reply
+    def _free(self, sequence: int) -> FrameBuffer:
+        """The reply's buffer, whose last content is sent."""
+        turn = sequence % OPEN_ROUNDS
+        sent, self._sent[turn] = self._sent[turn], None
+        if sent is not None:
+            sent.wait()
+        return self._replies[turn]
 
     def _post(self, call: Call, kind: Kind, num_rows: int, size: int) -> None:
+        turn = call.sequence % OPEN_ROUNDS
+        buffer = self._replies[turn]
         Header(
             kind=kind,
             epoch=self._epoch,
@@ -251,5 +284,11 @@ class LanePort:
             layer=call.layer,
             num_rows=num_rows,
             payload_bytes=size - HEADER_BYTES,
-        ).write(self._reply)
-        self._sent = self._group.send(self._reply[:size], WORKER)
+        ).write(buffer.memory)
+        self._sent[turn] = self._group.send(buffer.bytes[:size], WORKER)
+
+
+@functools.cache
+def frames_cpu() -> ModuleType:
+    # Imported here, so that GPU workers do without numba.
+    return importlib.import_module("router.frames_cpu")

@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from octet.errors import ExpertMissingError, LaneError
 from octet.ids import Epoch
-from router.exchange import Call, ExpertRows, Ticket
+from router.exchange import Call, Ticket, rows_of
 from router.frames import HEADER_BYTES, FrameLayout, Header, Kind
 from router.group import Group, GroupStore, Transfer
 from router.lane import OPEN_ROUNDS
+from router.plan import DispatchPlan
 
 
 class NcclGroup:
@@ -55,7 +55,8 @@ class _Round:
 
     layer: int
     sequence: int
-    num_rows: list[int]
+    rows: dict[int, torch.Tensor]
+    """The tokens `[U]` sent, by shard."""
     headers: list[torch.Tensor | None]
     announced: list[Transfer | None]
 
@@ -75,32 +76,30 @@ class NcclLaneExchange:
     def num_shards(self) -> int:
         return self._num_shards
 
-    def send(self, layer: int, rows: Sequence[ExpertRows | None]) -> Ticket:
+    def send(self, layer: int, x_TH: torch.Tensor, plan: DispatchPlan) -> Ticket:
         if len(self._open) == OPEN_ROUNDS:
             raise LaneError(f"{OPEN_ROUNDS} rounds are under way: receive one first")
-        frames = {
-            shard + 1: self._layout.pack_call(part, self._device) for shard, part in enumerate(rows) if part is not None
-        }
-        num_rows = [0 if part is None else len(part.x_UH) for part in rows]
+        parts = {shard: part for shard in range(self._num_shards) if (part := plan.of(shard)) is not None}
+        frames = {shard + 1: self._layout.pack_call(rows_of(x_TH, part), self._device) for shard, part in parts.items()}
+        rows = {shard: part.rows_U for shard, part in parts.items()}
         headers: list[torch.Tensor | None] = [None] * self._num_shards
         announced: list[Transfer | None] = [None] * self._num_shards
         for rank in frames:
             shard = rank - 1
             header = torch.empty(HEADER_BYTES, dtype=torch.uint8)
             headers[shard], announced[shard] = header, self._control.receive(header, rank)
-            self._announce(rank, Kind.CALL, layer, num_rows[shard], len(frames[rank]))
+            self._announce(rank, Kind.CALL, layer, len(rows[shard]), len(frames[rank]))
         if frames:
             self._data.exchange(frames, {})
-        started = _Round(layer, self._sequence, num_rows, headers, announced)
+        started = _Round(layer, self._sequence, rows, headers, announced)
         self._open.append(started)
         self._sequence += 1
         return started
 
-    def receive(self, ticket: Ticket) -> list[torch.Tensor | None]:
+    def receive(self, ticket: Ticket, y_TH: torch.Tensor) -> None:
         assert self._open, "no round is under way"
         assert ticket is self._open[0], "rounds are received in the order in which they were sent"
         current = self._open.popleft()
-        replies: list[torch.Tensor | None] = [None] * self._num_shards
         frames: dict[int, torch.Tensor] = {}
         refused: list[int] = []
         for shard, (raw, transfer) in enumerate(zip(current.headers, current.announced, strict=True)):
@@ -114,14 +113,14 @@ class NcclLaneExchange:
                 refused.append(shard)
             frame = torch.empty(header.payload_bytes, dtype=torch.uint8, device=self._device)
             frames[shard + 1] = frame
-            replies[shard] = frame
         if frames:
             self._data.exchange({}, frames)
         if refused:
             texts = (bytes(frames[shard + 1].tolist()).decode(errors="replace") for shard in refused)
             raise ExpertMissingError("; ".join(f"shard {s}: {text}" for s, text in zip(refused, texts, strict=True)))
         hidden, dtype = self._layout.hidden_size, self._layout.dtype
-        return [None if frame is None else frame.view(dtype).view(-1, hidden) for frame in replies]
+        for shard, rows_U in current.rows.items():
+            y_TH.index_add_(0, rows_U, frames[shard + 1].view(dtype).view(-1, hidden).float())
 
     def heartbeat(self) -> None:
         for rank in range(1, self._num_shards + 1):

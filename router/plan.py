@@ -9,14 +9,44 @@ import dataclasses
 import functools
 import importlib
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from router.placement import EMPTY, Placement
 
 if TYPE_CHECKING:
     from router.plan_cpu import Replicas
+
+
+ShardArrays = tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.float32]]
+"""A `ShardPlan` as arrays."""
+
+
+class DispatchPlan(Protocol):
+    """One layer's rows, divided among the shards."""
+
+    def of(self, shard: int) -> ShardPlan | None:
+        """None where no token goes."""
+
+    def arrays_of(self, shard: int) -> ShardArrays | None:
+        """The same on a CPU."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PlanByShard:
+    """A plan whose parts are made one by one."""
+
+    shards: tuple[ShardPlan | None, ...]
+
+    def of(self, shard: int) -> ShardPlan | None:
+        return self.shards[shard]
+
+    def arrays_of(self, shard: int) -> ShardArrays | None:
+        part = self.shards[shard]
+        return None if part is None else (part.rows_U.numpy(), part.slots_UK.numpy(), part.weights_UK.numpy())
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,13 +88,13 @@ class Planner:
             if placement.num_replicas[index].max() == 1
         }
 
-    def plan(self, layer: int, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> list[ShardPlan | None]:
-        """One entry per shard, None where no token goes. Which replica serves a row depends on this batch alone."""
+    def plan(self, layer: int, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> DispatchPlan:
+        """Which replica serves a row depends on this batch alone."""
         if expert_ids_TK.device.type == "cpu":
             return self._plan_on_cpu(layer, expert_ids_TK, weights_TK)
         return self._plan_on_gpu(layer, expert_ids_TK, weights_TK)
 
-    def _plan_on_gpu(self, layer: int, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> list[ShardPlan | None]:
+    def _plan_on_gpu(self, layer: int, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> DispatchPlan:
         if layer in self._only_slot:
             slots_TK = self._only_slot[layer][expert_ids_TK]
         else:
@@ -89,11 +119,11 @@ class Planner:
                     weights_UK=weights_TK[rows_U] * here_UK,
                 )
             )
-        return plans
+        return PlanByShard(tuple(plans))
 
-    def _plan_on_cpu(self, layer: int, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> list[ShardPlan | None]:
+    def _plan_on_cpu(self, layer: int, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> DispatchPlan:
         """The same in one compiled pass: thirty small operators cost more than the plan itself."""
-        counts, rows_XT, slots_XTK, weights_XTK = plan_cpu().plan_rows(
+        plan: DispatchPlan = plan_cpu().plan_rows(
             expert_ids_TK.numpy(),
             weights_TK.numpy(),
             self._replicas[layer],
@@ -101,13 +131,4 @@ class Planner:
             self._slots_per_shard,
             self._few_rows,
         )
-        return [
-            None
-            if count == 0
-            else ShardPlan(
-                rows_U=torch.from_numpy(rows_XT[shard, :count]),
-                slots_UK=torch.from_numpy(slots_XTK[shard, :count]),
-                weights_UK=torch.from_numpy(weights_XTK[shard, :count]),
-            )
-            for shard, count in enumerate(counts)
-        ]
+        return plan

@@ -5,18 +5,47 @@ Shapes: `T` tokens, `K` experts per token, `E` experts, `R` replicas, `X` shards
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from router.placement import EMPTY, Placement
+from router.plan import ShardArrays, ShardPlan
 from router.replica_choice import choose_replicas
 
 _compile: Any = numba.njit(nogil=True, cache=True)
 _NO_CHOICE = np.empty((0, 0), np.int32)
-Plan = tuple[list[int], npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.float32]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CpuPlan:
+    """A `router.plan.DispatchPlan` as arrays: what a shard is sent stands in the first so many entries."""
+
+    num_rows: list[int]
+    """By shard."""
+    rows_XT: npt.NDArray[np.int64]
+    slots_XTK: npt.NDArray[np.int32]
+    weights_XTK: npt.NDArray[np.float32]
+
+    def of(self, shard: int) -> ShardPlan | None:
+        count = self.num_rows[shard]
+        if count == 0:
+            return None
+        return ShardPlan(
+            rows_U=torch.from_numpy(self.rows_XT[shard, :count]),
+            slots_UK=torch.from_numpy(self.slots_XTK[shard, :count]),
+            weights_UK=torch.from_numpy(self.weights_XTK[shard, :count]),
+        )
+
+    def arrays_of(self, shard: int) -> ShardArrays | None:
+        count = self.num_rows[shard]
+        if count == 0:
+            return None
+        return self.rows_XT[shard, :count], self.slots_XTK[shard, :count], self.weights_XTK[shard, :count]
 
 
 class Replicas(NamedTuple):
@@ -45,8 +74,7 @@ def plan_rows(
     num_shards: int,
     slots_per_shard: int,
     few_rows: int,
-) -> Plan:
-    """Rows per shard, then for each shard, in the first so many entries, row numbers, slots and weights."""
+) -> CpuPlan:
     num_tokens, top_k = expert_ids_TK.shape
     slots_TK = choose(expert_ids_TK, replicas, num_shards, few_rows)
     rows_XT = np.empty((num_shards, num_tokens), np.int64)
@@ -56,7 +84,7 @@ def plan_rows(
     _plan_rows(
         expert_ids_TK, weights_TK, replicas.slots_ER, slots_TK, slots_per_shard, counts, rows_XT, slots_XTK, weights_XTK
     )
-    return counts.tolist(), rows_XT, slots_XTK, weights_XTK
+    return CpuPlan(counts.tolist(), rows_XT, slots_XTK, weights_XTK)
 
 
 def choose(

@@ -1,6 +1,6 @@
 """The mixture-of-experts layer as an attention worker sees it.
 
-Shapes: `T` tokens, `H` hidden, `U` rows sent to one shard.
+Shapes: `T` tokens, `H` hidden.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from model.config import ModelConfig
 from model.weights import GateWeights
 from octet.errors import LaneError
 from octet.faults import reach
-from router.exchange import Exchange, ExpertRows, Ticket
+from router.exchange import Exchange, Ticket
 from router.gate import Gate
-from router.plan import Planner, ShardPlan
+from router.plan import Planner
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Dispatched:
     """The receipt of a dispatch: what `combine` needs to put the rows back."""
 
-    x_TH: torch.Tensor
-    plans: list[ShardPlan | None]
     ticket: Ticket
+    y_TH: torch.Tensor
+    """Zeros in fp32, where the sums go."""
 
 
 class RoutedExperts:
@@ -38,7 +38,7 @@ class RoutedExperts:
         self._gates = {layer: Gate(weights, config) for layer, weights in gates.items()}
         self._planner: Planner | None = None
         self._exchange: Exchange | None = None
-        self._under_way: collections.deque[Ticket] = collections.deque()
+        self._under_way: collections.deque[Dispatched] = collections.deque()
         self.combine_s = 0.0
         """Spent waiting for the experts' sums, since the start."""
 
@@ -51,37 +51,28 @@ class RoutedExperts:
         """Raises: LaneError."""
         assert self._planner is not None, "adopt comes first"
         assert self._exchange is not None
-        expert_ids_TK, weights_TK = self._gates[layer].select(x_TH)
-        plans = self._planner.plan(layer, expert_ids_TK, weights_TK)
-        rows = [
-            None
-            if plan is None
-            else ExpertRows(x_UH=x_TH[plan.rows_U], slots_UK=plan.slots_UK, weights_UK=plan.weights_UK)
-            for plan in plans
-        ]
+        plan = self._planner.plan(layer, *self._gates[layer].select(x_TH))
         reach("dispatch")
-        ticket = self._exchange.send(layer, rows)
-        self._under_way.append(ticket)
-        return Dispatched(x_TH, plans, ticket)
+        ticket = self._exchange.send(layer, x_TH, plan)
+        dispatched = Dispatched(ticket, torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device))
+        self._under_way.append(dispatched)
+        return dispatched
 
     def combine(self, dispatched: Dispatched) -> torch.Tensor:
         """The sum over shards, `[T, H]` in fp32. Raises: LaneError."""
         assert self._exchange is not None, "adopt comes first"
-        ticket = self._under_way.popleft()
-        assert ticket is dispatched.ticket, "combined in the order of the dispatches"
+        first = self._under_way.popleft()
+        assert first is dispatched, "combined in the order of the dispatches"
         begun_s = time.perf_counter()
         reach("combine")
-        replies = self._exchange.receive(ticket)
+        self._exchange.receive(dispatched.ticket, dispatched.y_TH)
         self.combine_s += time.perf_counter() - begun_s
-        y_TH = torch.zeros(dispatched.x_TH.shape, dtype=torch.float32, device=dispatched.x_TH.device)
-        for plan, y_UH in zip(dispatched.plans, replies, strict=True):
-            if plan is not None and y_UH is not None:
-                y_TH.index_add_(0, plan.rows_U, y_UH.float())
-        return y_TH
+        return dispatched.y_TH
 
+    @torch.inference_mode()
     def drain(self) -> None:
         """Drop what is still under way after a step has failed, so that the exchange can be used again if it works."""
         while self._under_way and self._exchange is not None:
             # What becomes of it does not matter; an exchange that is broken will say so at its next use.
             with contextlib.suppress(LaneError):
-                self._exchange.receive(self._under_way.popleft())
+                self.combine(self._under_way[0])

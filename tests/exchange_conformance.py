@@ -32,10 +32,11 @@ from octet.errors import (
     WrongEpochError,
 )
 from octet.ids import Epoch
-from router.exchange import Call, Exchange, ExpertRows, LocalExchange, Port, Serve
+from router.exchange import Call, Exchange, ExpertRows, LocalExchange, Port, Serve, Ticket, rows_of
 from router.frames import FrameLayout
 from router.group import Group, GroupStore
 from router.lane import SHARD, LaneExchange, LanePort, Link
+from router.plan import PlanByShard, ShardPlan
 
 HOST = "127.0.0.1"
 EPOCH = Epoch(7)
@@ -99,11 +100,62 @@ class LaneSettings:
     """How long a port waits for its attention worker."""
 
 
+class ByShard:
+    """An exchange as these tests speak to it: each shard's rows are tokens of their own, and so are its sums."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self.exchange = exchange
+
+    @property
+    def num_shards(self) -> int:
+        return self.exchange.num_shards
+
+    def send(self, layer: int, rows: Sequence[ExpertRows | None]) -> ByShardTicket:
+        sent = [part for part in rows if part is not None]
+        device = sent[0].x_UH.device if sent else torch.device("cpu")
+        tokens = torch.arange(sum(len(part.x_UH) for part in sent), device=device).split([len(p.x_UH) for p in sent])
+        own = iter(tokens)
+        plan = PlanByShard(
+            tuple(
+                None
+                if part is None
+                else ShardPlan(rows_U=next(own), slots_UK=part.slots_UK, weights_UK=part.weights_UK)
+                for part in rows
+            )
+        )
+        x_TH = torch.cat([part.x_UH for part in sent]) if sent else torch.empty(0, 64)
+        return ByShardTicket(self.exchange.send(layer, x_TH, plan), x_TH, plan, len(rows))
+
+    def receive(self, ticket: ByShardTicket) -> list[torch.Tensor | None]:
+        y_TH = torch.zeros(ticket.x_TH.shape, dtype=torch.float32, device=ticket.x_TH.device)
+        self.exchange.receive(ticket.ticket, y_TH)
+        parts = [ticket.plan.of(shard) for shard in range(ticket.num_shards)]
+        return [None if part is None else y_TH[part.rows_U].to(ticket.x_TH.dtype) for part in parts]
+
+    def heartbeat(self) -> None:
+        self.exchange.heartbeat()
+
+    def close(self) -> None:
+        self.exchange.close()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ByShardTicket:
+    ticket: Ticket
+    x_TH: torch.Tensor
+    plan: PlanByShard
+    num_shards: int
+
+    @property
+    def layer(self) -> int:
+        return self.ticket.layer
+
+
 class Lane(Protocol):
     """Both ends of a lane, with nobody serving the ports yet."""
 
     @property
-    def exchange(self) -> Exchange: ...
+    def exchange(self) -> ByShard: ...
     @property
     def ports(self) -> Sequence[Port]: ...
     def vanish(self) -> None:
@@ -116,7 +168,7 @@ class Implementation(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    def serve(self, shards: Sequence[Serve], layout: FrameLayout) -> AbstractContextManager[Exchange]:
+    def serve(self, shards: Sequence[Serve], layout: FrameLayout) -> AbstractContextManager[ByShard]:
         """An exchange whose shards answer, until the context ends; its end fails if a shard ended badly."""
 
     def open(self, settings: LaneSettings) -> AbstractContextManager[Lane]:
@@ -129,8 +181,8 @@ class Local:
     device = torch.device("cpu")
 
     @contextlib.contextmanager
-    def serve(self, shards: Sequence[Serve], layout: FrameLayout) -> Iterator[Exchange]:
-        yield LocalExchange(shards)
+    def serve(self, shards: Sequence[Serve], layout: FrameLayout) -> Iterator[ByShard]:
+        yield ByShard(LocalExchange(shards))
 
     def open(self, settings: LaneSettings) -> NoReturn:
         pytest.skip("LocalExchange calls its shards directly: there are no ports, frames, epochs or peers to lose")
@@ -139,7 +191,7 @@ class Local:
 @dataclasses.dataclass(frozen=True)
 class GlooEnds:
     groups: Sequence[Group]
-    exchange: LaneExchange
+    exchange: ByShard
     ports: Sequence[LanePort]
 
     def vanish(self) -> None:
@@ -153,7 +205,7 @@ class Gloo:
     device = torch.device("cpu")
 
     @contextlib.contextmanager
-    def serve(self, shards: Sequence[Serve], layout: FrameLayout) -> Iterator[Exchange]:
+    def serve(self, shards: Sequence[Serve], layout: FrameLayout) -> Iterator[ByShard]:
         with self.open(LaneSettings(num_shards=len(shards), layout=layout)) as lane:
             with ThreadPoolExecutor(len(shards)) as pool:
                 served = [
@@ -172,7 +224,7 @@ class Gloo:
         try:
             yield GlooEnds(
                 [worker for worker, _ in pairs],
-                LaneExchange([Link(worker, settings.layout, EPOCH) for worker, _ in pairs]),
+                ByShard(LaneExchange([Link(worker, settings.layout, EPOCH) for worker, _ in pairs])),
                 [LanePort(shard, settings.layout, settings.port_epoch, settings.silence_s) for _, shard in pairs],
             )
         finally:
@@ -222,6 +274,23 @@ class ExchangeConformance:
         return random_rows(num_rows, layout or layout_of(), self.implementation.device)
 
     # What goes well.
+
+    def test_the_sums_of_a_token_that_goes_to_several_shards_are_added(self) -> None:
+        shards, rows = [Scale(0), Scale(1)], self.rows(6)
+        plan = PlanByShard(
+            tuple(
+                ShardPlan(rows_U=tokens, slots_UK=rows.slots_UK[tokens], weights_UK=rows.weights_UK[tokens])
+                for tokens in (torch.tensor([0, 2, 5]), torch.tensor([2, 3, 4, 5]))
+            )
+        )
+        with self.implementation.serve(shards, layout_of()) as exchange:
+            y_TH = torch.ones_like(rows.x_UH)
+            exchange.exchange.receive(exchange.exchange.send(1, rows.x_UH, plan), y_TH)
+        expected_TH = torch.ones_like(y_TH)
+        for shard, part in zip(shards, plan.shards, strict=True):
+            assert part is not None
+            expected_TH[part.rows_U] += shard(1, rows_of(rows.x_UH, part))
+        torch.testing.assert_close(y_TH, expected_TH, rtol=0, atol=0)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize(

@@ -18,10 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 from octet.ids import Epoch
-from router.exchange import ExpertRows
 from router.frames import FrameLayout
 from router.group import Group, GroupStore
 from router.lane import SHARD, WORKER, LaneExchange, LanePort, Link
+from router.plan import PlanByShard, ShardPlan
 
 _HOST, _WAIT_S, _EPOCH = "127.0.0.1", 30.0, Epoch(1)
 _LAYOUT = FrameLayout(hidden_size=512, experts_per_token=8, max_rows=128, dtype=torch.float32)
@@ -79,12 +79,15 @@ def _shard(store: str, rank: int, size: int, row_counts: tuple[int, ...]) -> Non
 
 
 def _lane_round(exchange: LaneExchange, num_shards: int, num_rows: int) -> float:
-    rows = ExpertRows(
-        x_UH=torch.randn(num_rows, _LAYOUT.hidden_size),
+    """Every token goes to every shard."""
+    part = ShardPlan(
+        rows_U=torch.arange(num_rows),
         slots_UK=torch.zeros(num_rows, _LAYOUT.experts_per_token, dtype=torch.int32),
         weights_UK=torch.rand(num_rows, _LAYOUT.experts_per_token),
     )
-    return _median(lambda: exchange.receive(exchange.send(0, [rows] * num_shards)))
+    plan, x_TH = PlanByShard((part,) * num_shards), torch.randn(num_rows, _LAYOUT.hidden_size)
+    y_TH = torch.zeros_like(x_TH)
+    return _median(lambda: exchange.receive(exchange.send(0, x_TH, plan), y_TH))
 
 
 def _gloo(store: GroupStore, rank: int, size: int) -> Any:

@@ -20,6 +20,7 @@ from model.batch import Span
 from ops.bench.breakdown.records import Round, ShardCall, Step
 from ops.bench.breakdown.stopwatch import Stopwatch
 from router.exchange import Exchange, ExpertRows, Ticket
+from router.plan import DispatchPlan, ShardPlan
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ PROBES = (
     Probe("router.gate:Gate", "select", "gate"),
     Probe("router.plan:Planner", "plan", "plan"),
     Probe("router.routed_experts:RoutedExperts", "dispatch", "dispatch"),
-    Probe("router.frames:FrameLayout", "write_call", "pack"),
+    Probe("router.lane:Link", "write", "pack"),
     Probe("router.group:Transfer", "wait", "exchange_wait"),
     Probe("router.routed_experts:RoutedExperts", "combine", "combine"),
     Probe("decode.engine", "sample", "sample"),
@@ -151,21 +152,21 @@ class _RecordedExchange:
     def num_shards(self) -> int:
         return self._exchange.num_shards
 
-    def send(self, layer: int, rows: Sequence[ExpertRows | None]) -> Ticket:
+    def send(self, layer: int, x_TH: torch.Tensor, plan: DispatchPlan) -> Ticket:
         sent_s = time.perf_counter()
-        ticket = self._send(layer, rows)
-        self._open.append((sum(_bytes(part) for part in rows if part is not None), sent_s))
+        ticket = self._send(layer, x_TH, plan)
+        parts = (plan.of(shard) for shard in range(self._exchange.num_shards))
+        self._open.append((sum(_bytes(x_TH, part) for part in parts if part is not None), sent_s))
         return ticket
 
-    def receive(self, ticket: Ticket) -> list[torch.Tensor | None]:
+    def receive(self, ticket: Ticket, y_TH: torch.Tensor) -> None:
         wait_s = time.perf_counter()
-        replies = self._receive(ticket)
+        self._receive(ticket, y_TH)
         num_bytes, sent_s = self._open.popleft()
         received_s = time.perf_counter()
         self._rounds().append(
             Round(layer=ticket.layer, num_bytes=num_bytes, sent_s=sent_s, wait_s=wait_s, received_s=received_s)
         )
-        return replies
 
     def heartbeat(self) -> None:
         self._exchange.heartbeat()
@@ -179,9 +180,9 @@ def _attended(span: Span) -> int:
     return (span.stop * (span.stop + 1) - span.start * (span.start + 1)) // 2
 
 
-def _bytes(rows: ExpertRows) -> int:
+def _bytes(x_TH: torch.Tensor, part: ShardPlan) -> int:
     """There and back: the sums that return are as large as the rows."""
-    return 2 * rows.x_UH.nbytes + rows.slots_UK.nbytes + rows.weights_UK.nbytes
+    return 2 * len(part.rows_U) * x_TH[:1].nbytes + part.slots_UK.nbytes + part.weights_UK.nbytes
 
 
 class CallRecorder:
@@ -200,9 +201,9 @@ class CallRecorder:
 
     def _record(self, serve: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         @functools.wraps(serve)
-        def recorded(shard: Any, layer: int, rows: ExpertRows) -> torch.Tensor:
+        def recorded(shard: Any, layer: int, rows: ExpertRows, room_UH: torch.Tensor | None = None) -> torch.Tensor:
             start_s = time.perf_counter()
-            y_UH = serve(shard, layer, rows)
+            y_UH = serve(shard, layer, rows, room_UH)
             stop_s = time.perf_counter()
             # A copy: the frame is a buffer that the next one overwrites. What it says is worked out later.
             self._calls.append((layer, rows.slots_UK.clone(), start_s, stop_s))

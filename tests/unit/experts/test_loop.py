@@ -27,7 +27,7 @@ class FakeShard:
         self.may_go_on = threading.Event()
         self.may_go_on.set()
 
-    def serve(self, layer: int, rows: Rows) -> torch.Tensor:
+    def serve(self, layer: int, rows: Rows, room_UH: torch.Tensor | None = None) -> torch.Tensor:
         self.served.append(layer)
         self.at_work.set()
         assert self.may_go_on.wait(PATIENT_S)
@@ -230,7 +230,7 @@ def test_closing_closes_every_lane(shard: FakeShard) -> None:
 
 def test_it_serves_real_lanes_of_several_attention_workers() -> None:
     class Scaling:
-        def serve(self, layer: int, rows: Any) -> torch.Tensor:
+        def serve(self, layer: int, rows: Any, room_UH: Any) -> torch.Tensor:
             return Scale(0)(layer, rows)
 
     loop = ShardLoop(cast(ExpertShard, Scaling()))

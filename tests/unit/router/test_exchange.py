@@ -10,6 +10,7 @@ import signal
 import time
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.process import BaseProcess
 
 import pytest
@@ -19,13 +20,14 @@ from octet.errors import LaneError, LaneTimeoutError, PeerLostError, WrongEpochE
 from octet.ids import Epoch
 from router.frames import FrameLayout, Header, Kind
 from router.group import Group, GroupStore
-from router.lane import LaneExchange, Link
+from router.lane import LaneExchange, LanePort, Link
 from tests.exchange_conformance import (
     CONNECT_S,
     EPOCH,
     HOST,
     MARGIN_S,
     PATIENT_S,
+    ByShard,
     ExchangeConformance,
     Gloo,
     Local,
@@ -33,8 +35,10 @@ from tests.exchange_conformance import (
     assert_answered,
     form_pair,
     layout_of,
+    next_call,
     random_rows,
     serve_in_process,
+    serve_until_closed,
     within,
 )
 
@@ -50,7 +54,7 @@ class TestGlooLane(ExchangeConformance):
 def test_a_reply_of_another_epoch_is_recognised() -> None:
     layout = layout_of()
     ends = form_pair(PATIENT_S)
-    exchange = LaneExchange([Link(ends[0], layout, EPOCH)])
+    exchange = ByShard(LaneExchange([Link(ends[0], layout, EPOCH)]))
     ticket = exchange.send(0, [random_rows(1, layout)])
     ends[1].receive(layout.new_buffer(), 0).wait()
     reply = layout.new_buffer()[: layout.reply_bytes(1)]
@@ -63,8 +67,51 @@ def test_a_reply_of_another_epoch_is_recognised() -> None:
         end.abort()
 
 
+@pytest.mark.parametrize("under_way", [1, 2])
+@pytest.mark.parametrize("before", [0, 1])
+def test_the_link_to_a_shard_that_stays_is_used_again_after_a_step_that_lost_another(
+    before: int, under_way: int
+) -> None:
+    layout = layout_of()
+    pairs = [form_pair(PATIENT_S) for _ in range(3)]
+    lost, kept, new = (
+        (Link(worker, layout, EPOCH), LanePort(shard, layout, EPOCH, PATIENT_S)) for worker, shard in pairs
+    )
+    failing = ByShard(LaneExchange([lost[0], kept[0]]))
+    for layer in range(before):
+        sent = [None, random_rows(3, layout)]
+        ticket = failing.send(layer, sent)
+        call = next_call(kept[1])
+        kept[1].reply(call, Scale(1)(call.layer, call.rows))
+        assert_answered(failing.receive(ticket), [Scale(0), Scale(1)], layer, sent)
+    tickets = [failing.send(layer, [random_rows(1, layout), random_rows(9, layout)]) for layer in range(under_way)]
+    late = [next_call(kept[1]) for _ in range(under_way)]
+    lost[1].close()
+    for ticket in tickets:
+        with within(MARGIN_S), pytest.raises(LaneError, match="shard 0"):
+            failing.receive(ticket)
+    with pytest.raises(LaneError, match="shard 0"):
+        failing.heartbeat()
+
+    following = ByShard(LaneExchange([kept[0], new[0]]))
+    with ThreadPoolExecutor(2) as pool:
+        for call in late:
+            kept[1].reply(call, Scale(0)(call.layer, call.rows))
+        served = [pool.submit(serve_until_closed, port, Scale(shard)) for shard, (_, port) in enumerate((kept, new))]
+        for layer in range(5):
+            sent = [random_rows(2 + layer, layout), random_rows(1, layout)]
+            with within(MARGIN_S):
+                assert_answered(following.receive(following.send(layer, sent)), [Scale(0), Scale(1)], layer, sent)
+        following.close()
+        for future in served:
+            future.result(PATIENT_S)
+    for pair in pairs:
+        for group in pair:
+            group.abort()
+
+
 @contextlib.contextmanager
-def lane_to_a_process(layout: FrameLayout, reply_s: float) -> Iterator[tuple[LaneExchange, BaseProcess]]:
+def lane_to_a_process(layout: FrameLayout, reply_s: float) -> Iterator[tuple[ByShard, BaseProcess]]:
     """An exchange with one shard, in a process of its own that has answered once."""
     store = GroupStore.host(HOST, CONNECT_S)
     process = multiprocessing.get_context("spawn").Process(
@@ -73,7 +120,7 @@ def lane_to_a_process(layout: FrameLayout, reply_s: float) -> Iterator[tuple[Lan
     process.start()
     try:
         group = Group(store, "lane", 0, 2, HOST, CONNECT_S, reply_s)
-        exchange = LaneExchange([Link(group, layout, EPOCH)])
+        exchange = ByShard(LaneExchange([Link(group, layout, EPOCH)]))
         sent = [random_rows(2, layout)]
         assert_answered(exchange.receive(exchange.send(0, sent)), [Scale(0)], 0, sent)
         yield exchange, process
@@ -105,7 +152,7 @@ def test_a_shard_process_that_is_stopped_is_given_up_at_the_deadline() -> None:
         assert time.monotonic() - start_s > 0.9 * reply_s
 
 
-def broken_call(exchange: LaneExchange, call: str) -> None:
+def broken_call(exchange: ByShard, call: str) -> None:
     """Until it fails, as it does when the other end has gone."""
     with contextlib.suppress(LaneError):
         for _ in range(100):
@@ -120,7 +167,7 @@ def broken_call(exchange: LaneExchange, call: str) -> None:
 def test_a_broken_lane_is_gone_with_its_last_owner_and_waits_for_no_garbage_collection(call: str) -> None:
     worker, shard = form_pair(PATIENT_S)
     link = Link(worker, layout_of(), EPOCH)
-    exchange, held = LaneExchange([link]), weakref.ref(link)
+    exchange, held = ByShard(LaneExchange([link])), weakref.ref(link)
     shard.abort()
     gc.disable()
     try:

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from octet.errors import LaneError, RequestLimitError, WrongEpochError
 from octet.ids import Epoch
 from router.exchange import ExpertRows
-from router.frames import HEADER_BYTES, FrameLayout, Header, Kind
+from router.frames import HEADER_BYTES, FrameBuffer, FrameLayout, Header, Kind
+from router.frames_cpu import add_rows, write_rows
 
 EPOCH = Epoch(3)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -75,20 +76,15 @@ def test_a_header_of_another_epoch_names_both() -> None:
 def test_a_call_is_read_as_it_was_written(layout: FrameLayout, data: st.DataObject) -> None:
     num_rows = data.draw(st.integers(1, layout.max_rows))
     sent = rows_of(num_rows, layout)
-    frame = layout.write_call(layout.new_buffer(), EPOCH, 11, 5, sent)
-    header = Header.read(frame, EPOCH)
-    got = layout.rows(frame, header.num_rows)
-    assert (header.kind, header.sequence, header.layer, header.num_rows) == (Kind.CALL, 11, 5, num_rows)
+    buffer = FrameBuffer(layout)
+    chosen = torch.randperm(num_rows)
+    x_TW = sent.x_UH[chosen.argsort()].view(torch.int32)
+    arrays = (part.numpy() for part in (x_TW, chosen, sent.slots_UK, sent.weights_UK))
+    write_rows(*arrays, buffer.words, buffer.numbers)
+    got = buffer.rows(num_rows)
     assert torch.equal(got.x_UH, sent.x_UH)
     assert torch.equal(got.slots_UK, sent.slots_UK)
     assert torch.equal(got.weights_UK, sent.weights_UK)
-
-
-@given(layout=_layouts, data=st.data())
-def test_a_frame_is_as_long_as_its_header_says(layout: FrameLayout, data: st.DataObject) -> None:
-    num_rows = data.draw(st.integers(1, layout.max_rows))
-    frame = layout.write_call(layout.new_buffer(), EPOCH, 0, 0, rows_of(num_rows, layout))
-    assert len(frame) == layout.call_bytes(num_rows) == HEADER_BYTES + Header.read(frame, EPOCH).payload_bytes
 
 
 @given(layout=_layouts, data=st.data())
@@ -108,4 +104,15 @@ def test_a_buffer_has_room_for_the_largest_frame_of_either_direction(layout: Fra
 def test_more_rows_than_a_frame_takes_are_refused() -> None:
     layout = FrameLayout(hidden_size=8, experts_per_token=2, max_rows=4, dtype=torch.float32)
     with pytest.raises(RequestLimitError, match=r"5 rows .*lane's 4"):
-        layout.write_call(layout.new_buffer(), EPOCH, 0, 0, rows_of(5, layout))
+        layout.check(5)
+
+
+@given(st.integers(0, 9))
+def test_a_reply_is_added_to_its_tokens(num_rows: int) -> None:
+    layout = FrameLayout(hidden_size=8, experts_per_token=2, max_rows=16, dtype=torch.float32)
+    buffer, reply_UH, y_TH = FrameBuffer(layout), torch.randn(num_rows, 8), torch.randn(12, 8)
+    buffer.reply(num_rows).copy_(reply_UH)
+    rows_U = torch.randperm(12)[:num_rows]
+    expected_TH = y_TH.index_add(0, rows_U, reply_UH)
+    add_rows(buffer.numbers, rows_U.numpy(), y_TH.numpy())
+    assert torch.equal(y_TH, expected_TH)

@@ -24,7 +24,8 @@ class Routing:
     weights_TK: torch.Tensor
 
     def plan(self) -> list[ShardPlan | None]:
-        return Planner(self.placement, torch.device("cpu")).plan(LAYER, self.expert_ids_TK, self.weights_TK)
+        plan = Planner(self.placement, torch.device("cpu")).plan(LAYER, self.expert_ids_TK, self.weights_TK)
+        return [plan.of(shard) for shard in range(self.placement.num_shards)]
 
 
 @st.composite
@@ -125,14 +126,23 @@ def test_the_torch_operators_that_gpus_use_plan_alike(routing: Routing) -> None:
         Planner(routing.placement, torch.device("cpu")),
         (LAYER, routing.expert_ids_TK, routing.weights_TK),
     )
-    for ours, theirs in zip(planner._plan_on_cpu(*arguments), planner._plan_on_gpu(*arguments), strict=True):
+    ours_all, theirs_all = planner._plan_on_cpu(*arguments), planner._plan_on_gpu(*arguments)
+    for shard in range(routing.placement.num_shards):
+        ours, theirs = ours_all.of(shard), theirs_all.of(shard)
         assert (ours is None) == (theirs is None)
         if ours is not None and theirs is not None:
             assert torch.equal(ours.rows_U, theirs.rows_U)
             assert torch.equal(ours.slots_UK, theirs.slots_UK)
             assert torch.equal(ours.weights_UK, theirs.weights_UK)
+        our_arrays, their_arrays = ours_all.arrays_of(shard), theirs_all.arrays_of(shard)
+        assert (our_arrays is None) == (their_arrays is None)
+        if our_arrays is not None and their_arrays is not None:
+            for our_array, their_array in zip(our_arrays, their_arrays, strict=True):
+                assert np.array_equal(our_array, their_array)
 
 
 def test_no_tokens_go_nowhere() -> None:
     planner = Planner(place_evenly((LAYER,), 4, 2), torch.device("cpu"))
-    assert planner.plan(LAYER, torch.empty(0, 2, dtype=torch.long), torch.empty(0, 2)) == [None, None]
+    plan = planner.plan(LAYER, torch.empty(0, 2, dtype=torch.long), torch.empty(0, 2))
+    assert [plan.of(shard) for shard in range(2)] == [None, None]
+    assert [plan.arrays_of(shard) for shard in range(2)] == [None, None]
