@@ -16,6 +16,7 @@ from router.frames import FrameLayout
 from router.group import Group, GroupStore
 from router.lane import SHARD, WORKER, LaneExchange, LanePort, Link
 from router.nccl_lane import NcclGroup, NcclLaneExchange, NcclLanePort
+from router.wire import Wire
 
 
 class LaneBuilder(Protocol):
@@ -34,7 +35,7 @@ class LaneBuilder(Protocol):
         """Break the links to all other shards."""
 
 
-class GlooLanes:
+class WireLanes:
     """A link to each shard: lanes of successive epochs share those to the shards that stay."""
 
     def __init__(self, worker_id: WorkerId, role: Role, plan: ServingPlan, store: GroupStore, host: str) -> None:
@@ -44,8 +45,8 @@ class GlooLanes:
     def link(self, shards: Sequence[WorkerId], epoch: Epoch) -> None:
         for shard in shards:
             name = _link_name(self._worker_id, shard, epoch)
-            group = _group(self._store, name, WORKER, 2, self._plan, self._host)
-            self._links[shard] = Link(group, frame_layout(self._role, self._plan), epoch)
+            wire = _wire(self._store, name, WORKER, self._plan, self._host)
+            self._links[shard] = Link(wire, frame_layout(self._role, self._plan), epoch)
 
     def exchange(self, shards: Sequence[WorkerId]) -> Exchange:
         return LaneExchange([self._links[shard] for shard in shards])
@@ -82,7 +83,7 @@ class NcclLanes:
 
 
 def lane_builder(worker_id: WorkerId, role: Role, plan: ServingPlan, store: GroupStore, host: str) -> LaneBuilder:
-    return (GlooLanes if plan.device == "cpu" else NcclLanes)(worker_id, role, plan, store, host)
+    return (WireLanes if plan.device == "cpu" else NcclLanes)(worker_id, role, plan, store, host)
 
 
 def open_port(
@@ -105,8 +106,8 @@ def open_port(
     """
     layout, silence_s = frame_layout(role, plan), plan.config.lane.timeout_s
     if plan.device == "cpu":
-        group = _group(store, _link_name(peer.worker_id, shard, epoch), SHARD, 2, plan, host)
-        return LanePort(group, layout, epoch, silence_s)
+        wire = _wire(store, _link_name(peer.worker_id, shard, epoch), SHARD, plan, host)
+        return LanePort(wire, layout, epoch, silence_s)
     name, rank, size = _lane_name(peer.worker_id, epoch), linked.index(shard) + 1, len(linked) + 1
     device = torch.device(plan.device)
     control = _group(store, name, rank, size, plan, host)
@@ -134,6 +135,11 @@ def frame_layout(role: Role, plan: ServingPlan) -> FrameLayout:
 def _group(store: GroupStore, name: str, rank: int, size: int, plan: ServingPlan, host: str) -> Group:
     lane = plan.config.lane
     return Group(store, name, rank, size, host, lane.connect_s, lane.timeout_s)
+
+
+def _wire(store: GroupStore, name: str, rank: int, plan: ServingPlan, host: str) -> Wire:
+    lane = plan.config.lane
+    return Wire.join(store, name, rank, host, lane.connect_s, lane.timeout_s)
 
 
 def _link_name(worker_id: WorkerId, shard: WorkerId, epoch: Epoch) -> str:

@@ -14,6 +14,7 @@ import enum
 import struct
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from octet.errors import LaneError, RequestLimitError, WrongEpochError
@@ -22,7 +23,7 @@ from router.exchange import ExpertRows
 
 HEADER_BYTES = 64
 _FIELDS = struct.Struct("<8q")
-_MAGIC = 0x4F43544554  # "OCTET"
+MAGIC = 0x4F43544554  # "OCTET"
 
 _REMEMBERED_ROWS = 128
 """Views of frames of up to so many rows are made once: making them takes as long as a small frame's way."""
@@ -52,7 +53,7 @@ class Header:
 
     def write(self, buffer: torch.Tensor | memoryview) -> None:
         memory = buffer if isinstance(buffer, memoryview) else buffer.numpy().data
-        fields = (_MAGIC, self.kind, self.epoch, self.sequence, self.layer, self.num_rows, self.payload_bytes, 0)
+        fields = (MAGIC, self.kind, self.epoch, self.sequence, self.layer, self.num_rows, self.payload_bytes, 0)
         _FIELDS.pack_into(memory, 0, *fields)
 
     @staticmethod
@@ -60,7 +61,7 @@ class Header:
         """Raises: LaneError if this is no frame, WrongEpochError."""
         memory = buffer if isinstance(buffer, memoryview) else buffer.numpy().data
         magic, kind, epoch, sequence, layer, num_rows, payload_bytes, _ = _FIELDS.unpack_from(memory, 0)
-        if magic != _MAGIC or kind not in _KINDS:
+        if magic != MAGIC or kind not in _KINDS:
             raise LaneError(f"not a frame: magic {magic:#x}, kind {kind}")
         if epoch != expected_epoch:
             raise WrongEpochError(f"a frame of epoch {epoch} arrived on a lane of epoch {expected_epoch}")
@@ -96,10 +97,6 @@ class FrameLayout:
 
     def reply_bytes(self, num_rows: int) -> int:
         return HEADER_BYTES + num_rows * self._x_bytes
-
-    def new_buffer(self) -> torch.Tensor:
-        """Room for the largest frame of either direction."""
-        return torch.empty(self.call_bytes(self.max_rows), dtype=torch.uint8)
 
     def rows(self, buffer: torch.Tensor, num_rows: int) -> ExpertRows:
         """The payload of a call, as views."""
@@ -137,17 +134,22 @@ class FrameLayout:
             raise RequestLimitError(f"{num_rows} rows in one frame: found more than the lane's {self.max_rows}")
 
 
-class FrameBuffer:
-    """Room for the largest frame of either direction on a CPU, with what is looked at of it again and again."""
+def new_frames(layout: FrameLayout, count: int) -> npt.NDArray[np.int32]:
+    """Room for so many frames, each the largest of either direction, in 32-bit words."""
+    # In whole headers, so that each begins where eight int64 may.
+    headers = -(-layout.call_bytes(layout.max_rows) // HEADER_BYTES)
+    return np.zeros((count, headers * HEADER_BYTES // 4), np.int32)
 
-    def __init__(self, layout: FrameLayout) -> None:
+
+class FrameBuffer:
+    """A frame in `new_frames`, with what is looked at of it again and again."""
+
+    def __init__(self, layout: FrameLayout, words: npt.NDArray[np.int32]) -> None:
         self._layout = layout
-        self.bytes = layout.new_buffer()
-        array = self.bytes.numpy()
+        array = words.view(np.uint8)
+        self.bytes = torch.from_numpy(array)
         self.memory = array.data
         """For headers."""
-        self.words, self.numbers = array[HEADER_BYTES:].view(np.int32), array[HEADER_BYTES:].view(np.float32)
-        """The payload in 32-bit words, and the same as fp32."""
         self._rows: dict[int, ExpertRows] = {}
         self._replies: dict[int, torch.Tensor] = {}
 

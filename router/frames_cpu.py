@@ -1,4 +1,4 @@
-"""Rows into frames and sums out of them, on a CPU: one compiled call for each shard and direction.
+"""Calls and replies as frames on a CPU: rows into them and on their way, and sums out of them, one compiled call each.
 
 Frames are arrays of 32-bit words here: rows of any dtype are copied as such, and what is fp32 is added as such.
 
@@ -9,20 +9,40 @@ from __future__ import annotations
 
 from typing import Any
 
-from model.tiles_cpu import declare
+import numpy as np
+
+from model.tiles_cpu import compiled, declare
+from router.frames import HEADER_BYTES, MAGIC, Kind
+from router.wire_cpu import send_now
+
+_WORDS = HEADER_BYTES // 4
+_CALL, _REPLY = Kind.CALL.value, Kind.REPLY.value
 
 
-@declare("void(i4[:,::1], i8[::1], i4[:,::1], f4[:,::1], i4[::1], f4[::1])")  # type: ignore[untyped-decorator]
-def write_rows(x: Any, rows: Any, slots: Any, weights: Any, payload: Any, numbers: Any) -> None:
-    """The payload of a call.
+@compiled  # type: ignore[untyped-decorator]
+def _write_header(frame: Any, kind: Any, epoch: Any, number: Any, layer: Any, num_rows: Any, size: Any) -> None:
+    header = frame[:_WORDS].view(np.int64)
+    header[0], header[1], header[2], header[3] = MAGIC, kind, epoch, number
+    header[4], header[5], header[6], header[7] = layer, num_rows, size - HEADER_BYTES, 0
+
+
+@declare("i8(i4, i4[::1], i8, i8, i8, i4[:,::1], i8[::1], i4[:,::1], f4[:,::1])")  # type: ignore[untyped-decorator]
+def send_call(
+    fd: Any, frame: Any, epoch: Any, number: Any, layer: Any, x: Any, rows: Any, slots: Any, weights: Any
+) -> Any:
+    """Write a call into `frame`, and send as much of it as the system takes at once.
 
     Args:
         x: `[T, W]`.
         rows: `[U]`, which of `x` are sent.
         slots: `[U, K]`, likewise `weights`.
-        payload: written; `numbers` is the same memory as fp32.
+
+    Returns: bytes sent, or `router.wire_cpu.LOST`.
     """
     num_rows, width, top_k = len(rows), x.shape[1], slots.shape[1]
+    size = HEADER_BYTES + 4 * num_rows * (width + 2 * top_k)
+    _write_header(frame, _CALL, epoch, number, layer, num_rows, size)
+    payload, numbers = frame[_WORDS:], frame[_WORDS:].view(np.float32)
     slots_at, weights_at = num_rows * width, num_rows * (width + top_k)
     for u in range(num_rows):
         row = rows[u]
@@ -31,18 +51,34 @@ def write_rows(x: Any, rows: Any, slots: Any, weights: Any, payload: Any, number
         for k in range(top_k):
             payload[slots_at + u * top_k + k] = slots[u, k]
             numbers[weights_at + u * top_k + k] = weights[u, k]
+    return send_now(fd, frame, 0, size)
 
 
-@declare("void(f4[::1], i8[::1], f4[:,::1])")  # type: ignore[untyped-decorator]
-def add_rows(payload: Any, rows: Any, y: Any) -> None:
+@declare("i8(i4, i4[::1], i8, i8, i8, i8, i8, i8)")  # type: ignore[untyped-decorator]
+def send_reply(fd: Any, frame: Any, kind: Any, epoch: Any, number: Any, layer: Any, num_rows: Any, size: Any) -> Any:
+    """Send a frame whose payload is written, likewise. `size`: in bytes, with the header."""
+    _write_header(frame, kind, epoch, number, layer, num_rows, size)
+    return send_now(fd, frame, 0, size)
+
+
+@declare("b1(i4[::1], i8, i8, i8[::1], f4[:,::1])")  # type: ignore[untyped-decorator]
+def add_reply(frame: Any, epoch: Any, number: Any, rows: Any, y: Any) -> Any:
     """Add an fp32 reply to the tokens it is for.
 
     Args:
-        payload: `[U · H]` and more.
         rows: `[U]`.
         y: `[T, H]`.
+
+    Returns: whether it is the reply to this call; else nothing was added.
     """
-    hidden = y.shape[1]
-    for u in range(len(rows)):
+    num_rows, hidden = len(rows), y.shape[1]
+    header = frame[:_WORDS].view(np.int64)
+    if header[0] != MAGIC or header[1] != _REPLY or header[2] != epoch or header[3] != number or header[5] != num_rows:
+        return False
+    if header[6] != 4 * num_rows * hidden:
+        return False
+    payload = frame[_WORDS:].view(np.float32)
+    for u in range(num_rows):
         for i in range(hidden):
             y[rows[u], i] += payload[u * hidden + i]
+    return True

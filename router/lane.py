@@ -1,9 +1,8 @@
-"""A lane over gloo: one attention worker and every expert shard, joined by one link each.
+"""A lane on CPUs: one attention worker and every expert shard, joined by one link each.
 
-A link is a process group of two. Shards come and go while a lane is in use, and the loss of one breaks no other link:
-the next epoch's lane is made of the links that remain and those formed beside them. Dispatch and combine are an
-all-to-all of grouped sends and receives, which gloo does five times faster than its own `alltoall`. Shards that get no
-row are left out of a round; nobody waits for them.
+A link is a wire of its own. Shards come and go while a lane is in use, and the loss of one breaks no other link: the
+next epoch's lane is made of the links that remain and those formed beside them. Shards that get no row are left out of
+a round; nobody waits for them.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import collections
 import dataclasses
 import functools
 import importlib
+import threading
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 
@@ -19,93 +19,94 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from octet.errors import ExpertMissingError, LaneError, RequestLimitError
+from octet.errors import ExpertMissingError, LaneError, LaneTimeoutError
 from octet.ids import Epoch
 from router.exchange import Call, Ticket
-from router.frames import HEADER_BYTES, FrameBuffer, FrameLayout, Header, Kind
-from router.group import Group, Transfer
+from router.frames import HEADER_BYTES, FrameBuffer, FrameLayout, Header, Kind, new_frames
 from router.plan import DispatchPlan, ShardArrays
+from router.wire import GUEST_SIDE, HOST_SIDE, Wire, milliseconds, wire_cpu
 
 OPEN_ROUNDS = 2
 """Rounds that may be under way at once: two micro-batches take turns."""
 
-WORKER, SHARD = 0, 1
-"""Ranks of a link."""
+WORKER, SHARD = HOST_SIDE, GUEST_SIDE
+"""Ranks of a link's wire."""
 
 _CLOSE_S = 2.0
 """How long a goodbye may take; a shard that does not read will see the connection break."""
 
 
 class Link:
-    """The attention worker's connection to one shard, with the buffers of the frames on their way over it."""
+    """The attention worker's connection to one shard, with the buffers of the frames on their way over it.
 
-    def __init__(self, group: Group, layout: FrameLayout, epoch: Epoch) -> None:
+    It numbers its calls. Replies come in the same order.
+    """
+
+    def __init__(self, wire: Wire, layout: FrameLayout, epoch: Epoch) -> None:
         """
         Args:
             epoch: the one in which the link was formed. All its frames carry it, whatever epochs it lives to see.
         """
-        self._group, self._layout, self._epoch = group, layout, epoch
+        self._wire, self._layout, self._epoch = wire, layout, epoch
         # Compiled now, or loaded from where it was compiled before, so that no request waits for it.
-        frames_cpu()
-        self._calls = [FrameBuffer(layout) for _ in range(OPEN_ROUNDS)]
-        self._replies = [FrameBuffer(layout) for _ in range(OPEN_ROUNDS)]
-        self._transfers: list[list[Transfer]] = [[] for _ in range(OPEN_ROUNDS)]
+        self._frames_cpu, self._wire_cpu = frames_cpu(), wire_cpu()
+        self._call = new_frames(layout, 1)[0]
+        self._inbox = new_frames(layout, OPEN_ROUNDS)
+        self._replies = [FrameBuffer(layout, words) for words in self._inbox]
+        self._state = np.zeros(self._wire_cpu.STATE_FIELDS, np.int64)
+        self._num_calls = 0
+        self._rest: _Rest | None = None
 
-    def write(self, sequence: int, layer: int, x_TH: torch.Tensor, part: ShardArrays) -> None:
-        """A call's frame, into the buffer of its turn. Raises: LaneError, RequestLimitError."""
-        turn, num_rows = sequence % OPEN_ROUNDS, len(part[0])
+    def check(self, num_rows: int) -> None:
+        """Raises: RequestLimitError if a frame has no room for so many."""
         self._layout.check(num_rows)
-        # Of a step that failed, a reply may be under way that nobody received.
-        transfers, self._transfers[turn] = self._transfers[turn], []
-        for transfer in transfers:
-            transfer.wait()
-        buffer = self._calls[turn]
-        Header(
-            kind=Kind.CALL,
-            epoch=self._epoch,
-            sequence=sequence,
-            layer=layer,
-            num_rows=num_rows,
-            payload_bytes=self._layout.call_bytes(num_rows) - HEADER_BYTES,
-        ).write(buffer.memory)
-        frames_cpu().write_rows(x_TH.view(torch.int32).numpy(), *part, buffer.words, buffer.numbers)
 
-    def send(self, sequence: int, num_rows: int) -> None:
-        """Send the frame that was written. Raises: LaneError."""
-        turn = sequence % OPEN_ROUNDS
-        frame = self._calls[turn].bytes[: self._layout.call_bytes(num_rows)]
-        self._transfers[turn] = [self._group.send(frame, SHARD)]
+    def send(self, layer: int, x_TH: torch.Tensor, part: ShardArrays) -> int:
+        """Send a shard's rows of `x_TH`. Returns: the call's number. Raises: LaneError."""
+        self._finish(self._wire.timeout_s)
+        number = self._num_calls
+        if self._state[self._wire_cpu.COUNT] <= number - OPEN_ROUNDS:
+            # Of a step that failed: nobody has received it, and its room is wanted.
+            self._wait(number - OPEN_ROUNDS)
+        words_TW = x_TH.view(torch.int32).numpy()
+        sent = self._frames_cpu.send_call(self._wire.fd, self._call, self._epoch, number, layer, words_TW, *part)
+        self._wire.check(sent, 0)
+        self._num_calls += 1
+        size = self._layout.call_bytes(len(part[0]))
+        if sent < size:
+            self._rest = _Rest(self._wire, self._call, sent, size)
+        return number
 
-    def expect(self, sequence: int, num_rows: int) -> None:
-        """Make ready for the reply. Raises: LaneError."""
-        turn = sequence % OPEN_ROUNDS
-        room = self._replies[turn].bytes[: self._layout.reply_bytes(num_rows)]
-        self._transfers[turn].append(self._group.receive(room, SHARD))
-
-    def receive(self, sequence: int, rows_U: npt.NDArray[np.int64], y_TH: torch.Tensor) -> None:
-        """Add the reply to the tokens that were sent.
+    def receive(self, number: int, rows_U: npt.NDArray[np.int64], y_TH: torch.Tensor) -> None:
+        """Add the reply to a call to the tokens that were sent.
 
         Raises: ExpertMissingError with the shard's words if it refused; LaneError.
         """
-        turn = sequence % OPEN_ROUNDS
-        self._transfers[turn].pop().wait()
-        buffer = self._replies[turn]
+        self._wait(number)
+        row = number % OPEN_ROUNDS
+        if self._layout.dtype == torch.float32 and self._frames_cpu.add_reply(
+            self._inbox[row], self._epoch, number, rows_U, y_TH.numpy()
+        ):
+            return
+        buffer = self._replies[row]
         header = Header.read(buffer.memory, self._epoch)
-        if header.sequence != sequence:
-            raise LaneError(f"it answered frame {header.sequence}, expected {sequence}")
+        if header.sequence != number:
+            raise LaneError(f"it answered frame {header.sequence}, expected {number}")
         if header.kind is Kind.REFUSAL:
             text = bytes(buffer.memory[HEADER_BYTES : HEADER_BYTES + header.payload_bytes])
             raise ExpertMissingError(text.decode(errors="replace"))
-        if self._layout.dtype == torch.float32:
-            frames_cpu().add_rows(buffer.numbers, rows_U, y_TH.numpy())
-        else:
-            y_TH.index_add_(0, torch.from_numpy(rows_U), buffer.reply(len(rows_U)).float())
+        if header.kind is not Kind.REPLY or header.num_rows != len(rows_U):
+            raise LaneError(f"it answered {len(rows_U)} rows with a {header.kind.name} of {header.num_rows}")
+        y_TH.index_add_(0, torch.from_numpy(rows_U), buffer.reply(len(rows_U)).float())
 
     def announce(self, kind: Kind, timeout_s: float | None = None) -> None:
         """Send a frame without rows. Raises: LaneError."""
-        frame = torch.empty(HEADER_BYTES, dtype=torch.uint8)
-        Header(kind=kind, epoch=self._epoch).write(frame)
-        self._group.send(frame, SHARD).wait(timeout_s)
+        timeout_s = self._wire.timeout_s if timeout_s is None else timeout_s
+        self._finish(timeout_s)
+        frame = np.zeros(HEADER_BYTES // 4, np.int32)
+        Header(kind=kind, epoch=self._epoch).write(frame.view(np.uint8).data)
+        status = self._wire_cpu.send_rest(self._wire.fd, frame, 0, HEADER_BYTES, milliseconds(timeout_s))
+        self._wire.check(status, timeout_s)
 
     def close(self) -> None:
         """Tell the shard, and break the connection. Idempotent."""
@@ -115,7 +116,42 @@ class Link:
             # A shard that is gone already needs no telling.
             return
         finally:
-            self._group.abort()
+            self._wire.abort()
+
+    def _wait(self, number: int) -> None:
+        """Until the reply of this number has come. Raises: LaneError."""
+        timeout_s = self._wire.timeout_s
+        status = self._wire_cpu.receive(
+            self._wire.fd, self._inbox, self._state, number, _LOOKS, milliseconds(timeout_s)
+        )
+        self._wire.check(status, timeout_s)
+
+    def _finish(self, timeout_s: float) -> None:
+        """Sending the last call, if it was too long to be sent at once. Raises: LaneError."""
+        if self._rest is not None:
+            self._rest.finish(timeout_s)
+            self._rest = None
+
+
+class _Rest:
+    """What the system did not take at once of a long frame: sent by a thread, while its sender goes on computing."""
+
+    def __init__(self, wire: Wire, frame: npt.NDArray[np.int32], sent: int, size: int) -> None:
+        self._wire, self._status = wire, 0
+        self._thread = threading.Thread(target=self._send, args=(frame, sent, size), name="rest", daemon=True)
+        self._thread.start()
+
+    def _send(self, frame: npt.NDArray[np.int32], sent: int, size: int) -> None:
+        timeout_ms = milliseconds(self._wire.timeout_s)
+        self._status = wire_cpu().send_rest(self._wire.fd, frame, sent, size, timeout_ms)
+
+    def finish(self, timeout_s: float) -> None:
+        """Raises: LaneError."""
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            self._wire.abort()
+            raise LaneTimeoutError(f"a frame was not read within {timeout_s:g} s")
+        self._wire.check(self._status, self._wire.timeout_s)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -123,9 +159,8 @@ class _Round:
     """One dispatch under way."""
 
     layer: int
-    sequence: int
-    rows: dict[int, npt.NDArray[np.int64]]
-    """The tokens `[U]` sent, by shard."""
+    calls: dict[int, tuple[int, npt.NDArray[np.int64]]]
+    """By shard: the number of its link's call, and the tokens `[U]` sent."""
     broken: dict[int, LaneError]
     """Shards to which nothing could be sent."""
 
@@ -144,7 +179,6 @@ class LaneExchange:
         """
         self._links = tuple(links)
         self._open: collections.deque[_Round] = collections.deque()
-        self._sequence = 0
 
     @property
     def num_shards(self) -> int:
@@ -153,27 +187,17 @@ class LaneExchange:
     def send(self, layer: int, x_TH: torch.Tensor, plan: DispatchPlan) -> Ticket:
         if len(self._open) == OPEN_ROUNDS:
             raise LaneError(f"{OPEN_ROUNDS} rounds are under way: receive one first")
-        started = _Round(layer, self._sequence, {}, {})
-        # All are written before one is sent: a frame over the limit leaves no round half sent.
-        for shard, link in enumerate(self._links):
-            if (part := plan.arrays_of(shard)) is not None:
-                started.rows[shard] = part[0]
-                try:
-                    link.write(self._sequence, layer, x_TH, part)
-                except RequestLimitError:
-                    raise
-                except LaneError as error:
-                    started.broken[shard] = _anew(error)
-        # Shards start at once; there is time to make ready for their replies while they compute.
-        for act in (Link.send, Link.expect):
-            for shard, rows_U in started.rows.items():
-                if shard not in started.broken:
-                    try:
-                        act(self._links[shard], self._sequence, len(rows_U))
-                    except LaneError as error:
-                        started.broken[shard] = _anew(error)
+        parts = [(shard, part) for shard in range(len(self._links)) if (part := plan.arrays_of(shard)) is not None]
+        # All are checked before one is sent: a frame over the limit leaves no round half sent.
+        for shard, part in parts:
+            self._links[shard].check(len(part[0]))
+        started = _Round(layer, {}, {})
+        for shard, part in parts:
+            try:
+                started.calls[shard] = self._links[shard].send(layer, x_TH, part), part[0]
+            except LaneError as error:
+                started.broken[shard] = _anew(error)
         self._open.append(started)
-        self._sequence += 1
         return started
 
     def receive(self, ticket: Ticket, y_TH: torch.Tensor) -> None:
@@ -182,9 +206,9 @@ class LaneExchange:
         current = self._open.popleft()
         _raise_first(current.broken)
         refusals: list[str] = []
-        for shard, rows_U in current.rows.items():
+        for shard, (number, rows_U) in current.calls.items():
             try:
-                self._links[shard].receive(current.sequence, rows_U, y_TH)
+                self._links[shard].receive(number, rows_U, y_TH)
             except ExpertMissingError as error:
                 refusals.append(f"shard {shard}: {error}")
             except LaneError as error:
@@ -219,73 +243,76 @@ def _raise_first(broken: Mapping[int, LaneError]) -> None:
 
 
 class LanePort:
-    """A shard's end. One thread receives, another may reply."""
+    """A shard's end. One thread receives and replies."""
 
-    def __init__(self, group: Group, layout: FrameLayout, epoch: Epoch, timeout_s: float) -> None:
+    def __init__(self, wire: Wire, layout: FrameLayout, epoch: Epoch, timeout_s: float) -> None:
         """
         Args:
             timeout_s: silence after which the attention worker is given up; it sends heartbeats more often than that.
         """
-        self._group, self._layout, self._epoch, self._timeout_s = group, layout, epoch, timeout_s
-        # Gloo sends when it knows of the receive. As many as there may be rounds are posted ahead, so that none is
-        # posted between a frame and its reply; as many more are being answered.
-        self._buffers = [FrameBuffer(layout) for _ in range(2 * OPEN_ROUNDS)]
-        self._posted = collections.deque(group.receive(buffer.bytes, WORKER) for buffer in self._buffers[:OPEN_ROUNDS])
-        self._turn = 0
-        self._replies = [FrameBuffer(layout) for _ in range(OPEN_ROUNDS)]
-        self._sent: list[Transfer | None] = [None] * OPEN_ROUNDS
+        self._wire, self._layout, self._epoch, self._timeout_s = wire, layout, epoch, timeout_s
+        self._frames_cpu, self._wire_cpu = frames_cpu(), wire_cpu()
+        self._inbox, self._outbox = new_frames(layout, OPEN_ROUNDS), new_frames(layout, OPEN_ROUNDS)
+        self._calls = [FrameBuffer(layout, words) for words in self._inbox]
+        self._replies = [FrameBuffer(layout, words) for words in self._outbox]
+        self._state = np.zeros(self._wire_cpu.STATE_FIELDS, np.int64)
+        self._unsent: tuple[npt.NDArray[np.int32], int, int] | None = None
 
     def receive(self) -> Call | None:
-        while True:
-            if len(self._posted) < OPEN_ROUNDS:
-                following = self._buffers[(self._turn + len(self._posted)) % len(self._buffers)]
-                self._posted.append(self._group.receive(following.bytes, WORKER))
-            self._posted.popleft().wait(self._timeout_s)
-            buffer = self._buffers[self._turn]
-            self._turn = (self._turn + 1) % len(self._buffers)
-            header = Header.read(buffer.memory, self._epoch)
-            if header.kind is Kind.CLOSE:
-                return None
-            if header.kind is Kind.CALL:
-                rows, room_UH = buffer.rows(header.num_rows), self._free(header.sequence).reply(header.num_rows)
-                return Call(layer=header.layer, rows=rows, sequence=header.sequence, room_UH=room_UH)
+        # The worker may not have read all of the last reply yet. Now nobody waits for this thread's turn to end.
+        self._send_rest()
+        row = self._wire_cpu.receive_any_but(
+            self._wire.fd, self._inbox, self._state, Kind.HEARTBEAT.value, _LOOKS, milliseconds(self._timeout_s)
+        )
+        self._wire.check(row, self._timeout_s)
+        header = Header.read(self._calls[row].memory, self._epoch)
+        if header.kind is Kind.CLOSE:
+            return None
+        num_rows = header.num_rows
+        if (
+            header.kind is not Kind.CALL
+            or not 0 <= num_rows <= self._layout.max_rows
+            or header.payload_bytes != self._layout.call_bytes(num_rows) - HEADER_BYTES
+        ):
+            raise LaneError(f"not a call: a {header.kind.name} of {num_rows} rows, {header.payload_bytes} bytes")
+        room_UH = self._replies[header.sequence % OPEN_ROUNDS].reply(num_rows)
+        return Call(layer=header.layer, rows=self._calls[row].rows(num_rows), sequence=header.sequence, room_UH=room_UH)
 
     def reply(self, call: Call, y_UH: torch.Tensor) -> None:
+        """Does not wait until the other end has read it."""
         num_rows = len(y_UH)
         if y_UH is not call.room_UH:
-            self._free(call.sequence).reply(num_rows).copy_(y_UH)
-        self._post(call, Kind.REPLY, num_rows, self._layout.reply_bytes(num_rows))
+            self._replies[call.sequence % OPEN_ROUNDS].reply(num_rows).copy_(y_UH)
+        self._send(call, Kind.REPLY, num_rows, self._layout.reply_bytes(num_rows))
 
     def refuse(self, call: Call, error: Exception) -> None:
-        buffer = self._free(call.sequence)
         room = self._layout.reply_bytes(len(call.rows.x_UH)) - HEADER_BYTES
         text = str(error).encode()[:room]
-        buffer.memory[HEADER_BYTES : HEADER_BYTES + len(text)] = text
-        self._post(call, Kind.REFUSAL, 0, HEADER_BYTES + len(text))
+        self._replies[call.sequence % OPEN_ROUNDS].memory[HEADER_BYTES : HEADER_BYTES + len(text)] = text
+        self._send(call, Kind.REFUSAL, 0, HEADER_BYTES + len(text))
 
     def close(self) -> None:
-        self._group.abort()
+        self._wire.abort()
 
-    def _free(self, sequence: int) -> FrameBuffer:
-        """The reply's buffer, whose last content is sent."""
-        turn = sequence % OPEN_ROUNDS
-        sent, self._sent[turn] = self._sent[turn], None
-        if sent is not None:
-            sent.wait()
-        return self._replies[turn]
+    def _send(self, call: Call, kind: Kind, num_rows: int, size: int) -> None:
+        self._send_rest()
+        frame = self._outbox[call.sequence % OPEN_ROUNDS]
+        sent = self._frames_cpu.send_reply(
+            self._wire.fd, frame, kind.value, self._epoch, call.sequence, call.layer, num_rows, size
+        )
+        self._wire.check(sent, 0)
+        if sent < size:
+            self._unsent = frame, sent, size
 
-    def _post(self, call: Call, kind: Kind, num_rows: int, size: int) -> None:
-        turn = call.sequence % OPEN_ROUNDS
-        buffer = self._replies[turn]
-        Header(
-            kind=kind,
-            epoch=self._epoch,
-            sequence=call.sequence,
-            layer=call.layer,
-            num_rows=num_rows,
-            payload_bytes=size - HEADER_BYTES,
-        ).write(buffer.memory)
-        self._sent[turn] = self._group.send(buffer.bytes[:size], WORKER)
+    def _send_rest(self) -> None:
+        """What there is of the last reply. Raises: LaneError."""
+        if self._unsent is not None:
+            status = self._wire_cpu.send_rest(self._wire.fd, *self._unsent, milliseconds(self._wire.timeout_s))
+            self._wire.check(status, self._wire.timeout_s)
+            self._unsent = None
+
+
+_LOOKS = 0
 
 
 @functools.cache

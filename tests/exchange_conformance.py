@@ -1,7 +1,7 @@
 """What every `router.exchange.Exchange` and `Port` does, whatever carries the rows.
 
 An implementation is held to the contract by a subclass of `ExchangeConformance` whose `implementation` opens its lanes;
-`tests/unit/router/test_exchange.py` does so for `LocalExchange` and gloo. Everything that a shard is given to run is
+`tests/unit/router/test_exchange.py` does so for `LocalExchange` and wires. Everything that a shard is given to run is
 picklable, so that an implementation may put its shards into processes of their own.
 
 Shapes: `U` rows sent to one shard, `H` hidden, `K` experts per token.
@@ -15,10 +15,10 @@ import functools
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from typing import ClassVar, NoReturn, Protocol
+from typing import ClassVar, NoReturn, Protocol, TypeVar
 
 import pytest
 import torch
@@ -37,6 +37,7 @@ from router.frames import FrameLayout
 from router.group import Group, GroupStore
 from router.lane import SHARD, LaneExchange, LanePort, Link
 from router.plan import PlanByShard, ShardPlan
+from router.wire import Wire
 
 HOST = "127.0.0.1"
 EPOCH = Epoch(7)
@@ -47,6 +48,8 @@ SHORT_S = 0.5
 """A deadline that a test waits for."""
 MARGIN_S = 5.0
 """What a loaded machine may add to a deadline."""
+
+_End = TypeVar("_End")
 
 _random = torch.Generator()
 _random.seed()
@@ -189,17 +192,17 @@ class Local:
 
 
 @dataclasses.dataclass(frozen=True)
-class GlooEnds:
-    groups: Sequence[Group]
+class WireEnds:
+    wires: Sequence[Wire]
     exchange: ByShard
     ports: Sequence[LanePort]
 
     def vanish(self) -> None:
-        for group in self.groups:
-            group.abort()
+        for wire in self.wires:
+            wire.abort()
 
 
-class Gloo:
+class Wires:
     """`router.lane`, every rank in this process."""
 
     device = torch.device("cpu")
@@ -219,27 +222,36 @@ class Gloo:
                 future.result()
 
     @contextlib.contextmanager
-    def open(self, settings: LaneSettings) -> Iterator[GlooEnds]:
+    def open(self, settings: LaneSettings) -> Iterator[WireEnds]:
         pairs = [form_pair(settings.reply_s) for _ in range(settings.num_shards)]
         try:
-            yield GlooEnds(
+            yield WireEnds(
                 [worker for worker, _ in pairs],
                 ByShard(LaneExchange([Link(worker, settings.layout, EPOCH) for worker, _ in pairs])),
                 [LanePort(shard, settings.layout, settings.port_epoch, settings.silence_s) for _, shard in pairs],
             )
         finally:
             for pair in pairs:
-                for group in pair:
-                    group.abort()
+                for wire in pair:
+                    wire.abort()
 
 
-def form_pair(transfer_s: float) -> tuple[Group, Group]:
-    """Both ends of a new link, in this process. Each has a thread while they connect, as they wait for each other."""
+def form_pair(transfer_s: float) -> tuple[Wire, Wire]:
+    """Both ends of a new link, in this process."""
+    return join_both(lambda store, name, rank: Wire.join(store, name, rank, HOST, CONNECT_S, transfer_s))
+
+
+def form_group(transfer_s: float) -> tuple[Group, Group]:
+    """Both ends of a new process group of two, in this process."""
+    return join_both(lambda store, name, rank: Group(store, name, rank, 2, HOST, CONNECT_S, transfer_s))
+
+
+def join_both(join: Callable[[GroupStore, str, int], _End]) -> tuple[_End, _End]:
+    """Each rank has a thread while they connect, as they wait for each other."""
     name = uuid.uuid4().hex
-    stores = [_store(rank) for rank in range(2)]
     with ThreadPoolExecutor(2) as pool:
-        worker, shard = pool.map(lambda rank: Group(stores[rank], name, rank, 2, HOST, CONNECT_S, transfer_s), range(2))
-        return worker, shard
+        ends = [pool.submit(join, _store(rank), name, rank) for rank in range(2)]
+        return ends[0].result(), ends[1].result()
 
 
 @functools.cache
@@ -261,8 +273,8 @@ def serve_until_closed(port: Port, serve: Serve) -> None:
 
 def serve_in_process(store: str, name: str, layout: FrameLayout) -> None:
     """The whole life of a shard's process."""
-    group = Group(GroupStore.join(store, CONNECT_S), name, SHARD, 2, HOST, CONNECT_S, PATIENT_S)
-    serve_until_closed(LanePort(group, layout, EPOCH, PATIENT_S), Scale(0))
+    wire = Wire.join(GroupStore.join(store, CONNECT_S), name, SHARD, HOST, CONNECT_S, PATIENT_S)
+    serve_until_closed(LanePort(wire, layout, EPOCH, PATIENT_S), Scale(0))
 
 
 class ExchangeConformance:

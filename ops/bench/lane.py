@@ -19,9 +19,10 @@ from rich.table import Table
 
 from octet.ids import Epoch
 from router.frames import FrameLayout
-from router.group import Group, GroupStore
+from router.group import GroupStore
 from router.lane import SHARD, WORKER, LaneExchange, LanePort, Link
 from router.plan import PlanByShard, ShardPlan
+from router.wire import Wire
 
 _HOST, _WAIT_S, _EPOCH = "127.0.0.1", 30.0, Epoch(1)
 _LAYOUT = FrameLayout(hidden_size=512, experts_per_token=8, max_rows=128, dtype=torch.float32)
@@ -55,8 +56,8 @@ def _measured(num_shards: int, row_counts: tuple[int, ...]) -> list[tuple[int, f
     ]
     for shard in shards:
         shard.start()
-    links = [Group(store, f"link/{shard}", WORKER, 2, _HOST, _WAIT_S, _WAIT_S) for shard in range(num_shards)]
-    exchange = LaneExchange([Link(link, _LAYOUT, _EPOCH) for link in links])
+    wires = [Wire.join(store, f"link/{shard}", WORKER, _HOST, _WAIT_S, _WAIT_S) for shard in range(num_shards)]
+    exchange = LaneExchange([Link(wire, _LAYOUT, _EPOCH) for wire in wires])
     lane_s = [_lane_round(exchange, num_shards, num_rows) for num_rows in row_counts]
     exchange.close()
     group = _gloo(store, 0, num_shards + 1)
@@ -69,8 +70,8 @@ def _measured(num_shards: int, row_counts: tuple[int, ...]) -> list[tuple[int, f
 def _shard(store: str, rank: int, size: int, row_counts: tuple[int, ...]) -> None:
     torch.set_num_threads(1)
     joined = GroupStore.join(store, _WAIT_S)
-    link = Group(joined, f"link/{rank - 1}", SHARD, 2, _HOST, _WAIT_S, _WAIT_S)
-    port = LanePort(link, _LAYOUT, _EPOCH, _WAIT_S)
+    wire = Wire.join(joined, f"link/{rank - 1}", SHARD, _HOST, _WAIT_S, _WAIT_S)
+    port = LanePort(wire, _LAYOUT, _EPOCH, _WAIT_S)
     while (call := port.receive()) is not None:
         port.reply(call, call.rows.x_UH)
     group = _gloo(joined, rank, size)

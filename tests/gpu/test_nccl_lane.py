@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from octet.errors import ExpertMissingError
-from router.exchange import Exchange, Serve
+from router.exchange import Serve
 from router.frames import FrameLayout
 from router.group import Group, GroupStore
 from router.nccl_lane import NcclGroup, NcclLaneExchange, NcclLanePort
-from tests.exchange_conformance import CONNECT_S, EPOCH, HOST, PATIENT_S, ExchangeConformance
+from tests.exchange_conformance import CONNECT_S, EPOCH, HOST, PATIENT_S, ByShard, ExchangeConformance
 
 _ONE_GPU_FOR_ALL = {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_MAX_CTAS": "2", "NCCL_NVLS_ENABLE": "0"}
 
@@ -46,7 +46,7 @@ class Nccl:
     device = torch.device("cuda", 0)
 
     @contextlib.contextmanager
-    def serve(self, shards: Sequence[Serve], layout: FrameLayout) -> Iterator[Exchange]:
+    def serve(self, shards: Sequence[Serve], layout: FrameLayout) -> Iterator[ByShard]:
         size = len(shards) + 1
         if torch.cuda.device_count() < size and torch.cuda.nccl.version() < (2, 30):
             pytest.skip(f"{size} ranks need {size} GPUs, or NCCL 2.30 for several ranks on one")
@@ -61,7 +61,7 @@ class Nccl:
             process.start()
         control = Group(store, name, 0, size, HOST, CONNECT_S, PATIENT_S)
         data = NcclGroup(store, name, 0, size, self.device)
-        exchange = NcclLaneExchange(control, data, len(shards), layout, EPOCH, self.device)
+        exchange = ByShard(NcclLaneExchange(control, data, len(shards), layout, EPOCH, self.device))
         try:
             yield exchange
         finally:
@@ -71,7 +71,7 @@ class Nccl:
                 process.kill()
 
     def open(self, settings: object) -> NoReturn:
-        pytest.skip("the ports of an NCCL lane are in processes of their own; faults of a wire are shown on gloo")
+        pytest.skip("the ports of an NCCL lane are in processes of their own; faults are shown on CPUs")
 
 
 class TestNcclLane(ExchangeConformance):

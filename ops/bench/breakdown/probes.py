@@ -49,8 +49,8 @@ PROBES = (
     Probe("router.gate:Gate", "select", "gate"),
     Probe("router.plan:Planner", "plan", "plan"),
     Probe("router.routed_experts:RoutedExperts", "dispatch", "dispatch"),
-    Probe("router.lane:Link", "write", "pack"),
-    Probe("router.group:Transfer", "wait", "exchange_wait"),
+    Probe("router.lane:Link", "send", "pack"),
+    Probe("router.lane:Link", "_wait", "exchange_wait"),
     Probe("router.routed_experts:RoutedExperts", "combine", "combine"),
     Probe("decode.engine", "sample", "sample"),
     Probe("prefill.engine", "sample", "sample"),
@@ -78,7 +78,7 @@ class StepRecorder:
         for engine in _ENGINES:
             _replace(engine, "step", self._begin_step)
         _replace("model.runner:ModelRunner", "run", self._note_run)
-        _replace("cluster.lanes:GlooLanes", "exchange", self._record_exchange)
+        _replace("cluster.lanes:WireLanes", "exchange", self._record_exchange)
 
     def probe(self, on: bool) -> None:
         """Take steps apart, or no longer. Call it only while the worker is idle."""

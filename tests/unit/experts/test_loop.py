@@ -13,7 +13,7 @@ from experts.loop import DECODE_FIRST, PREFILL_AFTER, ShardLoop
 from experts.shard import ExpertShard, Rows
 from octet.errors import ExpertMissingError, LaneError, PeerLostError
 from router.exchange import Call, ExpertRows
-from tests.exchange_conformance import Gloo, LaneSettings, Scale, assert_answered, random_rows
+from tests.exchange_conformance import LaneSettings, Scale, Wires, assert_answered, random_rows
 
 PATIENT_S = 20.0
 
@@ -235,7 +235,7 @@ def test_it_serves_real_lanes_of_several_attention_workers() -> None:
 
     loop = ShardLoop(cast(ExpertShard, Scaling()))
     settings = LaneSettings(num_shards=1)
-    with Gloo().open(settings) as prefill, Gloo().open(settings) as decode:
+    with Wires().open(settings) as prefill, Wires().open(settings) as decode:
         loop.add("prefill-0", prefill.ports[0], PREFILL_AFTER)
         loop.add("decode-0", decode.ports[0], DECODE_FIRST)
         for layer in range(4):

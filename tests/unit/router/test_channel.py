@@ -12,7 +12,7 @@ import torch
 from octet.errors import LaneError, LaneTimeoutError, PeerLostError, WrongEpochError
 from octet.ids import Epoch
 from router.channel import GroupChannel, KvChannel, LocalChannel
-from tests.exchange_conformance import MARGIN_S, PATIENT_S, SHORT_S, form_pair, within
+from tests.exchange_conformance import MARGIN_S, PATIENT_S, SHORT_S, form_group, within
 
 EPOCH = Epoch(2)
 
@@ -34,7 +34,7 @@ def local(timeout_s: float) -> Iterator[Ends]:
 
 @contextlib.contextmanager
 def gloo(timeout_s: float, decode_epoch: Epoch = EPOCH) -> Iterator[Ends]:
-    source, target = form_pair(timeout_s)
+    source, target = form_group(timeout_s)
     ends = Ends(GroupChannel(source, EPOCH, timeout_s), GroupChannel(target, decode_epoch, timeout_s))
     try:
         yield ends

@@ -18,9 +18,10 @@ import torch
 
 from octet.errors import LaneError, LaneTimeoutError, PeerLostError, WrongEpochError
 from octet.ids import Epoch
-from router.frames import FrameLayout, Header, Kind
-from router.group import Group, GroupStore
-from router.lane import LaneExchange, LanePort, Link
+from router.frames import FrameLayout
+from router.group import GroupStore
+from router.lane import WORKER, LaneExchange, LanePort, Link
+from router.wire import Wire
 from tests.exchange_conformance import (
     CONNECT_S,
     EPOCH,
@@ -29,9 +30,9 @@ from tests.exchange_conformance import (
     PATIENT_S,
     ByShard,
     ExchangeConformance,
-    Gloo,
     Local,
     Scale,
+    Wires,
     assert_answered,
     form_pair,
     layout_of,
@@ -47,8 +48,8 @@ class TestLocalExchange(ExchangeConformance):
     implementation = Local()
 
 
-class TestGlooLane(ExchangeConformance):
-    implementation = Gloo()
+class TestWireLane(ExchangeConformance):
+    implementation = Wires()
 
 
 def test_a_reply_of_another_epoch_is_recognised() -> None:
@@ -56,15 +57,10 @@ def test_a_reply_of_another_epoch_is_recognised() -> None:
     ends = form_pair(PATIENT_S)
     exchange = ByShard(LaneExchange([Link(ends[0], layout, EPOCH)]))
     ticket = exchange.send(0, [random_rows(1, layout)])
-    ends[1].receive(layout.new_buffer(), 0).wait()
-    reply = layout.new_buffer()[: layout.reply_bytes(1)]
-    Header(kind=Kind.REPLY, epoch=Epoch(EPOCH - 1), num_rows=1).write(reply)
-    answered = ends[1].send(reply, 0)
+    call = next_call(LanePort(ends[1], layout, EPOCH, PATIENT_S))
+    LanePort(ends[1], layout, Epoch(EPOCH - 1), PATIENT_S).reply(call, call.rows.x_UH)
     with pytest.raises(WrongEpochError, match=f"epoch {EPOCH - 1} .* epoch {EPOCH}"):
         exchange.receive(ticket)
-    answered.wait()
-    for end in ends:
-        end.abort()
 
 
 @pytest.mark.parametrize("under_way", [1, 2])
@@ -105,9 +101,6 @@ def test_the_link_to_a_shard_that_stays_is_used_again_after_a_step_that_lost_ano
         following.close()
         for future in served:
             future.result(PATIENT_S)
-    for pair in pairs:
-        for group in pair:
-            group.abort()
 
 
 @contextlib.contextmanager
@@ -119,12 +112,12 @@ def lane_to_a_process(layout: FrameLayout, reply_s: float) -> Iterator[tuple[ByS
     )
     process.start()
     try:
-        group = Group(store, "lane", 0, 2, HOST, CONNECT_S, reply_s)
-        exchange = ByShard(LaneExchange([Link(group, layout, EPOCH)]))
+        wire = Wire.join(store, "lane", WORKER, HOST, CONNECT_S, reply_s)
+        exchange = ByShard(LaneExchange([Link(wire, layout, EPOCH)]))
         sent = [random_rows(2, layout)]
         assert_answered(exchange.receive(exchange.send(0, sent)), [Scale(0)], 0, sent)
         yield exchange, process
-        group.abort()
+        wire.abort()
     finally:
         process.kill()
         process.join(PATIENT_S)

@@ -1,5 +1,11 @@
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import socket
+from collections.abc import Iterator
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -8,8 +14,8 @@ from hypothesis import strategies as st
 from octet.errors import LaneError, RequestLimitError, WrongEpochError
 from octet.ids import Epoch
 from router.exchange import ExpertRows
-from router.frames import HEADER_BYTES, FrameBuffer, FrameLayout, Header, Kind
-from router.frames_cpu import add_rows, write_rows
+from router.frames import HEADER_BYTES, FrameBuffer, FrameLayout, Header, Kind, new_frames
+from router.frames_cpu import add_reply, send_call, send_reply
 
 EPOCH = Epoch(3)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -72,33 +78,56 @@ def test_a_header_of_another_epoch_names_both() -> None:
         Header.read(buffer, EPOCH)
 
 
+@pytest.fixture(scope="module")
+def wire() -> Iterator[tuple[socket.socket, socket.socket]]:
+    with contextlib.ExitStack() as closing:
+        ends = socket.socketpair()
+        for end in ends:
+            closing.enter_context(end)
+        yield ends
+
+
+def received(wire: tuple[socket.socket, socket.socket], sent: int, layout: FrameLayout) -> FrameBuffer:
+    """What was sent at the first end, as it arrives at the other."""
+    (words,) = new_frames(layout, 1)
+    assert wire[1].recv_into(words.view(np.uint8).data, sent, socket.MSG_WAITALL) == sent
+    return FrameBuffer(layout, words)
+
+
 @given(layout=_layouts, data=st.data())
-def test_a_call_is_read_as_it_was_written(layout: FrameLayout, data: st.DataObject) -> None:
+def test_a_call_is_read_as_it_was_sent(
+    wire: tuple[socket.socket, socket.socket], layout: FrameLayout, data: st.DataObject
+) -> None:
     num_rows = data.draw(st.integers(1, layout.max_rows))
-    sent = rows_of(num_rows, layout)
-    buffer = FrameBuffer(layout)
-    chosen = torch.randperm(num_rows)
-    x_TW = sent.x_UH[chosen.argsort()].view(torch.int32)
-    arrays = (part.numpy() for part in (x_TW, chosen, sent.slots_UK, sent.weights_UK))
-    write_rows(*arrays, buffer.words, buffer.numbers)
+    rows, chosen = rows_of(num_rows, layout), torch.randperm(num_rows)
+    x_TW = rows.x_UH[chosen.argsort()].view(torch.int32)
+    arrays = (part.numpy() for part in (x_TW, chosen, rows.slots_UK, rows.weights_UK))
+    sent = send_call(wire[0].fileno(), new_frames(layout, 1)[0], EPOCH, 5, 2, *arrays)
+    assert sent == layout.call_bytes(num_rows)
+    buffer = received(wire, sent, layout)
+    assert Header.read(buffer.memory, EPOCH) == Header(
+        kind=Kind.CALL, epoch=EPOCH, sequence=5, layer=2, num_rows=num_rows, payload_bytes=sent - HEADER_BYTES
+    )
     got = buffer.rows(num_rows)
-    assert torch.equal(got.x_UH, sent.x_UH)
-    assert torch.equal(got.slots_UK, sent.slots_UK)
-    assert torch.equal(got.weights_UK, sent.weights_UK)
+    assert torch.equal(got.x_UH, rows.x_UH)
+    assert torch.equal(got.slots_UK, rows.slots_UK)
+    assert torch.equal(got.weights_UK, rows.weights_UK)
 
 
 @given(layout=_layouts, data=st.data())
 def test_a_reply_is_a_view_of_its_buffer(layout: FrameLayout, data: st.DataObject) -> None:
     num_rows = data.draw(st.integers(1, layout.max_rows))
-    buffer = layout.new_buffer()
+    buffer = FrameBuffer(layout, new_frames(layout, 1)[0])
     y_UH = torch.randn(num_rows, layout.hidden_size).to(layout.dtype)
-    layout.reply(buffer, num_rows).copy_(y_UH)
-    assert torch.equal(layout.reply(buffer, num_rows), y_UH)
+    buffer.reply(num_rows).copy_(y_UH)
+    assert torch.equal(buffer.reply(num_rows), y_UH)
 
 
 @given(layout=_layouts)
-def test_a_buffer_has_room_for_the_largest_frame_of_either_direction(layout: FrameLayout) -> None:
-    assert len(layout.new_buffer()) >= max(layout.call_bytes(layout.max_rows), layout.reply_bytes(layout.max_rows))
+def test_a_frame_has_room_for_the_largest_of_either_direction(layout: FrameLayout) -> None:
+    room = new_frames(layout, 2)[1].nbytes
+    assert room >= max(layout.call_bytes(layout.max_rows), layout.reply_bytes(layout.max_rows))
+    assert room % HEADER_BYTES == 0
 
 
 def test_more_rows_than_a_frame_takes_are_refused() -> None:
@@ -107,12 +136,33 @@ def test_more_rows_than_a_frame_takes_are_refused() -> None:
         layout.check(5)
 
 
+_layout = FrameLayout(hidden_size=8, experts_per_token=2, max_rows=16, dtype=torch.float32)
+
+
 @given(st.integers(0, 9))
-def test_a_reply_is_added_to_its_tokens(num_rows: int) -> None:
-    layout = FrameLayout(hidden_size=8, experts_per_token=2, max_rows=16, dtype=torch.float32)
-    buffer, reply_UH, y_TH = FrameBuffer(layout), torch.randn(num_rows, 8), torch.randn(12, 8)
-    buffer.reply(num_rows).copy_(reply_UH)
+def test_a_reply_is_added_to_its_tokens(wire: tuple[socket.socket, socket.socket], num_rows: int) -> None:
+    (words,) = new_frames(_layout, 1)
+    reply_UH, y_TH = torch.randn(num_rows, 8), torch.randn(12, 8)
+    FrameBuffer(_layout, words).reply(num_rows).copy_(reply_UH)
+    size = _layout.reply_bytes(num_rows)
+    sent = send_reply(wire[0].fileno(), words, Kind.REPLY.value, EPOCH, 5, 2, num_rows, size)
     rows_U = torch.randperm(12)[:num_rows]
     expected_TH = y_TH.index_add(0, rows_U, reply_UH)
-    add_rows(buffer.numbers, rows_U.numpy(), y_TH.numpy())
+    (arrived,) = new_frames(_layout, 1)
+    assert wire[1].recv_into(arrived.view(np.uint8).data, sent, socket.MSG_WAITALL) == sent == size
+    assert add_reply(arrived, EPOCH, 5, rows_U.numpy(), y_TH.numpy())
     assert torch.equal(y_TH, expected_TH)
+
+
+@pytest.mark.parametrize("field", ["kind", "epoch", "sequence", "num_rows", "payload_bytes"])
+def test_nothing_is_added_of_what_is_no_reply_to_the_call(field: str) -> None:
+    (words,) = new_frames(_layout, 1)
+    words[:] = 1
+    reply = Header(kind=Kind.REPLY, epoch=EPOCH, sequence=5, num_rows=3, payload_bytes=3 * 8 * 4)
+    wrong = {"kind": Kind.REFUSAL}.get(field, getattr(reply, field) + 1)
+    memory, y_TH, rows_U = FrameBuffer(_layout, words).memory, torch.zeros(4, 8), torch.arange(3)
+    dataclasses.replace(reply, **{field: wrong}).write(memory)
+    assert not add_reply(words, EPOCH, 5, rows_U.numpy(), y_TH.numpy())
+    assert not y_TH.any()
+    reply.write(memory)
+    assert add_reply(words, EPOCH, 5, rows_U.numpy(), y_TH.numpy())

@@ -1,0 +1,154 @@
+"""Wires: how they are formed, and frames that are longer than what the system holds."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from octet.errors import LaneError, LaneTimeoutError, PeerLostError
+from octet.ids import Epoch
+from ops.chaos.observe import num_ports
+from router.frames import FrameLayout, new_frames
+from router.group import GroupStore
+from router.lane import LaneExchange, LanePort, Link
+from router.plan import PlanByShard, ShardPlan
+from router.wire import GUEST_SIDE, HOST_SIDE, Wire
+from tests.exchange_conformance import CONNECT_S, EPOCH, HOST, MARGIN_S, PATIENT_S, form_pair, next_call, within
+
+LONG = FrameLayout(hidden_size=4096, experts_per_token=4, max_rows=1024, dtype=torch.float32)
+"""16 MiB: more than the system holds of a connection whose other end does not read."""
+
+
+@pytest.mark.parametrize("rank", [HOST_SIDE, GUEST_SIDE])
+def test_a_wire_that_nobody_else_joins_is_given_up_and_leaves_no_port_open(rank: int) -> None:
+    store = GroupStore.host(HOST, CONNECT_S)
+    before = num_ports([os.getpid()])
+    with pytest.raises(LaneTimeoutError, match=f"rank {rank}") as kept:
+        Wire.join(store, "alone", rank, HOST, connect_s=0.3, timeout_s=1.0)
+    assert kept.value.__traceback__ is not None
+    assert num_ports([os.getpid()]) == before
+
+
+def test_strangers_that_knock_are_turned_away() -> None:
+    store = GroupStore.host(HOST, CONNECT_S)
+    stores = [store, GroupStore.join(store.address, CONNECT_S)]
+    name = uuid.uuid4().hex
+    with ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as closing:
+        host = pool.submit(Wire.join, stores[0], name, HOST_SIDE, HOST, CONNECT_S, PATIENT_S)
+        port = int(stores[1].prefix(name).get("address").split(b" ")[1])
+        for greeting in (b"GET / HTTP/1.1\r\nHost: octet\r\n\r\n", b""):
+            stranger = closing.enter_context(socket.create_connection((HOST, port)))
+            stranger.sendall(greeting)
+            stranger.shutdown(socket.SHUT_WR)
+            assert stranger.recv(1) == b""
+        guest = Wire.join(stores[1], name, GUEST_SIDE, HOST, CONNECT_S, PATIENT_S)
+        ends = host.result(), guest
+    layout = FrameLayout(hidden_size=8, experts_per_token=2, max_rows=2, dtype=torch.float32)
+    LaneExchange([Link(ends[0], layout, EPOCH)]).close()
+    assert LanePort(ends[1], layout, EPOCH, PATIENT_S).receive() is None
+
+
+def test_long_frames_hold_up_neither_end_before_it_has_to_wait() -> None:
+    worker, shard = form_pair(PATIENT_S)
+    exchange, port = LaneExchange([Link(worker, LONG, EPOCH)]), LanePort(shard, LONG, EPOCH, PATIENT_S)
+    x_TH = torch.randn(LONG.max_rows, LONG.hidden_size)
+    plan = PlanByShard((_everything(LONG),))
+    with ThreadPoolExecutor(1) as pool:
+
+        def answer_two() -> None:
+            for _ in range(2):
+                call = next_call(port)
+                port.reply(call, call.rows.x_UH * (call.layer + 1))
+            assert port.receive() is None
+
+        # Nobody reads yet, and one of the shard's replies is not read while another call is sent.
+        ticket = exchange.send(0, x_TH, plan)
+        served = pool.submit(answer_two)
+        following = exchange.send(1, x_TH, plan)
+        for layer, sent in enumerate((ticket, following)):
+            y_TH = torch.zeros_like(x_TH)
+            exchange.receive(sent, y_TH)
+            assert torch.equal(y_TH, x_TH * (layer + 1))
+        exchange.close()
+        served.result(PATIENT_S)
+
+
+def test_a_worker_that_dies_within_a_frame_is_noticed_at_once() -> None:
+    worker, shard = form_pair(PATIENT_S)
+    exchange = LaneExchange([Link(worker, LONG, EPOCH)])
+    exchange.send(0, torch.zeros(LONG.max_rows, LONG.hidden_size), PlanByShard((_everything(LONG),)))
+    worker.abort()
+    with within(MARGIN_S), pytest.raises(PeerLostError):
+        LanePort(shard, LONG, EPOCH, PATIENT_S).receive()
+
+
+def test_a_shard_that_closes_before_it_has_read_a_frame_is_noticed_at_once() -> None:
+    worker, shard = form_pair(PATIENT_S)
+    exchange = LaneExchange([Link(worker, LONG, EPOCH)])
+    x_TH = torch.zeros(LONG.max_rows, LONG.hidden_size)
+    ticket = exchange.send(0, x_TH, PlanByShard((_everything(LONG),)))
+    shard.abort()
+    with within(MARGIN_S), pytest.raises(PeerLostError, match="shard 0"):
+        exchange.receive(ticket, torch.zeros_like(x_TH))
+
+
+def test_a_thread_that_waits_hears_that_its_own_end_was_given_up() -> None:
+    _, shard = form_pair(PATIENT_S)
+    port = LanePort(shard, LONG, EPOCH, PATIENT_S)
+    threading.Timer(0.1, port.close).start()
+    with within(MARGIN_S), pytest.raises(LaneError, match="this end"):
+        port.receive()
+
+
+def test_a_frame_that_says_that_it_is_too_long_is_none() -> None:
+    worker, shard = form_pair(PATIENT_S)
+    small = FrameLayout(hidden_size=8, experts_per_token=2, max_rows=2, dtype=torch.float32)
+    LaneExchange([Link(worker, LONG, EPOCH)]).send(
+        0, torch.zeros(LONG.max_rows, LONG.hidden_size), PlanByShard((_everything(LONG),))
+    )
+    with within(MARGIN_S), pytest.raises(LaneError, match="not a frame"):
+        LanePort(shard, small, EPOCH, PATIENT_S).receive()
+
+
+def test_a_call_of_other_rows_than_agreed_on_is_refused() -> None:
+    worker, shard = form_pair(PATIENT_S)
+    narrow, wide = (
+        FrameLayout(hidden_size=hidden, experts_per_token=2, max_rows=4, dtype=torch.float32) for hidden in (8, 16)
+    )
+    LaneExchange([Link(worker, narrow, EPOCH)]).send(0, torch.zeros(3, 8), PlanByShard((_everything(narrow, 3),)))
+    with pytest.raises(LaneError, match="not a call: a CALL of 3 rows"):
+        LanePort(shard, wide, Epoch(EPOCH), PATIENT_S).receive()
+
+
+def test_frames_begin_where_their_header_may() -> None:
+    frames = new_frames(FrameLayout(hidden_size=3, experts_per_token=1, max_rows=1, dtype=torch.float32), 3)
+    assert all(frame.ctypes.data % 8 == frames.ctypes.data % 8 for frame in frames)
+
+
+def test_silence_in_the_middle_of_a_frame_ends_at_the_deadline() -> None:
+    timeout_s = 0.5
+    worker, shard = form_pair(timeout_s)
+    port = LanePort(shard, LONG, EPOCH, timeout_s)
+    # A header that promises more than what follows.
+    frame = new_frames(LONG, 1)[0].view("u1")
+    frame[:64].view("i8")[:] = [0x4F43544554, 1, EPOCH, 0, 0, 2, 4096, 0]
+    os.write(worker.fd, frame[:64].tobytes())
+    start_s = time.monotonic()
+    with within(timeout_s + MARGIN_S), pytest.raises(LaneTimeoutError):
+        port.receive()
+    assert time.monotonic() - start_s > 0.9 * timeout_s
+
+
+def _everything(layout: FrameLayout, num_rows: int | None = None) -> ShardPlan:
+    shape = (num_rows or layout.max_rows, layout.experts_per_token)
+    return ShardPlan(
+        rows_U=torch.arange(shape[0]), slots_UK=torch.zeros(shape, dtype=torch.int32), weights_UK=torch.ones(shape)
+    )
