@@ -17,6 +17,7 @@ import torch
 
 from experts.meter import FrameMeter
 from experts.shard import ExpertShard, Rows
+from octet.background import wake_behind
 from octet.counters import FrameCounters
 from octet.errors import LaneError
 from octet.faults import reach
@@ -87,6 +88,8 @@ class ShardLoop:
 
     def _serve(self, name: str, lane: LaneEnd, priority: int) -> None:
         meter = self._meters[name]
+        # A worker that has sent a frame has others to send yet, and its shared expert to compute.
+        wake_behind()
         try:
             while (call := lane.receive()) is not None:
                 received_s = time.perf_counter()

@@ -34,7 +34,7 @@ class PoolConfig(ConfigNode):
     size: int = pydantic.Field(1, ge=1)
     threads: int | None = pydantic.Field(None, ge=1)
     """CPU threads of each member's arithmetic; null takes `num_cpus` where that is at least 1, and otherwise shares the
-    machine's cores among all members."""
+    machine's cores among all members, or in decode, which computes while shards wait, among decode workers."""
     num_cpus: float = pydantic.Field(0.1, ge=0)
     """Ray CPUs per member. Fractions let the pools share a laptop."""
     num_gpus: float = pydantic.Field(0, ge=0)

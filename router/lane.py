@@ -121,9 +121,7 @@ class Link:
     def _wait(self, number: int) -> None:
         """Until the reply of this number has come. Raises: LaneError."""
         timeout_s = self._wire.timeout_s
-        status = self._wire_cpu.receive(
-            self._wire.fd, self._inbox, self._state, number, _LOOKS, milliseconds(timeout_s)
-        )
+        status = self._wire_cpu.receive(self._wire.fd, self._inbox, self._state, number, milliseconds(timeout_s))
         self._wire.check(status, timeout_s)
 
     def _finish(self, timeout_s: float) -> None:
@@ -262,7 +260,7 @@ class LanePort:
         # The worker may not have read all of the last reply yet. Now nobody waits for this thread's turn to end.
         self._send_rest()
         row = self._wire_cpu.receive_any_but(
-            self._wire.fd, self._inbox, self._state, Kind.HEARTBEAT.value, _LOOKS, milliseconds(self._timeout_s)
+            self._wire.fd, self._inbox, self._state, Kind.HEARTBEAT.value, milliseconds(self._timeout_s)
         )
         self._wire.check(row, self._timeout_s)
         header = Header.read(self._calls[row].memory, self._epoch)
@@ -310,9 +308,6 @@ class LanePort:
             status = self._wire_cpu.send_rest(self._wire.fd, *self._unsent, milliseconds(self._wire.timeout_s))
             self._wire.check(status, self._wire.timeout_s)
             self._unsent = None
-
-
-_LOOKS = 0
 
 
 @functools.cache

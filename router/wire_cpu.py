@@ -35,7 +35,6 @@ _intrinsic: Any = intrinsic
 _recv: Any = types.ExternalFunction("recv", types.int64(types.int32, types.int64, types.int64, types.int32))
 _send: Any = types.ExternalFunction("send", types.int64(types.int32, types.int64, types.int64, types.int32))
 _poll: Any = types.ExternalFunction("poll", types.int32(types.int64, types.int64, types.int32))
-_yield_core: Any = types.ExternalFunction("sched_yield", types.int32())
 
 
 @_intrinsic  # type: ignore[untyped-decorator]
@@ -116,14 +115,13 @@ def send_rest(fd: Any, frame: Any, begin: Any, size: Any, timeout_ms: Any) -> An
     return OK if sent == size else LOST
 
 
-@declare("i8(i4, i4[:,::1], i8[::1], i8, i8, i8)")  # type: ignore[untyped-decorator]
-def receive(fd: Any, frames: Any, state: Any, number: Any, looks: Any, timeout_ms: Any) -> Any:
+@declare("i8(i4, i4[:,::1], i8[::1], i8, i8)")  # type: ignore[untyped-decorator]
+def receive(fd: Any, frames: Any, state: Any, number: Any, timeout_ms: Any) -> Any:
     """Wait until frame `number`, counted from 0, is complete in row `number % R`.
 
     Args:
         frames: `[R, W]`; frames after it may arrive in the other rows meanwhile, but are not waited for.
         state: see COUNT and HAVE.
-        looks: how often to look before sleeping.
         timeout_ms: of silence.
     """
     while state[COUNT] <= number:
@@ -131,10 +129,6 @@ def receive(fd: Any, frames: Any, state: Any, number: Any, looks: Any, timeout_m
         if arrived < 0:
             return arrived
         if arrived > 0:
-            continue
-        if looks > 0:
-            looks -= 1
-            _yield_core()
             continue
         events = _ready(fd, _POLLIN, timeout_ms)
         if events == 0:
@@ -147,15 +141,15 @@ def receive(fd: Any, frames: Any, state: Any, number: Any, looks: Any, timeout_m
     return OK
 
 
-@declare("i8(i4, i4[:,::1], i8[::1], i8, i8, i8)")  # type: ignore[untyped-decorator]
-def receive_any_but(fd: Any, frames: Any, state: Any, kind: Any, looks: Any, timeout_ms: Any) -> Any:
+@declare("i8(i4, i4[:,::1], i8[::1], i8, i8)")  # type: ignore[untyped-decorator]
+def receive_any_but(fd: Any, frames: Any, state: Any, kind: Any, timeout_ms: Any) -> Any:
     """Wait for the next frame that is not of this kind; those that are leave no trace.
 
     Returns: its row, or a negative number.
     """
     while True:
         number = state[COUNT]
-        status = receive(fd, frames, state, number, looks, timeout_ms)
+        status = receive(fd, frames, state, number, timeout_ms)
         if status != OK:
             return status
         row = number % len(frames)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -108,6 +109,23 @@ def test_decode_frames_are_served_before_waiting_prefill_frames(loop: ShardLoop,
     shard.may_go_on.set()
     until(lambda: len(shard.served) == 5)
     assert shard.served == [1, 11, 12, 2, 3]
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="Linux's SCHED_BATCH is not here")
+def test_a_lane_that_wakes_displaces_nobody(loop: ShardLoop, shard: FakeShard) -> None:
+    policies: list[int] = []
+    served = shard.serve
+
+    def serve(layer: int, rows: Rows, room_UH: torch.Tensor | None = None) -> torch.Tensor:
+        policies.append(os.sched_getscheduler(0))
+        return served(layer, rows, room_UH)
+
+    shard.serve = serve  # type: ignore[method-assign]
+    before, lane = os.sched_getscheduler(0), FakeLane(11)
+    loop.add("decode-0", lane, DECODE_FIRST)
+    lane.answers.get(timeout=PATIENT_S)
+    assert policies == [os.SCHED_BATCH]
+    assert os.sched_getscheduler(0) == before
 
 
 def test_lanes_of_equal_priority_take_turns_in_order_of_arrival(loop: ShardLoop, shard: FakeShard) -> None:
