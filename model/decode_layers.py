@@ -110,6 +110,11 @@ class DecodePass:
             *self._room,
         )
 
+    def attended_s(self) -> list[tuple[str, float]]:
+        """The stages of the last `attend`, and how long each took."""
+        stages = layer_cpu.ATTEND_STAGES
+        return list(zip(stages, self._layers.team.stage_s(len(stages)), strict=True))
+
     def feed_forward(self, index: int, weights: LayerWeights) -> None:
         """A dense layer's second half."""
         gate_up, down = self._layers.layer(index, weights).mlp

@@ -21,13 +21,15 @@ import numpy as np
 from model.fused_cpu import attend_heads, norm_rows, prepare_rows
 from model.linear import PANEL
 from model.linear_cpu import ROWS, linear_rows, silu_product
-from model.team_cpu import done, enter, leave, take, wait
+from model.team_cpu import done, enter, leave, note, take, wait
 from model.tiles_cpu import compiled, declare
 
 _ROW_BLOCK = 8
 """Rows of a block of cheap work."""
 _PANEL_BYTES = 2**17
 """Weights of a block of panels: some ten microseconds."""
+ATTEND_STAGES = ("norm", "linear", "cache", "attention", "linear", "norm")
+"""What the stages of `attend` are."""
 _SPLIT_HEADS_BELOW = 4
 """So few tokens are divided by their KV heads."""
 
@@ -117,7 +119,9 @@ def attend(
     q, out = heads[0].reshape(num_tokens, num_q, dim), heads[1].reshape(num_tokens, num_q, dim)
     nothing = np.empty((0, 0), np.float32)
     _share_sum_and_norm(state, 0, x, nothing, input_norm, eps, h)
+    note(state, 0, leads)
     _share_linear(state, 1, h, qkv, qkv_bias, qkv_out.reshape(num_tokens, qkv_out.shape[1] * dim))
+    note(state, 1, leads)
     num_blocks = -(-num_tokens // _ROW_BLOCK)
     block = take(state, 2)
     while block < num_blocks:
@@ -125,6 +129,7 @@ def attend(
         prepare_rows(qkv_out, q_norm, k_norm, eps, cos, sin, kv_slots, k_cache, v_cache, q, first, last)
         block = done(state, 2)
     wait(state, 2, num_blocks)
+    note(state, 2, leads)
     parts = num_kv if num_tokens < _SPLIT_HEADS_BELOW else 1
     block = take(state, 3)
     while block < num_tokens * parts:
@@ -133,8 +138,11 @@ def attend(
         attend_heads(token, first, last, q, k_cache, v_cache, pages[token], lengths[token], page_size, scale, out)
         block = done(state, 3)
     wait(state, 3, num_tokens * parts)
+    note(state, 3, leads)
     _share_linear(state, 4, heads[1], o, np.empty(0, np.float32), delta)
+    note(state, 4, leads)
     _share_sum_and_norm(state, 5, x, delta, output_norm, eps, h)
+    note(state, 5, leads)
     leave(state, leads)
 
 

@@ -16,11 +16,15 @@ A kernel is compiled with `declare` and takes the team's state, its turn, and wh
             ...
             block = done(state, 0)
         wait(state, 0, num_blocks)
+        note(state, 0, leads)
         leave(state, leads)
+
+With `note` the caller learns when each stage was done: `Team.stage_s`.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
 import weakref
 from collections.abc import Callable
@@ -29,6 +33,7 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from model.tiles_cpu import compiled
@@ -37,6 +42,8 @@ _LINE = 8
 """Counters are a cache line apart."""
 _OPEN, _INSIDE, _FIRST_STAGE = 0, _LINE, 2 * _LINE
 _MAX_STAGES = 8
+_BEGUN = _FIRST_STAGE + 2 * _LINE * _MAX_STAGES
+"""When the call began, in nanoseconds; then when each stage was done."""
 _SPINS = 500
 """Looks before a waiting thread offers its core to others: some microseconds."""
 
@@ -49,7 +56,7 @@ class Team:
     """The calling thread and `size - 1` helpers, which sleep between calls. Used by one thread at a time."""
 
     def __init__(self, size: int) -> None:
-        self._state = np.zeros(_FIRST_STAGE + 2 * _LINE * _MAX_STAGES, np.int64)
+        self._state = np.zeros(_BEGUN + 1 + _MAX_STAGES, np.int64)
         self._turn = 0
         self._helpers = [_Helper(self._state) for _ in range(size - 1)]
         for helper in self._helpers:
@@ -61,6 +68,11 @@ class Team:
         for helper in self._helpers:
             helper.call((kernel, self._turn, arguments))
         kernel(self._state, self._turn, 1, *arguments)
+
+    def stage_s(self, num_stages: int) -> list[float]:
+        """How long the first so many stages of the last call took its caller, if the kernel notes them."""
+        times: list[int] = self._state[_BEGUN : _BEGUN + 1 + num_stages].tolist()
+        return [(after - before) * 1e-9 for before, after in itertools.pairwise(times)]
 
 
 class _Helper:
@@ -95,7 +107,8 @@ class _Helper:
 
 
 _intrinsic: Any = intrinsic
-_I64 = ir.IntType(64)
+_I32, _I64 = ir.IntType(32), ir.IntType(64)
+_MONOTONIC = ir.Constant(_I32, 1)
 _yield_core: Any = types.ExternalFunction("sched_yield", types.int32())
 
 
@@ -133,12 +146,27 @@ def _store(typing_context: Any, array: Any, index: Any, value: Any) -> Any:
     return types.void(array, types.intp, types.int64), generate
 
 
+@_intrinsic  # type: ignore[untyped-decorator]
+def _now(typing_context: Any) -> Any:
+    """Nanoseconds of Python's `time.perf_counter_ns`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        time = cgutils.alloca_once(builder, ir.ArrayType(_I64, 2))
+        kind = ir.FunctionType(_I32, [_I32, time.type])
+        builder.call(cgutils.get_or_insert_function(builder.module, kind, "clock_gettime"), [_MONOTONIC, time])
+        seconds, nanoseconds = (builder.load(builder.gep(time, [_I32(0), _I32(field)])) for field in range(2))
+        return builder.add(builder.mul(seconds, _I64(10**9)), nanoseconds)
+
+    return types.int64(), generate
+
+
 @compiled  # type: ignore[untyped-decorator]
 def enter(state: Any, turn: Any, leads: Any) -> Any:
     """Whether this thread is in time. `_OPEN` is twice the turn while a call is open, and one more afterwards."""
     if leads:
-        for counter in range(_FIRST_STAGE, len(state), _LINE):
+        for counter in range(_FIRST_STAGE, _BEGUN, _LINE):
             _store(state, counter, 0)
+        state[_BEGUN] = _now()
         _store(state, _OPEN, 2 * turn)
         return True
     spins = 0
@@ -182,6 +210,13 @@ def wait(state: Any, stage: Any, num_blocks: Any) -> None:
     spins = 0
     while _load(state, _FIRST_STAGE + 2 * _LINE * stage + _LINE) < num_blocks:
         spins = _spin(spins)
+
+
+@compiled  # type: ignore[untyped-decorator]
+def note(state: Any, stage: Any, leads: Any) -> None:
+    """The stage is done, and the leader goes on."""
+    if leads:
+        state[_BEGUN + 1 + stage] = _now()
 
 
 @compiled  # type: ignore[untyped-decorator]

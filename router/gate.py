@@ -13,8 +13,11 @@ import numpy as np
 import torch
 
 from model.config import ModelConfig
-from model.linear import linear
+from model.linear import PackedMatrix, linear
 from model.weights import GateWeights
+
+_FEW_TOKENS = 64
+"""Up to so many, scores and choice are one compiled call; with more, threads share the scores."""
 
 
 class Gate:
@@ -27,8 +30,10 @@ class Gate:
     def __init__(self, weights: GateWeights, config: ModelConfig) -> None:
         """Made ready here, so that no request waits for a compiler."""
         self._weights, self._config = weights, config
+        self._panels = weights.weight.panels.numpy() if isinstance(weights.weight, PackedMatrix) else None
         if weights.correction_bias.device.type == "cpu":
             gate_cpu()
+            self._bias = weights.correction_bias.numpy()
         self._rule = (
             config.n_group,
             config.topk_group,
@@ -38,13 +43,20 @@ class Gate:
 
     def select(self, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Expert ids `[T, K]` (int64) and weights `[T, K]` (fp32)."""
-        weights, top_k = self._weights, self._config.num_experts_per_tok
-        scores_TE = linear(x_TH.float(), weights.weight)
-        if scores_TE.device.type != "cpu":
-            return _choose(scores_TE, weights.correction_bias, self._config)
+        weight, bias, top_k = self._weights.weight, self._weights.correction_bias, self._config.num_experts_per_tok
+        if bias.device.type != "cpu":
+            return _choose(linear(x_TH.float(), weight), bias, self._config)
         # In one compiled pass: a dozen small operators cost more than the choice itself.
-        ids_TK, weights_TK = np.empty((len(scores_TE), top_k), np.int64), np.empty((len(scores_TE), top_k), np.float32)
-        gate_cpu().choose(scores_TE.numpy(), weights.correction_bias.numpy(), *self._rule, ids_TK, weights_TK)
+        num_tokens = len(x_TH)
+        ids_TK, weights_TK = np.empty((num_tokens, top_k), np.int64), np.empty((num_tokens, top_k), np.float32)
+        if self._panels is not None and num_tokens <= _FEW_TOKENS:
+            scores_TE = np.empty((num_tokens, len(bias)), np.float32)
+            gate_cpu().select(
+                x_TH.float().numpy(), self._panels, self._bias, *self._rule, scores_TE, ids_TK, weights_TK
+            )
+        else:
+            scores_TE = linear(x_TH.float(), weight).numpy()
+            gate_cpu().choose(scores_TE, self._bias, *self._rule, ids_TK, weights_TK)
         return torch.from_numpy(ids_TK), torch.from_numpy(weights_TK)
 
 

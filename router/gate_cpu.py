@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from model.linear_cpu import exp
+from model.linear_cpu import exp, linear_panels
 from model.tiles_cpu import compiled, declare
 
 
@@ -70,3 +70,23 @@ def choose(
         divisor = total + np.float32(1e-20) if normalise else np.float32(1)
         for k in range(top_k):
             weights[token, k] = weights[token, k] / divisor * factor
+
+
+@declare(  # type: ignore[untyped-decorator]
+    "void(f4[:,::1], f4[:,:,::1], f4[::1], i8, i8, b1, f4, f4[:,::1], i8[:,::1], f4[:,::1])"
+)
+def select(
+    x: Any,
+    panels: Any,
+    bias: Any,
+    n_group: Any,
+    topk_group: Any,
+    normalise: Any,
+    factor: Any,
+    scores: Any,
+    expert_ids: Any,
+    weights: Any,
+) -> None:
+    """The scores of `x`, too, `[T, H]` by the gate's `panels`, and the choice by them."""
+    linear_panels(x, panels, np.empty(0, np.float32), scores, 0, len(panels))
+    choose(scores, bias, n_group, topk_group, normalise, factor, expert_ids, weights)

@@ -11,6 +11,7 @@ import dataclasses
 import time
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 
 from model.config import ModelConfig
@@ -54,7 +55,7 @@ class RoutedExperts:
         plan = self._planner.plan(layer, *self._gates[layer].select(x_TH))
         reach("dispatch")
         ticket = self._exchange.send(layer, x_TH, plan)
-        dispatched = Dispatched(ticket, torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device))
+        dispatched = Dispatched(ticket, _zeros(x_TH))
         self._under_way.append(dispatched)
         return dispatched
 
@@ -76,3 +77,10 @@ class RoutedExperts:
             # What becomes of it does not matter; an exchange that is broken will say so at its next use.
             with contextlib.suppress(LaneError):
                 self.combine(self._under_way[0])
+
+
+def _zeros(x_TH: torch.Tensor) -> torch.Tensor:
+    """Of this shape in fp32. Numpy has them in a quarter of the time that an operator of torch takes between layers."""
+    if x_TH.device.type == "cpu":
+        return torch.from_numpy(np.zeros(x_TH.shape, np.float32))
+    return torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)

@@ -31,12 +31,16 @@ class Probe:
     part: str
 
 
+_ATTEND = ("model.decode_layers:DecodePass", "attend", "attention_half")
+_STAGE_PARTS = {"norm": "norm", "linear": "attention_linear", "cache": "attention", "attention": "attention"}
+"""What a decode layer's first half is charged to, stage by stage: it is one compiled call."""
+
 PROBES = (
     Probe("model.attention", "linear", "attention_linear"),
     Probe("model.attention:Attention", "_prepare", "attention"),
     Probe("model.attention:Attention", "_decode", "attention"),
     Probe("model.attention:Attention", "_prefill", "attention"),
-    Probe("model.decode_layers:DecodePass", "attend", "attention_half"),
+    Probe(*_ATTEND),
     Probe("model.decode_layers:DecodePass", "feed_forward", "mlp_linear"),
     Probe("model.decode_layers:DecodePass", "share", "mlp_linear"),
     Probe("model.decode_layers:DecodePass", "add_experts", "combine"),
@@ -90,6 +94,8 @@ class StepRecorder:
             for owner, attribute, part in wrappers:
                 wrap = functools.partial(self._stopwatch.wrap, part=part)
                 self._restore.append(_replace(owner, attribute, wrap))
+            owner, attribute, _ = _ATTEND
+            self._restore.append(_replace(owner, attribute, self._divide_attention))
         assert self._exchange is not None, "the worker is connected"
         self._exchange.probe(self._stopwatch if on else None)
 
@@ -97,6 +103,15 @@ class StepRecorder:
         """The steps since the last call."""
         steps, self._steps = self._steps, []
         return steps
+
+    def _divide_attention(self, attend: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(attend)
+        def divided(decode: Any, *args: Any) -> None:
+            attend(decode, *args)
+            shares = [(_STAGE_PARTS[stage], seconds) for stage, seconds in decode.attended_s()]
+            self._stopwatch.divide(_ATTEND[2], shares)
+
+        return divided
 
     def _begin_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(step)

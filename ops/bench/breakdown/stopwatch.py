@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import ParamSpec, TypeVar
 
 REST = "rest"
@@ -62,6 +62,15 @@ class Stopwatch:
                 self._open.pop()
 
         return timed
+
+    def divide(self, part: str, shares: Iterable[tuple[str, float]]) -> None:
+        """Charge seconds of what was charged to `part` in this lap to other parts. By the thread that calls `lap`."""
+        if threading.get_ident() != self._owner:
+            return
+        for other, seconds in shares:
+            for charged in (self._parts, self._running):
+                charged[other] = charged.get(other, 0.0) + seconds
+                charged[part] = charged.get(part, 0.0) - seconds
 
     def lap(self) -> Lap | None:
         """End a lap and begin the next one. Returns: the lap that ended; None at the first call."""

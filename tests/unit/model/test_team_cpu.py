@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 from typing import Any
 
 import numpy as np
 import pytest
 
-from model.team_cpu import Team, done, enter, leave, take, wait
+from model.team_cpu import Team, done, enter, leave, note, take, wait
 from model.tiles_cpu import declare
 
 
@@ -22,11 +23,13 @@ def _double_then_sum(state: Any, turn: Any, leads: Any, numbers: Any) -> None:
         numbers[1, block] = 2 * numbers[0, block]
         block = done(state, 0)
     wait(state, 0, count)
+    note(state, 0, leads)
     block = take(state, 1)
     while block < count:
         numbers[2, block] += numbers[1].sum()
         block = done(state, 1)
     wait(state, 1, count)
+    note(state, 1, leads)
     leave(state, leads)
 
 
@@ -43,6 +46,16 @@ def test_every_block_is_computed_once_and_stages_follow_each_other(size: int) ->
 
 def test_no_blocks_are_no_work() -> None:
     Team(2).run(_double_then_sum, np.zeros((3, 0), np.int64))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_stages_are_timed_within_the_call(size: int) -> None:
+    team, numbers = Team(size), np.ones((3, 5000), np.int64)
+    begun_s = time.perf_counter()
+    team.run(_double_then_sum, numbers)
+    stages_s = team.stage_s(2)
+    assert all(stage_s > 0 for stage_s in stages_s)
+    assert sum(stages_s) < time.perf_counter() - begun_s
 
 
 def test_helpers_end_with_their_team() -> None:

@@ -11,7 +11,7 @@ from transformers import Glm4MoeConfig
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeTopkRouter
 
 from model.config import ModelConfig, read_config
-from model.linear import linear
+from model.linear import Packer, linear
 from model.weights import GateWeights
 from router.gate import Gate, _choose
 
@@ -102,6 +102,20 @@ def test_normalised_weights_sum_to_the_scaling_factor(tmp_path: pathlib.Path) ->
     config = config_of(tmp_path, routed_scaling_factor=2.5)
     _, weights_TK = Gate(random_gate(config), config).select(torch.randn(NUM_TOKENS, HIDDEN_SIZE))
     torch.testing.assert_close(weights_TK.sum(-1), torch.full((NUM_TOKENS,), 2.5))
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_few_tokens_choose_as_they_do_among_many(name: str, tmp_path: pathlib.Path) -> None:
+    config = config_of(tmp_path, **GATES[name])
+    packer = Packer()
+    weight, rows_EH = packer.matrix(config.n_routed_experts, HIDDEN_SIZE)
+    rows_EH.normal_(std=0.3)
+    packer.pack()
+    gate = Gate(GateWeights(weight=weight, correction_bias=torch.randn(config.n_routed_experts) * 0.2), config)
+    x_TH = torch.randn(NUM_TOKENS, HIDDEN_SIZE)
+    many, few = gate.select(x_TH), [gate.select(part_TH) for part_TH in x_TH.split(9)]
+    assert torch.cat([ids_TK for ids_TK, _ in few]).equal(many[0])
+    assert torch.cat([weights_TK for _, weights_TK in few]).equal(many[1])
 
 
 @pytest.mark.parametrize("name", GATES)

@@ -117,3 +117,14 @@ def test_time_without_a_core_is_told_apart() -> None:
     stopwatch.wrap(lambda: clock.pass_s(3.0, running_s=1.0), "part")()
     clock.pass_s(1.0)
     assert lap_of(stopwatch).running == pytest.approx({"part": 1.0, REST: 1.0})
+
+
+def test_a_part_may_be_divided_afterwards() -> None:
+    clock = Clock()
+    stopwatch = Stopwatch(clock, clock.cpu)
+    stopwatch.lap()
+    stopwatch.wrap(lambda: clock.pass_s(5.0, running_s=4.0), "half")()
+    stopwatch.divide("half", [("norm", 1.0), ("linear", 2.0), ("norm", 0.5)])
+    lap = lap_of(stopwatch)
+    assert lap.parts == pytest.approx({REST: 0.0, "half": 1.5, "norm": 1.5, "linear": 2.0})
+    assert sum(lap.parts.values()) - sum(lap.running.values()) == pytest.approx(1.0)
