@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -37,6 +36,7 @@ from octet.faults import reach
 from octet.ids import Epoch, WorkerId
 from octet.mailbox import Mailbox
 from octet.messages import KvPull
+from octet.pulse import Pulse
 from prefill.engine import PrefillEngine
 from router.channel import GroupChannel, KvChannel
 from router.group import Group, GroupStore
@@ -78,10 +78,10 @@ class AttentionWorker:
         self._device = torch.device(plan.device)
         self._dtype = serving_dtype(plan)
         self._mailbox = Mailbox(host)
+        self._pulse = Pulse(host)
         self._store = GroupStore.host(host, plan.config.lane.connect_s)
         self._lanes = lane_builder(worker_id, role, plan, self._store, host)
         self._peer_stores = Stores(plan.config.lane.connect_s)
-        self._connecting = threading.Lock()
         self._progress = LoadProgress(time.monotonic())
         self._state = "STARTING"
         self._parts: _Parts | None = None
@@ -94,6 +94,7 @@ class AttentionWorker:
             store=self._store.address,
             node_id=self._node_id,
             pid=os.getpid(),
+            pulse=self._pulse.address,
         )
 
     def progress(self) -> LoadSnapshot:
@@ -122,26 +123,28 @@ class AttentionWorker:
         Raises: LaneTimeoutError.
         """
         reach("link")
-        with self._connecting:
-            self._lanes.link(shards, epoch)
+        self._lanes.link(shards, epoch)
 
-    def send_to(self, peer: WorkerId) -> None:
+    def send_to(self, peer: WorkerId, attempt: int) -> None:
         """Open a channel on which KV pages go to a decode worker, which calls `receive_from` at the same time.
+
+        It takes the place of an earlier one.
+
+        Args:
+            attempt: the same at both ends, and another one each time.
 
         Raises: LaneTimeoutError.
         """
         sender = self._built.sender
-        with self._connecting:
-            channel = self._channel(self._store, self._worker_id, peer, rank=0)
-        sender.connect(peer, channel)
+        # A connection of its own to the store: to wait there for a peer that has died holds up nobody else.
+        sender.connect(peer, self._channel(self._store.another(), self._worker_id, peer, attempt, rank=0))
 
-    def receive_from(self, peer: Endpoint) -> None:
+    def receive_from(self, peer: Endpoint, attempt: int) -> None:
         """The other end of `send_to`. Raises: LaneTimeoutError."""
         receiver = self._built.receiver
         assert receiver is not None
-        with self._connecting:
-            channel = self._channel(self._peer_stores.of(peer), peer.worker_id, self._worker_id, rank=1)
-        receiver.connect(peer.worker_id, channel)
+        store = self._peer_stores.of(peer)
+        receiver.connect(peer.worker_id, self._channel(store, peer.worker_id, self._worker_id, attempt, rank=1))
 
     def forget(self, peers: Sequence[WorkerId]) -> None:
         """These workers are gone: close what joins us. Idempotent."""
@@ -185,6 +188,7 @@ class AttentionWorker:
             state=parts.loop.state if parts is not None else self._state,
             load=parts.engine.load() if parts is not None else None,
             reason=parts.loop.reason if parts is not None else "",
+            severed=self._severed(parts) if parts is not None else (),
         )
 
     def telemetry(self) -> WorkerSample | None:
@@ -209,6 +213,7 @@ class AttentionWorker:
 
     def stop(self, timeout_s: float = 5.0) -> None:
         """End the loop and close every connection. Idempotent."""
+        self._pulse.close()
         if (parts := self._parts) is None:
             return
         self._parts, self._state = None, "STOPPED"
@@ -223,10 +228,14 @@ class AttentionWorker:
         assert self._parts is not None, "load comes first"
         return self._parts
 
-    def _channel(self, store: GroupStore, source: WorkerId, target: WorkerId, rank: int) -> KvChannel:
+    @staticmethod
+    def _severed(parts: _Parts) -> tuple[WorkerId, ...]:
+        return (*parts.sender.severed, *(parts.receiver.severed if parts.receiver is not None else ()))
+
+    def _channel(self, store: GroupStore, source: WorkerId, target: WorkerId, attempt: int, rank: int) -> KvChannel:
         """The source hosts the store and is rank 0."""
         config, epoch = self._plan.config, self._plan.routing.epoch
-        name, transfer_s = f"kv/{source}/{target}", config.handoff.timeout_s
+        name, transfer_s = f"kv/{source}/{target}/{attempt}", config.handoff.timeout_s
         group = Group(store, name, rank, 2, self._host, config.lane.connect_s, transfer_s)
         return GroupChannel(group, epoch, transfer_s)
 

@@ -185,6 +185,20 @@ class Changes:
                 await self._go_on_without(shards)
             record.append(f"went on without {', '.join(sorted(lost))}")
 
+    async def relink(self, worker_id: WorkerId, reason: str) -> None:
+        """Give a worker another lane in place of a broken one. Raises: OctetError."""
+        async with self.log.change("recovery", f"{worker_id}: {reason}") as record:
+            if worker_id in self._membership:
+                await self._membership.relink(self._membership.member(worker_id))
+                record.append("its lane is formed anew: no shard was lost")
+
+    async def reopen(self, source: WorkerId, target: WorkerId) -> None:
+        """Give two workers another KV channel in place of a broken one. Raises: OctetError."""
+        async with self.log.change("recovery", f"the KV channel from {source} to {target} has broken") as record:
+            if source in self._membership and target in self._membership:
+                await self._membership.reopen(self._membership.member(source), self._membership.member(target))
+                record.append("another one is open")
+
     async def replace_router(self, router: Any) -> None:
         """Another process serves in place of one that is gone."""
         self._router = router

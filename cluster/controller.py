@@ -18,13 +18,14 @@ from cluster.fault_points import FaultCalls
 from cluster.frontend_actor import FrontendActor
 from cluster.members import POOLS, MemberStatus, Pool
 from cluster.membership import Membership
+from cluster.mending import Mending
 from cluster.plan import ServingPlan
 from cluster.pool_actors import node_id
 from cluster.pool_scaler import PoolScaler
 from cluster.pools import TASK_EVENTS, Member, Pools, call, call_all
 from cluster.recovery import Recovery
 from cluster.router_actor import Router
-from cluster.watch import Watch
+from cluster.watch import Findings, Watch
 from octet import faults
 from octet.errors import OctetError, StartupError, UnavailableError
 from octet.ids import WorkerId
@@ -101,8 +102,15 @@ class Controller(FaultCalls):
         listening: tuple[str, int] = await call(FRONTEND, self._frontend.listen.remote())
         frontend_mailbox, port = listening
         self._pools = Pools(plan, this)
-        self._membership = Membership(plan, {FRONTEND: frontend_mailbox})
-        self._watch = Watch(plan.config.health, 2 * plan.config.lane.recovery_s, self._on_lost)
+        self._membership = Membership(plan, {FRONTEND: frontend_mailbox}, self._on_lost)
+        mending = Mending(self._membership, self._ready, lambda: self._lost, self._spawn)
+        self._watch = Watch(
+            plan.config.health,
+            2 * plan.config.lane.recovery_s,
+            Findings(lost=self._on_lost, stranded=mending.stranded, severed=mending.severed),
+            self._membership.endpoint,
+            node_id(),
+        )
         self._changes = Changes(plan, self._pools, self._membership, self._frontend, self._router, self._watch.set)
         self._recovery = Recovery(self._changes, self._short)
         for pool in POOLS:
@@ -132,7 +140,11 @@ class Controller(FaultCalls):
         if self._phase != "loading weights":
             return StartProgress(phase=self._phase)
         members = self._starting
-        snapshots = await call_all([(m, m.actor.progress.remote()) for m in members], _ANSWER_S)
+        try:
+            snapshots = await call_all([(m, m.actor.progress.remote()) for m in members], _ANSWER_S)
+        except UnavailableError:
+            # One that is too busy to tell is no reason to give the start up; one that is gone fails its `load`.
+            return StartProgress(phase=self._phase)
         return StartProgress(
             phase=self._phase,
             loading=tuple(
@@ -300,6 +312,11 @@ class Controller(FaultCalls):
         if self._state == "DEGRADED":
             self._state, self._reason = "READY", ""
         await self._ready().standby.fill()
+
+    @property
+    def _lost(self) -> str:
+        """Who is lost and not dealt with yet."""
+        return self._recovery.reason if self._recovery is not None else ""
 
     def _short(self) -> dict[Pool, int]:
         """The sizes of the pools that have fewer members."""

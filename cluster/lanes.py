@@ -32,7 +32,7 @@ class LaneBuilder(Protocol):
         """The lane to these shards, all of which are linked."""
 
     def unlink(self, others_than: Sequence[WorkerId]) -> None:
-        """Break the links to all other shards."""
+        """Break the links to all other shards, and those that others have taken the place of."""
 
 
 class WireLanes:
@@ -41,19 +41,25 @@ class WireLanes:
     def __init__(self, worker_id: WorkerId, role: Role, plan: ServingPlan, store: GroupStore, host: str) -> None:
         self._worker_id, self._role, self._plan, self._store, self._host = worker_id, role, plan, store, host
         self._links: dict[WorkerId, Link] = {}
+        self._replaced: list[Link] = []
+        """In use until the next adoption."""
 
     def link(self, shards: Sequence[WorkerId], epoch: Epoch) -> None:
         for shard in shards:
             name = _link_name(self._worker_id, shard, epoch)
-            wire = _wire(self._store, name, WORKER, self._plan, self._host)
+            # A connection of its own to the store: to wait there for a shard that has died holds up nobody else.
+            wire = _wire(self._store.another(), name, WORKER, self._plan, self._host)
+            if shard in self._links:
+                self._replaced.append(self._links[shard])
             self._links[shard] = Link(wire, frame_layout(self._role, self._plan), epoch)
 
     def exchange(self, shards: Sequence[WorkerId]) -> Exchange:
         return LaneExchange([self._links[shard] for shard in shards])
 
     def unlink(self, others_than: Sequence[WorkerId]) -> None:
-        for shard in self._links.keys() - set(others_than):
-            self._links.pop(shard).close()
+        replaced, self._replaced = self._replaced, []
+        for link in [*replaced, *(self._links.pop(shard) for shard in self._links.keys() - set(others_than))]:
+            link.close()
 
 
 class NcclLanes:

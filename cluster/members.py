@@ -22,6 +22,8 @@ class Endpoint:
     store: str
     node_id: str
     pid: int
+    pulse: str = ""
+    """Address of its `octet.pulse.Pulse`, if it has one."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,3 +41,5 @@ class MemberStatus:
     num_held: int = 0
     lanes: tuple[str, ...] = ()
     reason: str = ""
+    severed: tuple[WorkerId, ...] = ()
+    """Workers from or to which KV pages went over a channel that has broken."""

@@ -39,17 +39,25 @@ _MARGIN_S = 5.0
 class Membership:
     """The members that serve, and the routing in force. Belongs to the controller's event loop."""
 
-    def __init__(self, plan: ServingPlan, frontends: dict[WorkerId, str]) -> None:
+    def __init__(
+        self,
+        plan: ServingPlan,
+        frontends: dict[WorkerId, str],
+        on_astray: Callable[[WorkerId, str], None] = lambda worker_id, reason: None,
+    ) -> None:
         """
         Args:
             frontends: their mailboxes.
+            on_astray: told of a worker that does not follow the others to a routing; its process is killed by then.
         """
+        self._on_astray = on_astray
         self._plan, self._frontends = plan, frontends
         self._members: dict[WorkerId, Member] = {}
         self._endpoints: dict[WorkerId, Endpoint] = {}
         self._since_s: dict[WorkerId, float] = {}
         self._attempts = itertools.count(plan.routing.epoch)
         self._lane_s = plan.config.lane.connect_s + _MARGIN_S
+        self._adopt_s = plan.config.lane.timeout_s + _MARGIN_S
         self._lost = asyncio.Event()
         self._gone: set[WorkerId] = set()
         self.routing = plan.routing
@@ -60,8 +68,15 @@ class Membership:
     def all(self) -> list[Member]:
         return list(self._members.values())
 
+    def member(self, worker_id: WorkerId) -> Member:
+        return self._members[worker_id]
+
     def pool(self, pool: Pool) -> list[Member]:
         return [member for member in self._members.values() if member.pool == pool]
+
+    def endpoint(self, worker_id: WorkerId) -> Endpoint | None:
+        """Of a member, or of one that has been started."""
+        return self._endpoints.get(worker_id)
 
     def ages_s(self) -> dict[WorkerId, float]:
         """How long each member has served."""
@@ -142,6 +157,18 @@ class Membership:
         if endpoint is not None and endpoint.node_id == node_id():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(endpoint.pid, signal.SIGKILL)
+
+    async def relink(self, worker: Member) -> None:
+        """Form the lane of a worker anew, that has none though no shard is lost. Raises: OctetError."""
+        self._heed_losses()
+        await self._unless_lost(self._link([worker], self.pool("experts"), Epoch(next(self._attempts))))
+        adopting = call(worker.worker_id, worker.actor.adopt.remote(self.routing), self._adopt_s)
+        await self._unless_lost(adopting)
+
+    async def reopen(self, source: Member, target: Member) -> None:
+        """Another KV channel in place of one that is broken. Raises: OctetError."""
+        self._heed_losses()
+        await self._unless_lost(self._open_channels([(source, target)]))
 
     async def leave(self, workers: Sequence[Member]) -> None:
         """Attention workers are members no more; nothing joins the others to them."""
@@ -228,9 +255,11 @@ class Membership:
 
     async def _open_channels(self, pairs: Iterable[tuple[Member, Member]]) -> None:
         calls: list[tuple[Member, Awaitable[None]]] = []
+        # A name that nobody has met under before, whichever controller it was.
+        attempt = time.time_ns()
         for source, target in pairs:
-            calls.append((source, source.actor.send_to.remote(target.worker_id)))
-            calls.append((target, target.actor.receive_from.remote(self._endpoints[source.worker_id])))
+            calls.append((source, source.actor.send_to.remote(target.worker_id, attempt)))
+            calls.append((target, target.actor.receive_from.remote(self._endpoints[source.worker_id], attempt)))
         await call_all(calls, self._lane_s)
 
     async def _forget(self, gone: Collection[WorkerId]) -> None:
@@ -267,13 +296,14 @@ class Membership:
         return self._lane_s + num_fills * self._plan.census.expert_bytes / (20 * 2**20)
 
     async def _adopt(self, routing: Routing) -> None:
-        """From here on there is no way back: a worker that does not follow is taken for lost by whoever watches it."""
-        timeout_s = self._plan.config.lane.timeout_s + _MARGIN_S
+        """From here on there is no way back: a worker that does not follow would ask for what is retired."""
         workers = self._attention()
-        calls = [call(m.worker_id, m.actor.adopt.remote(routing), timeout_s) for m in workers]
+        calls = [call(m.worker_id, m.actor.adopt.remote(routing), self._adopt_s) for m in workers]
         for worker, outcome in zip(workers, await asyncio.gather(*calls, return_exceptions=True), strict=True):
             if isinstance(outcome, BaseException):
                 _log.warning("%s did not adopt placement %d: %s", worker.worker_id, routing.placement.version, outcome)
+                self.fence(worker)
+                self._on_astray(worker.worker_id, f"it did not adopt placement {routing.placement.version}: {outcome}")
 
     async def _retire(self, shards: Sequence[Member], routing: Routing) -> None:
         calls = [call(m.worker_id, m.actor.retire.remote(routing.held_by(m.worker_id)), self._lane_s) for m in shards]

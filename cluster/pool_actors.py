@@ -61,11 +61,11 @@ class _AttentionActor(FaultCalls):
     def link(self, shards: Sequence[WorkerId], epoch: Epoch) -> None:
         self._worker.link(shards, epoch)
 
-    def send_to(self, peer: WorkerId) -> None:
-        self._worker.send_to(peer)
+    def send_to(self, peer: WorkerId, attempt: int) -> None:
+        self._worker.send_to(peer, attempt)
 
-    def receive_from(self, peer: Endpoint) -> None:
-        self._worker.receive_from(peer)
+    def receive_from(self, peer: Endpoint, attempt: int) -> None:
+        self._worker.receive_from(peer, attempt)
 
     def forget(self, peers: Sequence[WorkerId]) -> None:
         self._worker.forget(peers)

@@ -26,6 +26,7 @@ from model.checkpoint import Checkpoint, LoadProgress, LoadSnapshot
 from octet.errors import LaneError
 from octet.faults import reach
 from octet.ids import Epoch, WorkerId
+from octet.pulse import Pulse
 from router.channel import GroupChannel
 from router.group import Group, GroupStore
 from router.telemetry_samples import ShardSample
@@ -51,6 +52,7 @@ class ShardWorker:
         self._device = torch.device(plan.device)
         self._progress = LoadProgress(time.monotonic())
         self._state = "STARTING"
+        self._pulse = Pulse(host)
         self._store = GroupStore.host(host, plan.config.lane.connect_s)
         self._peer_stores = Stores(plan.config.lane.connect_s)
         self._changing = threading.Lock()
@@ -61,7 +63,12 @@ class ShardWorker:
 
     def endpoint(self) -> Endpoint:
         return Endpoint(
-            worker_id=self._worker_id, mailbox="", store=self._store.address, node_id=self._node_id, pid=os.getpid()
+            worker_id=self._worker_id,
+            mailbox="",
+            store=self._store.address,
+            node_id=self._node_id,
+            pid=os.getpid(),
+            pulse=self._pulse.address,
         )
 
     def progress(self) -> LoadSnapshot:
@@ -176,6 +183,7 @@ class ShardWorker:
 
     def stop(self) -> None:
         """Leave every lane. Idempotent."""
+        self._pulse.close()
         if self._loop is not None:
             self._loop.close()
             self._loop = None

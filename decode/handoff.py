@@ -32,6 +32,7 @@ class _Peer:
     def __init__(self, channel: KvChannel) -> None:
         self.channel = channel
         self.offers: queue.SimpleQueue[tuple[KvOffer, Sequence[int]] | None] = queue.SimpleQueue()
+        self.broken = ""
         self.thread: threading.Thread
 
 
@@ -59,13 +60,19 @@ class KvReceiver:
             self.connect(prefill, channel)
 
     def connect(self, source: WorkerId, channel: KvChannel) -> None:
-        """Take pages from one more worker."""
+        """Take pages from one more worker, or over another channel than before."""
+        self.disconnect(source)
         peer = _Peer(channel)
         peer.thread = threading.Thread(
             target=self._pull_all, args=(source, peer), name=f"kv-from-{source}", daemon=True
         )
         self._peers[source] = peer
         peer.thread.start()
+
+    @property
+    def severed(self) -> list[WorkerId]:
+        """Workers whose channels have broken."""
+        return [worker_id for worker_id, peer in list(self._peers.items()) if peer.broken]
 
     def disconnect(self, source: WorkerId, timeout_s: float = 5.0) -> None:
         """Break the channel from a worker that is gone; pulls that wait for it arrive with a reason. Idempotent."""
@@ -99,17 +106,16 @@ class KvReceiver:
             self.disconnect(source, timeout_s)
 
     def _pull_all(self, prefill: WorkerId, peer: _Peer) -> None:
-        broken = ""
         while (item := peer.offers.get()) is not None:
             offer, pages = item
-            reason = broken
-            if not broken:
+            reason = peer.broken
+            if not reason:
                 try:
                     self._ask(prefill, KvPull(lease_id=offer.lease_id, decode_worker=self._worker_id))
                     reason = self._receive(peer.channel, pages)
                 except OctetError as error:
                     _log.warning("the channel from %s is given up: %s", prefill, error)
-                    broken = reason = f"the channel from {prefill} broke: {error}"
+                    peer.broken = reason = f"the channel from {prefill} broke: {error}"
             self._arrivals.put(Arrival(offer.lease_id, reason))
             self._wake()
 

@@ -73,7 +73,9 @@ class ShardLoop:
         return self._total.read(), {name: meter.read() for name, meter in list(self._meters.items())}
 
     def add(self, name: str, lane: LaneEnd, priority: int) -> None:
-        """Serve a lane from now on, until it closes or fails."""
+        """Serve a lane from now on, until it closes or fails. It takes the place of one of the same name."""
+        if (before := self._lanes.get(name)) is not None:
+            before.close()
         self._lanes[name] = lane
         self._meters[name] = FrameMeter()
         thread = threading.Thread(target=self._serve, args=(name, lane, priority), name=f"lane-{name}", daemon=True)
@@ -109,8 +111,9 @@ class ShardLoop:
         finally:
             # The other end must notice at once, whatever the reason.
             lane.close()
-            self._lanes.pop(name, None)
-            self._meters.pop(name, None)
+            if self._lanes.get(name) is lane:
+                del self._lanes[name]
+                self._meters.pop(name, None)
 
     def _answer(self, lane: LaneEnd, call: LaneCall) -> None:
         try:

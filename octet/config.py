@@ -119,10 +119,15 @@ class LaneConfig(ConfigNode):
 class HealthConfig(ConfigNode):
     """When a member is taken for lost, though its process may still be there."""
 
+    beat_s: float = pydantic.Field(0.2, gt=0)
+    """Time between two pulses, which a process gives whatever its interpreter does; see `octet/pulse.py`."""
+    silent_s: float = pydantic.Field(1.5, gt=0)
+    """A process without a pulse for so long is lost, and so is one that answers nothing while none of its threads runs.
+    Time in which the controller itself was not scheduled does not count."""
     period_s: float = pydantic.Field(0.5, gt=0)
-    """Time between two signs of life."""
+    """Time between two calls that ask a member how it is."""
     timeout_s: float = pydantic.Field(10.0, gt=0)
-    """How late one may be."""
+    """How late an answer may be, of a process that is busy."""
 
 
 class BalancingConfig(ConfigNode):
@@ -262,6 +267,16 @@ class OctetConfig(ConfigNode):
             raise ValueError(
                 f"lane.heartbeat_s ({self.lane.heartbeat_s}) must be at most half of lane.timeout_s "
                 f"({self.lane.timeout_s}), or idle lanes are taken for dead ones"
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _a_lost_beat_is_no_death(self) -> OctetConfig:
+        health = self.health
+        if health.beat_s * 4 > health.silent_s or health.silent_s > health.timeout_s:
+            raise ValueError(
+                f"health.beat_s ({health.beat_s}) must be at most a quarter of health.silent_s ({health.silent_s}), "
+                f"and that at most health.timeout_s ({health.timeout_s}), or living members are taken for lost"
             )
         return self
 

@@ -41,6 +41,11 @@ class GroupStore:
             raise LaneTimeoutError(f"no store at {address} within {timeout_s} s: {error}") from error
         return GroupStore(store, address)
 
+    def another(self) -> GroupStore:
+        """The same store by another connection: one who waits holds up all others of its connection."""
+        store: Any = self._store  # `clone` is missing from torch's stubs
+        return GroupStore(store.clone(), self.address)
+
     def prefix(self, name: str) -> PrefixStore:
         return PrefixStore(name, self._store)
 

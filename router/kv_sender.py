@@ -24,6 +24,7 @@ class _Peer:
     def __init__(self, channel: KvChannel) -> None:
         self.channel = channel
         self.pulls: queue.SimpleQueue[LeaseId | None] = queue.SimpleQueue()
+        self.broken = False
         self.thread: threading.Thread
 
 
@@ -37,13 +38,19 @@ class KvSender:
             self.connect(worker_id, channel)
 
     def connect(self, worker_id: WorkerId, channel: KvChannel) -> None:
-        """Answer the pulls of one more decode worker."""
+        """Answer the pulls of one more decode worker, or over another channel than before."""
+        self.disconnect(worker_id)
         peer = _Peer(channel)
         peer.thread = threading.Thread(
             target=self._answer, args=(worker_id, peer), name=f"kv-to-{worker_id}", daemon=True
         )
         self._peers[worker_id] = peer
         peer.thread.start()
+
+    @property
+    def severed(self) -> list[WorkerId]:
+        """Workers whose channels have broken."""
+        return [worker_id for worker_id, peer in list(self._peers.items()) if peer.broken]
 
     def disconnect(self, worker_id: WorkerId, timeout_s: float = 5.0) -> None:
         """Break the channel to a decode worker that is gone. Idempotent."""
@@ -75,6 +82,7 @@ class KvSender:
                         channel.send(self._cache.export_pages(part))
             except LaneError as error:
                 _log.warning("the channel to %s is given up: %s", worker_id, error)
+                peer.broken = True
                 return
             finally:
                 if pages is not None:

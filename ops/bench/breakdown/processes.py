@@ -153,8 +153,8 @@ class Pools:
             for shard in self.shards:
                 shard.post("link", endpoint, role, routing.shards, routing.epoch)
             _answers([worker, *self.shards])
-        self.prefill.post("send_to", decode.worker_id)
-        self.decode.post("receive_from", prefill)
+        self.prefill.post("send_to", decode.worker_id, 0)
+        self.decode.post("receive_from", prefill, 0)
         _answers(workers)
         for worker in workers:
             worker.call("meet", peers)

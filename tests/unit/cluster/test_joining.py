@@ -12,15 +12,16 @@ from cluster.members import Endpoint, Pool
 from cluster.membership import Membership
 from cluster.pools import Member
 from octet.errors import UnavailableError
-from octet.ids import WorkerId
+from octet.ids import Epoch, WorkerId
+from router.transition import Transition
 from tests.unit.cluster.played import PATIENT_S, PLAN, soon
 
 
 class Played:
     """An actor that answers every call at once, but for those that it never answers."""
 
-    def __init__(self, worker_id: str, *, hangs_at: tuple[str, ...] = ()) -> None:
-        self.worker_id, self.hangs_at = WorkerId(worker_id), hangs_at
+    def __init__(self, worker_id: str, *, hangs_at: tuple[str, ...] = (), refuses: tuple[str, ...] = ()) -> None:
+        self.worker_id, self.hangs_at, self.refuses = WorkerId(worker_id), hangs_at, refuses
         self.calls: list[str] = []
         self.asked_in_vain = asyncio.Event()
 
@@ -32,6 +33,8 @@ class Played:
         if method in self.hangs_at:
             self.asked_in_vain.set()
             await asyncio.Event().wait()
+        if method in self.refuses:
+            raise UnavailableError(f"{method}: not now")
         if method != "endpoint":
             return None
         return Endpoint(worker_id=self.worker_id, mailbox="tcp://h:1", store="h:2", node_id="n", pid=1)
@@ -82,3 +85,31 @@ async def test_nobody_joins_before_a_loss_is_dealt_with() -> None:
     await membership.leave([prefill])
     await asyncio.wait_for(membership.enter([newcomer]), PATIENT_S)
     assert newcomer.worker_id in membership
+
+
+async def test_a_lane_and_a_kv_channel_are_formed_anew_between_members_that_live() -> None:
+    shard, prefill, decode = Played("experts-0"), Played("prefill-0"), Played("decode-0")
+    members = [member("experts", shard), member("prefill", prefill), member("decode", decode)]
+    membership = await serving(*members)
+    for actor in (shard, prefill, decode):
+        actor.calls.clear()
+    await asyncio.wait_for(membership.relink(members[2]), PATIENT_S)
+    assert (decode.calls, shard.calls, prefill.calls) == (["link", "adopt"], ["link"], [])
+    await asyncio.wait_for(membership.reopen(members[1], members[2]), PATIENT_S)
+    assert (decode.calls, prefill.calls) == (["link", "adopt", "receive_from"], ["send_to"])
+
+
+async def test_a_worker_that_does_not_adopt_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.membership.node_id", lambda: "another")
+    astray: list[tuple[WorkerId, str]] = []
+    decode = Played("decode-0", refuses=("adopt",))
+    members = [*(member("experts", Played(shard)) for shard in PLAN.routing.shards), member("decode", decode)]
+    membership = Membership(PLAN, {}, lambda *found: astray.append(found))
+    await membership.reach(members)
+    await membership.found(members)
+
+    async def propose(epoch: Epoch) -> Transition:
+        return Transition(target=membership.routing, fills=(), gain=0.0, reason="for a test")
+
+    await asyncio.wait_for(membership.reroute(propose), PATIENT_S)
+    assert [(worker_id, "did not adopt" in reason) for worker_id, reason in astray] == [("decode-0", True)]

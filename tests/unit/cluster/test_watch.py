@@ -12,7 +12,7 @@ import ray
 
 from cluster.members import MemberStatus
 from cluster.pools import Member
-from cluster.watch import Watch
+from cluster.watch import Findings, Watch
 from octet.config import HealthConfig
 from octet.ids import WorkerId
 
@@ -20,9 +20,9 @@ NAME = WorkerId("decode-0")
 Status = Callable[[], Awaitable[MemberStatus]]
 
 
-def status(state: str, reason: str = "") -> Status:
+def status(state: str, reason: str = "", severed: tuple[WorkerId, ...] = ()) -> Status:
     async def answer() -> MemberStatus:
-        return MemberStatus(worker_id=NAME, node_id="", pid=1, state=state, reason=reason)
+        return MemberStatus(worker_id=NAME, node_id="", pid=1, state=state, reason=reason, severed=severed)
 
     return answer
 
@@ -45,11 +45,17 @@ def member(answer: Status, death: BaseException | None = None) -> Member:
 
 
 class Seen:
-    def __init__(self) -> None:
+    def __init__(self, most_without_lane_s: float = 0.1) -> None:
         self.lost: asyncio.Queue[tuple[WorkerId, str]] = asyncio.Queue()
-        self.watch = Watch(
-            HealthConfig(period_s=0.02, timeout_s=0.2), 0.1, lambda worker, why: self.lost.put_nowait((worker, why))
+        self.stranded: asyncio.Queue[tuple[WorkerId, str]] = asyncio.Queue()
+        self.severed: asyncio.Queue[tuple[WorkerId, WorkerId]] = asyncio.Queue()
+        findings = Findings(
+            lost=lambda *found: self.lost.put_nowait(found),
+            stranded=lambda *found: self.stranded.put_nowait(found),
+            severed=lambda *found: self.severed.put_nowait(found),
         )
+        health = HealthConfig(beat_s=0.02, silent_s=0.1, period_s=0.02, timeout_s=0.2)
+        self.watch = Watch(health, most_without_lane_s, findings)
 
 
 @pytest.fixture
@@ -63,7 +69,7 @@ async def seen() -> AsyncIterator[Seen]:
     ("watched", "why"),
     [
         (lambda: member(status("READY"), ray.exceptions.ActorDiedError()), "its process is gone"),
-        (lambda: member(silence), "no sign of life within 0.2 s"),
+        (lambda: member(silence), "no answer within 0.2 s"),
         (lambda: member(status("FAILED", "a broken engine")), "a broken engine"),
         (lambda: member(status("WAITING", "PeerLostError")), "it has had no lane for 0.1 s: PeerLostError"),
     ],
@@ -90,4 +96,19 @@ async def test_a_member_that_is_watched_no_more_may_stop(seen: Seen) -> None:
     await asyncio.sleep(0.05)
     seen.watch.set([])
     await asyncio.sleep(0.4)
+    assert seen.lost.empty()
+
+
+async def test_a_worker_whose_lane_broke_though_no_shard_is_lost_is_given_another() -> None:
+    seen = Seen(most_without_lane_s=60)
+    seen.watch.set([member(status("WAITING", "PeerLostError"))])
+    assert await asyncio.wait_for(seen.stranded.get(), 10) == (NAME, "PeerLostError")
+    assert seen.lost.empty()
+    seen.watch.close()
+
+
+async def test_a_kv_channel_that_stays_broken_is_told_of(seen: Seen) -> None:
+    peer = WorkerId("prefill-0")
+    seen.watch.set([member(status("READY", severed=(peer,)))])
+    assert await asyncio.wait_for(seen.severed.get(), 10) == (NAME, peer)
     assert seen.lost.empty()

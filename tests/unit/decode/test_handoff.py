@@ -174,6 +174,19 @@ def test_nothing_is_asked_of_a_worker_whose_channel_broke(ends: Ends) -> None:
     assert ends.asked.qsize() == 0
 
 
+def test_another_channel_takes_the_place_of_one_that_broke(ends: Ends) -> None:
+    ends.receiver.pull(offer("a"), [0])
+    ends.channels[PREFILLS[0]].answers.put(PeerLostError("gone"))
+    ends.arrival()
+    assert ends.receiver.severed == [PREFILLS[0]]
+    another = FakeChannel()
+    ends.receiver.connect(PREFILLS[0], another)
+    assert ends.receiver.severed == []
+    ends.receiver.pull(offer("b"), [0])
+    another.answers.put(ends.some_pages(1).flatten().view(torch.uint8))
+    assert ends.arrival() == Arrival(LeaseId("b"))
+
+
 def test_a_worker_that_cannot_be_asked_is_an_arrival_with_the_reason(ends: Ends) -> None:
     ends.unreachable.add(PREFILLS[0])
     ends.receiver.pull(offer("a"), [0])

@@ -236,6 +236,16 @@ def test_a_closed_lane_stays_in_the_total_only(loop: ShardLoop) -> None:
     assert loop.counters()[0].frames == 1
 
 
+def test_a_lane_formed_anew_takes_the_place_of_the_old_one(loop: ShardLoop) -> None:
+    old, new = FakeLane(), FakeLane()
+    loop.add("decode-0", old, DECODE_FIRST)
+    loop.add("decode-0", new, DECODE_FIRST)
+    assert old.closed.wait(PATIENT_S)
+    new.ask(3)
+    assert new.answers.get(timeout=PATIENT_S)[0] == 3
+    assert loop.lanes == ["decode-0"]
+
+
 def test_closing_closes_every_lane(shard: FakeShard) -> None:
     loop = ShardLoop(cast(ExpertShard, shard))
     lanes = [FakeLane(), FakeLane()]
