@@ -50,9 +50,9 @@ def grouped_swiglu(
 
 
 def count_slots(slots_UK: torch.Tensor, num_slots: int) -> npt.NDArray[np.int64]:
-    """How many rows ask for each slot, `[S]`; longer if one asks for a slot beyond the last."""
+    """How many rows ask for each slot, `[S]`; one longer if any ask for slots beyond the last, with their number."""
     # Shifted by one so that "elsewhere" (-1) has a bin of its own, which is dropped.
-    return np.bincount(slots_UK.cpu().numpy().ravel() + 1, minlength=num_slots + 1)[1:]
+    return np.bincount(slots_UK.clamp(-1, num_slots).cpu().numpy().ravel() + 1, minlength=num_slots + 1)[1:]
 
 
 @functools.cache

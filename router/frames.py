@@ -98,6 +98,23 @@ class FrameLayout:
     def reply_bytes(self, num_rows: int) -> int:
         return HEADER_BYTES + num_rows * self._x_bytes
 
+    def check_call(self, header: Header) -> None:
+        """Raises: LaneError if this announces no call, or one of another size than its rows take."""
+        expected = self.call_bytes(header.num_rows) - HEADER_BYTES
+        fits = 0 <= header.num_rows <= self.max_rows and header.payload_bytes == expected
+        if header.kind is not Kind.CALL or not fits:
+            kind, size = header.kind.name, header.payload_bytes
+            raise LaneError(f"not a call: a {kind} of {header.num_rows} rows, {size} bytes")
+
+    def check_reply(self, header: Header, num_rows: int) -> None:
+        """Raises: LaneError if this announces no reply of so many rows, and no refusal that is no longer than one."""
+        room = self.reply_bytes(num_rows) - HEADER_BYTES
+        if header.kind is Kind.REFUSAL and 0 <= header.payload_bytes <= room:
+            return
+        if header.kind is not Kind.REPLY or header.num_rows != num_rows or header.payload_bytes != room:
+            found = f"a {header.kind.name} of {header.num_rows} rows, {header.payload_bytes} bytes"
+            raise LaneError(f"it answered {num_rows} rows with {found}")
+
     def rows(self, buffer: torch.Tensor, num_rows: int) -> ExpertRows:
         """The payload of a call, as views."""
         return self.unpack_call(buffer[HEADER_BYTES:], num_rows)

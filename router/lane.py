@@ -92,11 +92,10 @@ class Link:
         header = Header.read(buffer.memory, self._epoch)
         if header.sequence != number:
             raise LaneError(f"it answered frame {header.sequence}, expected {number}")
+        self._layout.check_reply(header, len(rows_U))
         if header.kind is Kind.REFUSAL:
             text = bytes(buffer.memory[HEADER_BYTES : HEADER_BYTES + header.payload_bytes])
             raise ExpertMissingError(text.decode(errors="replace"))
-        if header.kind is not Kind.REPLY or header.num_rows != len(rows_U):
-            raise LaneError(f"it answered {len(rows_U)} rows with a {header.kind.name} of {header.num_rows}")
         y_TH.index_add_(0, torch.from_numpy(rows_U), buffer.reply(len(rows_U)).float())
 
     def announce(self, kind: Kind, timeout_s: float | None = None) -> None:
@@ -266,13 +265,8 @@ class LanePort:
         header = Header.read(self._calls[row].memory, self._epoch)
         if header.kind is Kind.CLOSE:
             return None
+        self._layout.check_call(header)
         num_rows = header.num_rows
-        if (
-            header.kind is not Kind.CALL
-            or not 0 <= num_rows <= self._layout.max_rows
-            or header.payload_bytes != self._layout.call_bytes(num_rows) - HEADER_BYTES
-        ):
-            raise LaneError(f"not a call: a {header.kind.name} of {num_rows} rows, {header.payload_bytes} bytes")
         room_UH = self._replies[header.sequence % OPEN_ROUNDS].reply(num_rows)
         return Call(layer=header.layer, rows=self._calls[row].rows(num_rows), sequence=header.sequence, room_UH=room_UH)
 

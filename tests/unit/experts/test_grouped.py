@@ -89,3 +89,8 @@ def test_slots_are_counted_and_those_elsewhere_are_not(rows: list[list[int]]) ->
     slots_UK = torch.tensor(rows, dtype=torch.int32).view(-1, 3)
     flat = [slot for row in rows for slot in row]
     assert count_slots(slots_UK, 5).tolist() == [flat.count(slot) for slot in range(5)]
+
+
+def test_a_slot_far_beyond_the_last_makes_no_room_for_those_between() -> None:
+    slots_UK = torch.tensor([[0, 2**31 - 1], [-(2**31), 5]], dtype=torch.int32)
+    assert count_slots(slots_UK, 3).tolist() == [1, 0, 0, 2]

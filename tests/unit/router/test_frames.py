@@ -166,3 +166,22 @@ def test_nothing_is_added_of_what_is_no_reply_to_the_call(field: str) -> None:
     assert not y_TH.any()
     reply.write(memory)
     assert add_reply(words, EPOCH, 5, rows_U.numpy(), y_TH.numpy())
+
+
+_fields = st.integers(-(2**63), 2**63 - 1) | st.integers(-2, 200)
+
+
+@given(layout=_layouts, kind=st.sampled_from(Kind), num_rows=_fields, payload_bytes=_fields)
+def test_no_header_makes_room_for_more_than_a_frame_has(
+    layout: FrameLayout, kind: Kind, num_rows: int, payload_bytes: int
+) -> None:
+    header = Header(kind=kind, epoch=EPOCH, num_rows=num_rows, payload_bytes=payload_bytes)
+    with contextlib.suppress(LaneError):
+        layout.check_call(header)
+        assert kind is Kind.CALL
+        assert 0 <= payload_bytes == layout.call_bytes(num_rows) - HEADER_BYTES
+        assert num_rows <= layout.max_rows
+    with contextlib.suppress(LaneError):
+        layout.check_reply(header, layout.max_rows)
+        assert kind in (Kind.REPLY, Kind.REFUSAL)
+        assert 0 <= payload_bytes <= layout.reply_bytes(layout.max_rows) - HEADER_BYTES
