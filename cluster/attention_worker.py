@@ -164,7 +164,7 @@ class AttentionWorker:
 
     def start(self, routing: Routing) -> None:
         """Serve by this routing, all of whose shards are linked, from now on."""
-        planner = Planner(routing.placement, self._device)
+        planner = Planner(routing.asked, self._device)
         self._serving_since_s = time.perf_counter()
         self._built.loop.start(planner, self._lanes.exchange(routing.shards))
 
@@ -174,7 +174,7 @@ class AttentionWorker:
         Raises: LaneTimeoutError if the step under way does not end in time.
         """
         reach("adopt")
-        planner = Planner(routing.placement, self._device)
+        planner = Planner(routing.asked, self._device)
         self._built.loop.adopt(planner, self._lanes.exchange(routing.shards))
         self._lanes.unlink(others_than=routing.shards)
 

@@ -13,7 +13,7 @@ class ChangeRecord:
     """Seconds since 1970."""
     duration_s: float
     kind: str
-    """rebalance, scale or recovery."""
+    """rebalance, scale, recovery or slow."""
     reason: str
     outcome: str
     """What came of it; why it failed, if it did."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -191,6 +192,19 @@ class Changes:
             if worker_id in self._membership:
                 await self._membership.relink(self._membership.member(worker_id))
                 record.append("its lane is formed anew: no shard was lost")
+
+    async def shun(self, shards: frozenset[WorkerId], reason: str) -> None:
+        """Ask these shards only for what nobody else holds, and the others as always. Raises: OctetError."""
+
+        async def propose(epoch: Epoch) -> Transition:
+            current = self._membership.routing
+            target = dataclasses.replace(current, shunned=shards & set(current.shards))
+            return Transition(target=target, fills=(), gain=0.0, reason=reason)
+
+        async with self.log.change("slow", reason or "no shard is slow any more") as record:
+            await self._membership.reroute(propose)
+            await self.tell_router()
+            record.append(f"less is asked of {', '.join(sorted(shards)) or 'nobody'}")
 
     async def reopen(self, source: WorkerId, target: WorkerId) -> None:
         """Give two workers another KV channel in place of a broken one. Raises: OctetError."""

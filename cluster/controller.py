@@ -25,6 +25,7 @@ from cluster.pool_scaler import PoolScaler
 from cluster.pools import TASK_EVENTS, Member, Pools, call, call_all
 from cluster.recovery import Recovery
 from cluster.router_actor import Router
+from cluster.slow_members import WINDOW_S, SlowMembers
 from cluster.watch import Findings, Watch
 from octet import faults
 from octet.errors import OctetError, StartupError, UnavailableError
@@ -77,6 +78,7 @@ class Controller(FaultCalls):
         self._changes: Changes | None = None
         self._watch: Watch | None = None
         self._recovery: Recovery | None = None
+        self._slow: SlowMembers | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._decisions: DecisionLog | None = None
         self._port = 0
@@ -127,6 +129,15 @@ class Controller(FaultCalls):
         await call(FRONTEND, self._frontend.serve.remote(mailboxes("prefill"), mailboxes("decode")))
         self._state, self._phase, self._starting, self._port = "READY", "ready", [], port
         self._spawn(self._control())
+        self._slow = SlowMembers(
+            plan.config.health,
+            self._membership,
+            self._changes,
+            self._watch.late,
+            lambda: self._telemetry(WINDOW_S, fresh=False),
+            self._on_lost,
+        )
+        self._spawn(self._slow.run())
         self._spawn(self._changes.standby.fill())
         if plan.config.autoscaler.enabled:
             scaler = PoolScaler(
@@ -178,6 +189,8 @@ class Controller(FaultCalls):
         answers = await asyncio.gather(*(member_status(member) for member in (*known, *waiting)))
         for number, (member, status) in enumerate(zip((*known, *waiting), answers, strict=True)):
             shown = status if number < len(known) else dataclasses.replace(status, state="STANDBY")
+            if self._slow is not None and (why := self._slow.slow.get(member.worker_id)):
+                shown = dataclasses.replace(shown, state="SLOW", reason=why)
             members[member.pool].append(shown)
         routing = self._membership.routing if self._membership is not None else self._plan.routing
         return ClusterStatus(
@@ -273,12 +286,12 @@ class Controller(FaultCalls):
         except ValueError as error:
             raise UnavailableError(f"{name}: {error}") from error
 
-    async def _telemetry(self, window_s: float | None = None) -> TelemetryWindow | None:
+    async def _telemetry(self, window_s: float | None = None, fresh: bool = True) -> TelemetryWindow | None:
         """Up to now; None where the router service does not answer, of which the control loop takes care."""
         if self._router is None:
             return None
         try:
-            asked = self._router.telemetry.remote(window_s, fresh=True)
+            asked = self._router.telemetry.remote(window_s, fresh=fresh)
             window: TelemetryWindow = await call("the router", asked, _ANSWER_S)
         except OctetError as error:
             _log.warning("no telemetry: %s", error)

@@ -14,6 +14,8 @@ from octet.ids import WorkerId
 
 _MOST_BEATS = 2.0
 """Of the time between two looks, so many beats count; the rest is the observer's lateness."""
+_LATE_S = 3.0
+"""So long a missed beat counts, about."""
 _IDLE_LOOKS = 3
 """Looks in a row at which all of a process slept: it is not for want of time that it does not answer."""
 
@@ -25,6 +27,8 @@ class _Heard:
     answer_s: float = 0.0
     """Since it last answered a call."""
     idle_looks: int = 0
+    late: float = 0.0
+    """Of the last beats, those at which no pulse was felt: a mean that forgets."""
 
 
 class Silence:
@@ -63,11 +67,16 @@ class Silence:
             heard.idle_looks = heard.idle_looks + 1 if idle.get(worker_id) else 0
             if heard.pulse_s is not None:
                 heard.pulse_s = 0.0 if worker_id in felt else heard.pulse_s + passed_s
+                heard.late += (float(worker_id not in felt) - heard.late) * min(1.0, passed_s / _LATE_S)
         return {worker_id: why for worker_id in self._heard if (why := self._why(worker_id))}
 
     def unanswered(self) -> list[WorkerId]:
         """Members that let a call wait: worth a look at what they do meanwhile."""
         return [worker_id for worker_id, heard in self._heard.items() if heard.answer_s > self._config.silent_s / 2]
+
+    def late(self) -> dict[WorkerId, float]:
+        """Of each member's last beats, the share at which no pulse was felt."""
+        return {worker_id: heard.late for worker_id, heard in self._heard.items()}
 
     def _why(self, worker_id: WorkerId) -> str:
         config, heard = self._config, self._heard[worker_id]

@@ -72,6 +72,10 @@ class Watch:
         """There is reason to believe that a member of this pool is lost."""
         self._looks.setdefault(pool, asyncio.Event()).set()
 
+    def late(self) -> dict[WorkerId, float]:
+        """See `Silence.late`."""
+        return self._silence.late()
+
     def close(self) -> None:
         self._beating.cancel()
         for _, task in self._tasks.values():

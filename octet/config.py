@@ -128,6 +128,13 @@ class HealthConfig(ConfigNode):
     """Time between two calls that ask a member how it is."""
     timeout_s: float = pydantic.Field(10.0, gt=0)
     """How late an answer may be, of a process that is busy."""
+    slow_ratio: float = pydantic.Field(3.0, gt=1)
+    """A member is slow that misses so many times the beats of the others of its pool, or a shard that takes so many
+    times their time for an expert."""
+    slow_s: float = pydantic.Field(5.0, gt=0)
+    """After so long a member is called slow, or not slow any more."""
+    evict_slow_s: float | None = pydantic.Field(60.0, gt=0)
+    """After so long a slow member is killed and replaced; null keeps it."""
 
 
 class BalancingConfig(ConfigNode):

@@ -6,7 +6,7 @@ Shapes: `L` mixture-of-experts layers, `E` logical experts, `S` physical slots o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +45,21 @@ class Placement:
         """Logical experts `[L, slots_per_shard]` of one shard."""
         size = self.slots_per_shard
         return self.physical_to_logical[:, shard * size : (shard + 1) * size]
+
+    def without(self, shards: Collection[int]) -> Placement:
+        """The same, but that an expert's slots on these shards are no replicas of it if others are; all stay held."""
+        if not shards:
+            return self
+        slots_LER, size = self.logical_to_physical.copy(), self.slots_per_shard
+        spared_LER = (slots_LER != EMPTY) & np.isin(slots_LER // size, list(shards))
+        # An expert that only these shards hold is still asked of them.
+        spared_LER &= (slots_LER != EMPTY).sum(2, keepdims=True) > spared_LER.sum(2, keepdims=True)
+        slots_LER[spared_LER] = EMPTY
+        # Replicas first, in their order.
+        order = np.argsort(slots_LER == EMPTY, axis=2, kind="stable")
+        slots_LER = np.take_along_axis(slots_LER, order, axis=2)
+        num_LE = (slots_LER != EMPTY).sum(2).astype(np.int32)
+        return dataclasses.replace(self, logical_to_physical=slots_LER, num_replicas=num_LE)
 
 
 def place_evenly(layers: Sequence[int], num_experts: int, num_shards: int, version: int = 1) -> Placement:

@@ -17,6 +17,13 @@ class Routing:
     shards: tuple[WorkerId, ...]
     """In the order of the placement's."""
     placement: Placement
+    shunned: frozenset[WorkerId] = frozenset()
+    """Shards that are asked only for experts that nobody else holds."""
+
+    @property
+    def asked(self) -> Placement:
+        """The placement as workers route by it."""
+        return self.placement.without([self.shards.index(shard) for shard in self.shunned])
 
     def held_by(self, shard: WorkerId) -> dict[int, list[int]]:
         """The logical expert of each slot of a shard, by layer."""

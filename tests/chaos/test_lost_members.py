@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import signal
+import time
 from collections.abc import Mapping, Sequence
 
 import pytest
@@ -52,8 +53,27 @@ def test_a_member_that_hangs_is_replaced_and_does_not_come_back(chaos: Chaos, po
     assert fault.note == "it was killed for it"
     (recovery,) = [c for c in chaos.status().changes if lost_in(fault) in c.reason and c.kind == "recovery"]
     assert "no sign of life within 1.5 s" in recovery.reason
+    print(f"{lost_in(fault)} was lost {recovery.at_s - fault.at_s:.2f} s after it was stopped")
     # Two seconds, and as many for a machine that others use as well.
     assert recovery.at_s - fault.at_s < 4.0
+
+
+def test_a_member_that_is_stopped_over_and_over_is_called_slow_and_not_lost(chaos: Chaos) -> None:
+    wait_until(chaos.whole, 120, "every pool has its size")
+    name, victim = next(iter(members(chaos.status(), "experts").items()))
+
+    def stopped_most_of_the_time_until(state: str) -> bool:
+        if state == "SLOW":
+            os.kill(victim.pid, signal.SIGSTOP)
+            time.sleep(0.7)
+            os.kill(victim.pid, signal.SIGCONT)
+        return members(chaos.status(), "experts")[name].state == state
+
+    wait_until(lambda: stopped_most_of_the_time_until("SLOW"), 45, "it is called slow")
+    wait_until(lambda: stopped_most_of_the_time_until("READY"), 60, "and not slow any more")
+    assert members(chaos.status(), "experts")[name].pid == victim.pid
+    slow = [change for change in chaos.status().changes if change.kind == "slow" and name in change.reason]
+    assert [("missed" in change.reason, change.succeeded) for change in slow][:1] == [(True, True)]
 
 
 def test_the_data_path_goes_on_without_the_router_service(chaos: Chaos) -> None:

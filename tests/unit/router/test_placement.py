@@ -99,3 +99,14 @@ def test_a_model_without_such_layers_has_an_empty_placement() -> None:
     placement = place_evenly([], 4, 2)
     assert dataclasses.asdict(placement)["layers"] == ()
     assert placement.num_experts == 4
+
+
+def test_shards_that_are_shunned_are_asked_only_for_what_nobody_else_holds() -> None:
+    # Two shards of three slots: expert 0 on both, expert 1 on the first, 2 on the second.
+    placement = from_physical(np.array([[0, 1, EMPTY, 0, 2, EMPTY]], np.int32), [1], 3, 2, version=1)
+    spared = placement.without([0])
+    assert spared.num_replicas.tolist() == [[1, 1, 1]]
+    assert spared.logical_to_physical[0, :, 0].tolist() == [3, 1, 4]
+    assert spared.physical_to_logical is placement.physical_to_logical
+    assert placement.without([]) is placement
+    assert placement.without([0, 1]).num_replicas.tolist() == [[2, 1, 1]]
