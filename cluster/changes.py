@@ -8,9 +8,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
 
 from cluster.change_log import ChangeLog
 from cluster.members import MemberStatus, Pool
@@ -18,11 +18,14 @@ from cluster.membership import Membership
 from cluster.plan import ServingPlan
 from cluster.pools import Member, Pools, call
 from cluster.preparation import Preparation
+from cluster.services import FRONTEND, Services
 from cluster.standby import Standby
-from octet.errors import ConfigError, OctetError
+from octet.errors import ConfigError, OctetError, UnavailableError
 from octet.ids import Epoch, WorkerId
 from router.proposal import Proposal
 from router.transition import Transition
+
+_log = logging.getLogger(__name__)
 
 _PROPOSE_S = 60.0
 _ANSWER_S = 10.0
@@ -38,8 +41,7 @@ class Changes:
         plan: ServingPlan,
         pools: Pools,
         membership: Membership,
-        frontend: Any,
-        router: Any,
+        services: Services,
         on_members: Callable[[Sequence[Member]], None],
     ) -> None:
         """
@@ -50,7 +52,7 @@ class Changes:
         self._plan, self._pools, self._membership = plan, pools, membership
         self._standby = Standby(plan, pools, membership)
         self._preparation = Preparation(pools, self._standby)
-        self._frontend, self._router = frontend, router
+        self._services = services
         self._draining: set[WorkerId] = set()
         self._joining: set[asyncio.Task[None]] = set()
         self.log = ChangeLog()
@@ -213,22 +215,36 @@ class Changes:
                 await self._membership.reopen(self._membership.member(source), self._membership.member(target))
                 record.append("another one is open")
 
-    async def replace_router(self, router: Any) -> None:
-        """Another process serves in place of one that is gone."""
-        self._router = router
+    async def replace_router(self) -> None:
+        """Let another process serve in place of one that is gone. Raises: OctetError."""
+        self._services.replace_router()
         await self.tell_router()
 
+    async def replace_frontend(self, reason: str) -> None:
+        """Let another process serve in place of one that is gone; whatever else goes on, goes on.
+
+        Raises: OctetError if that is not possible yet.
+        """
+        async with self.log.attempt("recovery", reason) as record:
+            await self._membership.meet_frontend(FRONTEND, await self._services.replace_frontend())
+            mailboxes = self._membership.mailboxes
+            await self._services.serve(mailboxes("prefill"), mailboxes("decode"), self.draining)
+            record.append(f"another one serves on port {self._services.port}")
+
     async def tell_frontend(self) -> None:
-        """Who serves, and who is given nothing new."""
+        """Who serves, and who is given nothing new. One that is gone is replaced, and the next one told all of it."""
         prefill, decode = self._membership.mailboxes("prefill"), self._membership.mailboxes("decode")
-        told = self._frontend.set_workers.remote(prefill, decode, sorted(self._draining))
-        await call("the frontend", told, _ANSWER_S)
+        told = self._services.frontend.set_workers.remote(prefill, decode, sorted(self._draining))
+        try:
+            await call("the frontend", told, _ANSWER_S)
+        except UnavailableError as error:
+            _log.warning("who serves was not told: %s", error)
 
     async def tell_router(self) -> None:
         """Who serves, and by what routing."""
         self._on_members(self._membership.all())
         actors = {member.worker_id: member.actor for member in self._membership.all()}
-        await call("the router", self._router.watch.remote(self._membership.routing, actors), _ANSWER_S)
+        await call("the router", self._services.router.watch.remote(self._membership.routing, actors), _ANSWER_S)
 
     async def _grow(self, pool: Pool, members: Sequence[Member]) -> None:
         try:
@@ -315,7 +331,7 @@ class Changes:
         leaving: Collection[WorkerId] = (),
         lost: Collection[WorkerId] = (),
     ) -> Proposal:
-        proposed = self._router.propose.remote(
+        proposed = self._services.router.propose.remote(
             self._membership.routing, epoch, self.num_redundant, tuple(joining), tuple(leaving), tuple(lost)
         )
         return await call("the router", proposed, _PROPOSE_S)

@@ -9,22 +9,20 @@ from collections.abc import Mapping
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.changes import Changes
 from cluster.cluster_status import ClusterStatus
 from cluster.decision_log import DecisionLog
 from cluster.fault_points import FaultCalls
-from cluster.frontend_actor import FrontendActor
 from cluster.members import POOLS, MemberStatus, Pool
 from cluster.membership import Membership
 from cluster.mending import Mending
 from cluster.plan import ServingPlan
 from cluster.pool_actors import node_id
 from cluster.pool_scaler import PoolScaler
-from cluster.pools import TASK_EVENTS, Member, Pools, call, call_all
+from cluster.pools import Member, Pools, call, call_all
 from cluster.recovery import Recovery
-from cluster.router_actor import Router
+from cluster.services import FRONTEND, Services, is_gone
 from cluster.slow_members import WINDOW_S, SlowMembers
 from cluster.watch import Findings, Watch
 from octet import faults
@@ -35,7 +33,6 @@ from router.telemetry_window import TelemetryWindow
 
 _log = logging.getLogger(__name__)
 
-FRONTEND = WorkerId("frontend-0")
 _ANSWER_S = 10.0
 _STOP_S = 10.0
 
@@ -81,9 +78,7 @@ class Controller(FaultCalls):
         self._slow: SlowMembers | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._decisions: DecisionLog | None = None
-        self._port = 0
-        self._frontend: Any = None
-        self._router: Any = None
+        self._services: Services | None = None
 
     async def start(self) -> int:
         """Bring everything up. Returns: the gRPC port.
@@ -99,10 +94,8 @@ class Controller(FaultCalls):
 
     async def _start(self) -> int:
         plan, this = self._plan, ray.get_runtime_context().current_actor
-        self._frontend = self._control_actor(FrontendActor, FRONTEND, FRONTEND, plan, this)
-        self._router = self._control_actor(Router, "router", plan)
-        listening: tuple[str, int] = await call(FRONTEND, self._frontend.listen.remote())
-        frontend_mailbox, port = listening
+        self._services = Services(plan, this)
+        frontend_mailbox = await self._services.listen()
         self._pools = Pools(plan, this)
         self._membership = Membership(plan, {FRONTEND: frontend_mailbox}, self._on_lost)
         mending = Mending(self._membership, self._ready, lambda: self._lost, self._spawn)
@@ -113,7 +106,7 @@ class Controller(FaultCalls):
             self._membership.endpoint,
             node_id(),
         )
-        self._changes = Changes(plan, self._pools, self._membership, self._frontend, self._router, self._watch.set)
+        self._changes = Changes(plan, self._pools, self._membership, self._services, self._watch.set)
         self._recovery = Recovery(self._changes, self._short)
         for pool in POOLS:
             self._phase = f"waiting for Ray to place {self._pools.wanted(pool, self._sizes[pool])}"
@@ -126,9 +119,10 @@ class Controller(FaultCalls):
         await self._membership.found(self._starting)
         await self._changes.tell_router()
         mailboxes = self._membership.mailboxes
-        await call(FRONTEND, self._frontend.serve.remote(mailboxes("prefill"), mailboxes("decode")))
-        self._state, self._phase, self._starting, self._port = "READY", "ready", [], port
-        self._spawn(self._control())
+        await self._services.serve(mailboxes("prefill"), mailboxes("decode"), self._changes.draining)
+        self._state, self._phase, self._starting = "READY", "ready", []
+        self._spawn(self._look_after_services(self._services, self._changes))
+        self._spawn(self._balance())
         self._slow = SlowMembers(
             plan.config.health,
             self._membership,
@@ -140,12 +134,10 @@ class Controller(FaultCalls):
         self._spawn(self._slow.run())
         self._spawn(self._changes.standby.fill())
         if plan.config.autoscaler.enabled:
-            scaler = PoolScaler(
-                plan, self._membership, self._changes, self._frontend, lambda: self._router, self._scale_one
-            )
+            scaler = PoolScaler(plan, self._membership, self._changes, self._services, self._scale_one)
             self._decisions = scaler.loop.log
             self._spawn(scaler.loop.run())
-        return port
+        return self._services.port
 
     async def progress(self) -> StartProgress:
         if self._phase != "loading weights":
@@ -175,7 +167,8 @@ class Controller(FaultCalls):
     async def serving(self) -> tuple[ServingPlan, int]:
         """What is served, and the gRPC port. Raises: StartupError before everything serves."""
         self._ready()
-        return self._plan, self._port
+        assert self._services is not None
+        return self._plan, self._services.port
 
     async def state(self) -> tuple[str, str]:
         """State and, where it is not READY, the reason."""
@@ -239,8 +232,9 @@ class Controller(FaultCalls):
     async def drain(self) -> None:
         """Let live requests end, admit no more."""
         if self._state in ("READY", "DEGRADED"):
+            assert self._services is not None
             self._state, self._reason = "DRAINING", "a stop was asked for"
-            await self._frontend.drain.remote(self._plan.config.frontend.drain_s)
+            await self._services.frontend.drain.remote(self._plan.config.frontend.drain_s)
 
     async def stop(self) -> None:
         """Take everything down, whatever state it is in."""
@@ -252,13 +246,13 @@ class Controller(FaultCalls):
         members = [*members, *(member for member in self._starting if member not in members)]
         if self._changes is not None:
             members += self._changes.standby.all()
-        services = [service for service in (self._router, self._frontend) if service is not None]
+        services = self._services.all() if self._services is not None else []
         actors: list[Any] = [*services, *(member.actor for member in members)]
         stops = [asyncio.wait_for(actor.stop.remote(), _STOP_S) for actor in actors]
         # Whoever does not stop in time is killed with the rest.
         await asyncio.gather(*stops, return_exceptions=True)
-        for service in services:
-            ray.kill(service)
+        if self._services is not None:
+            self._services.close()
         if self._pools is not None:
             for member in members:
                 self._pools.end(member)
@@ -270,28 +264,12 @@ class Controller(FaultCalls):
             raise StartupError(f"the cluster is {self._state}: {self._phase}")
         return self._changes
 
-    def _control_actor(self, cls: type, name: str, *args: Any) -> Any:
-        """On this node, where `octet serve` runs, so that the address it prints is the right one."""
-        here = NodeAffinitySchedulingStrategy(node_id(), soft=False)
-        options = {
-            "name": name,
-            "namespace": self._plan.config.ray.namespace,
-            "num_cpus": 0,
-            "scheduling_strategy": here,
-            "max_concurrency": 1000,
-            "enable_task_events": TASK_EVENTS,
-        }
-        try:
-            return ray.remote(cls).options(**options).remote(*args)
-        except ValueError as error:
-            raise UnavailableError(f"{name}: {error}") from error
-
     async def _telemetry(self, window_s: float | None = None, fresh: bool = True) -> TelemetryWindow | None:
         """Up to now; None where the router service does not answer, of which the control loop takes care."""
-        if self._router is None:
+        if self._services is None:
             return None
         try:
-            asked = self._router.telemetry.remote(window_s, fresh=fresh)
+            asked = self._services.router.telemetry.remote(window_s, fresh=fresh)
             window: TelemetryWindow = await call("the router", asked, _ANSWER_S)
         except OctetError as error:
             _log.warning("no telemetry: %s", error)
@@ -341,34 +319,33 @@ class Controller(FaultCalls):
         scaler = self._plan.config.autoscaler
         return getattr(scaler, pool).min_replicas if scaler.enabled else self._sizes[pool]
 
-    async def _control(self) -> None:
-        """Observe what no member's death tells: the services, and how level the load of the experts is."""
+    async def _balance(self) -> None:
+        """Observe how level the load of the experts is."""
         config = self._plan.config.balancing
-        loop = asyncio.get_running_loop()
-        balanced_s = loop.time()
-        while True:
+        while config.auto:
+            await asyncio.sleep(config.check_every_s)
+            if self._state == "READY" and await self._rebalance_if_it_pays():
+                await asyncio.sleep(config.cooldown_s)
+
+    async def _look_after_services(self, services: Services, changes: Changes) -> None:
+        """Replace what is lost of them, which costs no member anything."""
+        now_s, gone_s = asyncio.get_running_loop().time, 0.0
+        while self._state in ("READY", "DEGRADED"):
             await asyncio.sleep(self._plan.config.health.period_s)
             try:
-                await self._look_after_services()
+                if await is_gone(services.frontend):
+                    gone_s = gone_s or now_s()
+                    await changes.replace_frontend(f"{FRONTEND}: its process is gone")
+                gone_s = 0.0
+                if await is_gone(services.router):
+                    _log.warning("the router service is gone: another one takes its place")
+                    await changes.replace_router()
             except OctetError as error:
                 # Whoever did not answer is looked at again at the next turn.
                 _log.warning("the services were not looked after: %s", error)
-            if config.auto and self._state == "READY" and loop.time() - balanced_s >= config.check_every_s:
-                balanced_s = loop.time()
-                if await self._rebalance_if_it_pays():
-                    balanced_s += config.cooldown_s
-
-    async def _look_after_services(self) -> None:
-        if self._state in ("READY", "DEGRADED") and await _is_gone(self._frontend):
-            self._state, self._reason = "FAILED", f"{FRONTEND}: its process is gone"
-            _log.error("the cluster has failed: %s", self._reason)
-        if self._state in ("READY", "DEGRADED") and await _is_gone(self._router):
-            # It holds nothing that others do not know, but for the telemetry of the last minutes.
-            _log.warning("the router service is gone: another one takes its place")
-            # One killed from outside keeps its name until then, in Ray or in what this process remembers of it.
-            ray.kill(self._router)
-            self._router = self._control_actor(Router, "router", self._plan)
-            await self._ready().replace_router(self._router)
+            if gone_s and now_s() - gone_s > self._plan.config.ray.start_timeout_s:
+                self._state, self._reason = "FAILED", f"{FRONTEND}: its process is gone, and no other one comes up"
+                _log.error("the cluster has failed: %s", self._reason)
 
     async def _rebalance_if_it_pays(self) -> bool:
         config = self._plan.config.balancing
@@ -392,17 +369,6 @@ async def member_status(member: Member) -> MemberStatus:
     except TimeoutError:
         return _unknown(member, "SILENT", f"no answer within {_ANSWER_S} s")
     return status
-
-
-async def _is_gone(actor: Any) -> bool:
-    """Whether the process is lost; one that is only slow is not."""
-    try:
-        await asyncio.wait_for(actor.ping.remote(), _ANSWER_S)
-    except ray.exceptions.RayActorError:
-        return True
-    except TimeoutError:
-        return False
-    return False
 
 
 def _unknown(member: Member, state: str, reason: str) -> MemberStatus:

@@ -81,9 +81,14 @@ class Frontend:
     def totals(self) -> Totals:
         return self._intake.totals
 
-    def serve(self, prefill: Mapping[WorkerId, str], decode: Mapping[WorkerId, str]) -> None:
-        """Accept requests from now on. The mappings give the workers' mailbox addresses."""
-        self.set_workers(prefill, decode)
+    def serve(
+        self, prefill: Mapping[WorkerId, str], decode: Mapping[WorkerId, str], draining: Collection[WorkerId] = ()
+    ) -> None:
+        """Accept requests from now on. See `set_workers`.
+
+        What the workers still compute for a frontend that was here before is ended with the first token of it.
+        """
+        self.set_workers(prefill, decode, draining)
         self._reading = asyncio.get_running_loop().create_task(self._read())
         self._intake.closed = ""
 

@@ -30,8 +30,11 @@ class FrontendActor(FaultCalls):
         faults.allow(plan.config.chaos.enabled)
         self._worker_id, self._plan, self._controller = worker_id, plan, controller
 
-    async def listen(self) -> tuple[str, int]:
+    async def listen(self, port: int | None = None) -> tuple[str, int]:
         """Open the gRPC port, NOT_SERVING. Returns: the frontend's mailbox address and the port.
+
+        Args:
+            port: in place of the configured one: that of the frontend which was here before.
 
         Raises: CheckpointError for a broken tokenizer, ConfigError for a port that is taken.
         """
@@ -44,10 +47,13 @@ class FrontendActor(FaultCalls):
         )
         operations = ControllerOperations(self._controller, self._frontend)
         self._server = GrpcServer(plan.config.frontend, generation, ClusterService(operations))
-        return self._frontend.address, await self._server.start()
+        return self._frontend.address, await self._server.start(port)
 
-    async def serve(self, prefill: Mapping[WorkerId, str], decode: Mapping[WorkerId, str]) -> None:
-        self._frontend.serve(prefill, decode)
+    async def serve(
+        self, prefill: Mapping[WorkerId, str], decode: Mapping[WorkerId, str], draining: Collection[WorkerId] = ()
+    ) -> None:
+        """See `Frontend.serve`."""
+        self._frontend.serve(prefill, decode, draining)
         await self._server.set_serving(True)
 
     async def set_workers(

@@ -41,23 +41,23 @@ class GrpcServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((*SERVICES[:2], health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
 
-    async def start(self) -> int:
-        """Listen, not serving yet. Returns: the port.
+    async def start(self, port: int | None = None) -> int:
+        """Listen, not serving yet, on this port or the configured one. Returns: the port.
 
         Raises: ConfigError if it is taken, or a TLS file cannot be read.
         """
-        address = f"{self._config.host}:{self._config.port}"
+        address = f"{self._config.host}:{self._config.port if port is None else port}"
         credentials = server_credentials(self._config.tls)
         try:
             if credentials is None:
-                port = self._server.add_insecure_port(address)
+                bound = self._server.add_insecure_port(address)
             else:
-                port = self._server.add_secure_port(address, credentials)
+                bound = self._server.add_secure_port(address, credentials)
         except RuntimeError as error:
             raise ConfigError("frontend.port", address, "a free address of this machine", str(error)) from error
         await self.set_serving(False)
         await self._server.start()
-        return port
+        return bound
 
     async def set_serving(self, serving: bool) -> None:
         state = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING

@@ -130,7 +130,8 @@ class Membership:
         try:
             await self._unless_lost(self._link(workers, shards, Epoch(next(self._attempts))))
             await self._unless_lost(self._open_channels(pairs))
-            mailboxes = self._frontends | {m.worker_id: self._endpoints[m.worker_id].mailbox for m in everyone}
+            frontends = self._frontends
+            mailboxes = frontends | {m.worker_id: self._endpoints[m.worker_id].mailbox for m in everyone}
             meets = [(member, member.actor.meet.remote(mailboxes)) for member in everyone]
             await self._unless_lost(call_all(meets, self._lane_s))
             # The first placement that a process sees may let it compile its planner.
@@ -142,6 +143,14 @@ class Membership:
             raise
         self._members |= {member.worker_id: member for member in workers}
         self._note_new(workers)
+        if self._frontends is not frontends:
+            # It was replaced meanwhile, and these were not members yet.
+            await self._meet_frontends(workers)
+
+    async def meet_frontend(self, worker_id: WorkerId, mailbox: str) -> None:
+        """Let every attention worker write to a frontend there, and no more to where it was before."""
+        self._frontends = self._frontends | {worker_id: mailbox}
+        await self._meet_frontends(self._attention())
 
     async def hand_over(self, leaving: Sequence[Member]) -> None:
         """Let decode workers that leave give their sequences to those that stay. Raises: OctetError."""
@@ -240,6 +249,13 @@ class Membership:
 
     def _attention(self) -> list[Member]:
         return [member for member in self._members.values() if member.pool != "experts"]
+
+    async def _meet_frontends(self, workers: Sequence[Member]) -> None:
+        """Best effort: a worker that does not answer is dealt with when it is found lost."""
+        calls = [call(m.worker_id, m.actor.meet.remote(self._frontends), _MARGIN_S) for m in workers]
+        for worker, outcome in zip(workers, await asyncio.gather(*calls, return_exceptions=True), strict=True):
+            if isinstance(outcome, BaseException):
+                _log.warning("%s does not know the frontend: %s", worker.worker_id, outcome)
 
     async def _link(self, workers: Sequence[Member], shards: Sequence[Member], epoch: Epoch) -> None:
         """A lane between each of the workers and each of the shards, beside what there is."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from typing import Any, cast
+from typing import cast
 
 from cluster.autoscaler import REDUNDANCY, Fleet, PoolDecision
 from cluster.autoscaling_loop import AutoscalingLoop
@@ -15,6 +15,7 @@ from cluster.observe import observe
 from cluster.plan import ServingPlan
 from cluster.pools import call
 from cluster.request_meter import RequestLoad
+from cluster.services import Services
 from cluster.signals import Prospect, Signals
 from router.telemetry_window import TelemetryWindow
 
@@ -31,17 +32,15 @@ class PoolScaler:
         plan: ServingPlan,
         membership: Membership,
         changes: Changes,
-        frontend: Any,
-        router: Callable[[], Any],
+        services: Services,
         scale: Scale,
     ) -> None:
         """
         Args:
-            router: the router service, which another may have taken the place of.
             scale: brings a pool to a size, for a reason. Raises: OctetError.
         """
         self._plan, self._membership, self._changes = plan, membership, changes
-        self._frontend, self._router, self._scale = frontend, router, scale
+        self._services, self._scale = services, scale
         config = plan.config
         fleet = Fleet(
             gpus_per_member={pool: getattr(config.pools, pool).num_gpus or 1 for pool in POOLS},
@@ -52,9 +51,9 @@ class PoolScaler:
     async def _observe(self) -> Signals:
         """Raises: OctetError if the router service or the frontend does not answer."""
         period_s = self._plan.config.autoscaler.look_back_period_s
-        asked = self._router().telemetry.remote(period_s, fresh=True)
+        asked = self._services.router.telemetry.remote(period_s, fresh=True)
         window: TelemetryWindow = await call("the router", asked, _ANSWER_S)
-        requests: RequestLoad = await call("the frontend", self._frontend.request_load.remote(), _ANSWER_S)
+        requests: RequestLoad = await call("the frontend", self._services.frontend.request_load.remote(), _ANSWER_S)
         draining = self._changes.draining
         ages_s = {worker: age_s for worker, age_s in self._membership.ages_s().items() if worker not in draining}
         num_shards = len(self._membership.routing.shards)
@@ -62,7 +61,7 @@ class PoolScaler:
         fit = pool.slots_per_shard or capacity
         redundant = self._changes.num_redundant
         prospects: tuple[Prospect, ...] = await call(
-            "the router", self._router().prospects.remote(num_shards, redundant, fit), _ANSWER_S
+            "the router", self._services.router.prospects.remote(num_shards, redundant, fit), _ANSWER_S
         )
         return observe(
             window,

@@ -9,6 +9,8 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+import grpc
+
 from octet.client import AsyncClient, CallError, make_request
 from octet.resumption import Resumption
 from octet.v1 import octet_pb2 as pb
@@ -52,12 +54,18 @@ class RecordingClient(AsyncClient):
             return
         finally:
             self._stream = None
-        try:
-            answer = await self.generate(list(question.prompt), timeout_s=stream.timeout_s, **options)
-        except CallError as error:
-            # The stream had ended well, so that this is an end too many.
-            stream.endings.append((time.time(), f"{error.code.name} when asked again"))
-        else:
+        until_s = time.monotonic() + stream.timeout_s
+        while stream.final is None:
+            try:
+                answer = await self.generate(list(question.prompt), timeout_s=stream.timeout_s, **options)
+            except CallError as error:
+                if error.code is grpc.StatusCode.UNAVAILABLE and time.monotonic() < until_s:
+                    # There may be no frontend for a while, and this is not accepted yet.
+                    await asyncio.sleep(_REFUSED_S)
+                    continue
+                # The stream had ended well, so that this is an end too many.
+                stream.endings.append((time.time(), f"{error.code.name} when asked again"))
+                return
             stream.final = tuple(tuple(choice.token_ids) for choice in answer.choices)
 
     def _ask(self, prompt: Any, timeout_s: float | None, options: dict[str, Any]) -> Resumption:

@@ -83,6 +83,13 @@ def test_the_data_path_goes_on_without_the_router_service(chaos: Chaos) -> None:
         wait_until(lambda: client.status().window_s > 0, 60, "another router service tells of the load")
 
 
+def test_clients_resume_at_the_frontend_that_takes_the_place_of_a_killed_one(chaos: Chaos) -> None:
+    verdict = chaos.run(Kill(at_s=0.3, target="frontend"), complete=True)
+    assert verdict.violations == ()
+    (change,) = [change for change in chaos.status().changes if "frontend-0" in change.reason]
+    assert change.succeeded, change.outcome
+
+
 def test_a_lost_shard_whose_experts_have_replicas_takes_nothing_from_the_checkpoint(
     start: Start, checkpoint: pathlib.Path, answers: Answers
 ) -> None:

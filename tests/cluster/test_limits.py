@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import ray
 
+from cluster.fault_points import pid_of
 from cluster.launch import RunningCluster
 from octet.client import CallError, Client
 from octet.errors import CheckpointError, ConfigError, StartupError
@@ -16,7 +18,7 @@ from tests.clusters import Start, at_baseline, wait_until
 
 @pytest.fixture(scope="module")
 def single(start: Start) -> RunningCluster:
-    """It takes one request at a time, until the last test has killed its frontend."""
+    """It takes one request at a time."""
     return start("frontend.max_requests=1", "pools.experts.size=1")
 
 
@@ -31,11 +33,20 @@ def test_a_full_queue_sheds_with_resource_exhausted(single: RunningCluster) -> N
         assert client.generate("third", max_new_tokens=2).usage.completion_tokens == 2
 
 
-def test_a_killed_frontend_fails_the_cluster(single: RunningCluster) -> None:
-    ray.kill(ray.get_actor("frontend-0", namespace=single.plan.config.ray.namespace))
-    wait_until(lambda: single.state()[0] == "FAILED", 15, "the controller sees the loss")
-    assert "frontend-0" in single.state()[1]
-    single.stop(drain=False)
+def test_a_killed_frontend_is_replaced_on_its_port_and_its_requests_are_freed(single: RunningCluster) -> None:
+    with Client(single.address, timeout_s=120) as client:
+        expected = client.generate("on and on", max_new_tokens=400, ignore_eos=True).choices[0].token_ids
+        stream = client.stream("on and on", max_new_tokens=400, ignore_eos=True)
+        found = list(next(stream).token_ids)
+        os.kill(pid_of(single.plan.config.ray.namespace, "frontend-0"), signal.SIGKILL)
+        for chunk in stream:
+            assert chunk.offset == len(found)
+            found += chunk.token_ids
+        assert found == list(expected)
+        (change,) = client.status().changes
+        assert (change.kind, change.succeeded) == ("recovery", True), change
+        wait_until(lambda: at_baseline(client.status()), 30, "pages back to baseline")
+    assert single.state() == ("READY", "")
 
 
 def test_a_shortage_of_pages_preempts_and_changes_no_token(start: Start) -> None:

@@ -11,6 +11,7 @@ import pytest
 from cluster.members import Endpoint, Pool
 from cluster.membership import Membership
 from cluster.pools import Member
+from cluster.services import FRONTEND
 from octet.errors import UnavailableError
 from octet.ids import Epoch, WorkerId
 from router.transition import Transition
@@ -23,16 +24,19 @@ class Played:
     def __init__(self, worker_id: str, *, hangs_at: tuple[str, ...] = (), refuses: tuple[str, ...] = ()) -> None:
         self.worker_id, self.hangs_at, self.refuses = WorkerId(worker_id), hangs_at, refuses
         self.calls: list[str] = []
-        self.asked_in_vain = asyncio.Event()
+        self.mailboxes: dict[WorkerId, str] = {}
+        self.asked_in_vain, self.may_go_on = asyncio.Event(), asyncio.Event()
 
     def __getattr__(self, method: str) -> Any:
-        return _Method(lambda: self._answer(method))
+        return _Method(lambda *args: self._answer(method, *args))
 
-    async def _answer(self, method: str) -> Endpoint | None:
+    async def _answer(self, method: str, *args: Any) -> Endpoint | None:
         self.calls.append(method)
+        if method == "meet":
+            self.mailboxes |= args[0]
         if method in self.hangs_at:
             self.asked_in_vain.set()
-            await asyncio.Event().wait()
+            await self.may_go_on.wait()
         if method in self.refuses:
             raise UnavailableError(f"{method}: not now")
         if method != "endpoint":
@@ -41,11 +45,11 @@ class Played:
 
 
 class _Method:
-    def __init__(self, answer: Callable[[], Awaitable[Any]]) -> None:
+    def __init__(self, answer: Callable[..., Awaitable[Any]]) -> None:
         self._answer = answer
 
     def remote(self, *args: object) -> Awaitable[Any]:
-        return self._answer()
+        return self._answer(*args)
 
 
 def member(pool: Pool, actor: Played) -> Member:
@@ -113,3 +117,17 @@ async def test_a_worker_that_does_not_adopt_is_lost(monkeypatch: pytest.MonkeyPa
 
     await asyncio.wait_for(membership.reroute(propose), PATIENT_S)
     assert [(worker_id, "did not adopt" in reason) for worker_id, reason in astray] == [("decode-0", True)]
+
+
+async def test_whoever_joins_while_the_frontend_is_replaced_knows_the_new_one() -> None:
+    prefill, newcomer = Played("prefill-0"), Played("decode-0", hangs_at=("start",))
+    membership = await serving(member("experts", Played("experts-0")), member("prefill", prefill))
+    await membership.reach([member("decode", newcomer)])
+    joining = asyncio.create_task(membership.enter([member("decode", newcomer)]))
+    await asyncio.wait_for(newcomer.asked_in_vain.wait(), PATIENT_S)
+    await membership.meet_frontend(FRONTEND, "tcp://h:9")
+    assert prefill.mailboxes[FRONTEND] == "tcp://h:9"
+    assert FRONTEND not in newcomer.mailboxes
+    newcomer.may_go_on.set()
+    await asyncio.wait_for(joining, PATIENT_S)
+    assert newcomer.mailboxes[FRONTEND] == "tcp://h:9"
