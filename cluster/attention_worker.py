@@ -77,11 +77,11 @@ class AttentionWorker:
         self._report = report
         self._device = torch.device(plan.device)
         self._dtype = serving_dtype(plan)
-        self._mailbox = Mailbox(host)
+        self._mailbox = Mailbox(host, plan.secret)
         self._pulse = Pulse(host)
-        self._store = GroupStore.host(host, plan.config.lane.connect_s)
+        self._store = GroupStore.host(host, plan.config.lane.connect_s, plan.secret)
         self._lanes = lane_builder(worker_id, role, plan, self._store, host)
-        self._peer_stores = Stores(plan.config.lane.connect_s)
+        self._peer_stores = Stores(plan.config.lane.connect_s, plan.secret)
         self._progress = LoadProgress(time.monotonic())
         self._state = "STARTING"
         self._parts: _Parts | None = None

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from octet.config import LaneConfig
-from octet.errors import LaneError, LaneTimeoutError, UnavailableError
+from octet.errors import LaneError, LaneTimeoutError, UnavailableError, WireError
 from octet.faults import reach
 from octet.ids import WorkerId
 from octet.mailbox import Mailbox
@@ -112,7 +112,7 @@ class EngineLoop:
     def _turn(self) -> None:
         working = self.state == "READY" and self._engine.busy
         for message in self._mailbox.receive(0.0 if working else _IDLE_WAIT_S):
-            self._engine.handle(message)
+            self._handle(message)
         while not self._adoptions.empty():
             self._take(self._adoptions.get())
         now_s = time.monotonic()
@@ -167,7 +167,13 @@ class EngineLoop:
             self._engine.fail_all(f"{self._worker_id} failed: {self.reason}", retryable=True)
             self._send(self._engine.flush())
             for message in self._mailbox.receive(_IDLE_WAIT_S):
-                self._engine.handle(message)
+                self._handle(message)
+
+    def _handle(self, message: Message) -> None:
+        try:
+            self._engine.handle(message)
+        except WireError as error:
+            self._mailbox.drops.note(error)
 
     def _send(self, outgoing: Sequence[tuple[WorkerId, Message]]) -> None:
         for to, message in outgoing:

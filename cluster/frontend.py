@@ -278,13 +278,12 @@ class Frontend:
     async def _read(self) -> None:
         """Hand every event to the request that it belongs to."""
         while True:
-            try:
-                message = await self._mailbox.receive()
-            except WireError as error:
-                _log.error("a message is dropped: %s", error)
-                continue
+            message = await self._mailbox.receive()
             if not isinstance(message, StepReport):
-                _log.error("a %s is dropped: a frontend takes step reports only", type(message).__name__)
+                found = type(message).__name__
+                self._mailbox.drops.note(
+                    WireError(f"found a {found}, expected a StepReport: a frontend takes no other")
+                )
                 continue
             if self._dispatcher.report(message.worker_id, message.load):
                 for event in message.events:

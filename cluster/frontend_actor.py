@@ -41,7 +41,9 @@ class FrontendActor(FaultCalls):
         plan = self._plan
         model_dir = pathlib.Path(plan.model_dir)
         tokenizer = await asyncio.to_thread(Tokenizer.open, model_dir)
-        self._frontend = Frontend(self._worker_id, plan, tokenizer, AsyncMailbox(ray.util.get_node_ip_address()))
+        self._frontend = Frontend(
+            self._worker_id, plan, tokenizer, AsyncMailbox(ray.util.get_node_ip_address(), plan.secret)
+        )
         generation = GenerationService(
             self._frontend, model_dir.name, plan.census.total_parameters, plan.config.frontend.max_stall_s
         )

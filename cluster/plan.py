@@ -7,6 +7,7 @@ import dataclasses
 from model.census import Census
 from model.config import GenerationDefaults, ModelConfig
 from octet.config import OctetConfig
+from octet.secret import ClusterSecret
 from router.routing import Routing
 
 
@@ -28,3 +29,4 @@ class ServingPlan:
     max_model_len: int
     threads: dict[str, int]
     """CPU threads of each member, by pool."""
+    secret: ClusterSecret

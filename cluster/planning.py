@@ -14,6 +14,7 @@ from model.config import ModelConfig, read_generation_defaults
 from octet.config import ExpertPoolConfig, OctetConfig
 from octet.errors import ConfigError
 from octet.ids import Epoch, WorkerId
+from octet.secret import ClusterSecret
 from router.balancing.planner import plan as plan_placement
 from router.balancing.topology import Budget, Topology
 from router.placement import place_evenly
@@ -54,6 +55,7 @@ def make_plan(config: OctetConfig) -> ServingPlan:
         decode_pages=decode_pages,
         max_model_len=_context(config, model, min(prefill_pages, decode_pages) * config.kv.page_size),
         threads=_threads(config),
+        secret=ClusterSecret.draw(),
     )
 
 

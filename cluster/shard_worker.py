@@ -53,8 +53,8 @@ class ShardWorker:
         self._progress = LoadProgress(time.monotonic())
         self._state = "STARTING"
         self._pulse = Pulse(host)
-        self._store = GroupStore.host(host, plan.config.lane.connect_s)
-        self._peer_stores = Stores(plan.config.lane.connect_s)
+        self._store = GroupStore.host(host, plan.config.lane.connect_s, plan.secret)
+        self._peer_stores = Stores(plan.config.lane.connect_s, plan.secret)
         self._changing = threading.Lock()
         self._slots: ExpertSlots | None = None
         self._shard: ExpertShard | None = None

@@ -7,14 +7,15 @@ from collections.abc import Collection
 
 from cluster.members import Endpoint
 from octet.ids import WorkerId
+from octet.secret import ClusterSecret
 from router.group import GroupStore
 
 
 class Stores:
     """Joins each store once, since connecting takes seconds now and then, and keeps it until its host is gone."""
 
-    def __init__(self, connect_s: float) -> None:
-        self._connect_s = connect_s
+    def __init__(self, connect_s: float, secret: ClusterSecret) -> None:
+        self._connect_s, self._secret = connect_s, secret
         self._joined: dict[WorkerId, GroupStore] = {}
         self._lock = threading.Lock()
 
@@ -25,7 +26,7 @@ class Stores:
         if joined is not None:
             return joined
         # Without the lock: a peer that does not answer holds up nobody who waits for another.
-        joined = GroupStore.join(peer.store, timeout_s or self._connect_s)
+        joined = GroupStore.join(peer.store, timeout_s or self._connect_s, self._secret)
         with self._lock:
             return self._joined.setdefault(peer.worker_id, joined)
 

@@ -18,7 +18,7 @@ from model.batch import Span
 from model.runner import ModelRunner, tensor_from
 from model.sampler import logprobs, sample
 from octet.config import DecodeConfig
-from octet.errors import ExpertMissingError
+from octet.errors import ExpertMissingError, WireError
 from octet.ids import Epoch, LeaseId, RequestId, WorkerId
 from octet.messages import (
     Abort,
@@ -78,7 +78,7 @@ class DecodeEngine:
             case KvPull() | KvRenew() | KvAck() if self._migration is not None:
                 self._migration.handle(message)
             case _:
-                raise TypeError(f"a decode worker takes no {type(message).__name__}")
+                raise WireError(f"a decode worker takes no {type(message).__name__}")
 
     def step(self, now_s: float) -> list[tuple[WorkerId, Message]]:
         """Advance every sequence by a token or more; return what it brought forth.

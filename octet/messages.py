@@ -2,7 +2,7 @@
 
 A message is a frozen dataclass; on the wire it is `{"$": class name, field: value, ...}`. Token ids travel as packed
 little-endian uint32. Nothing received is ever evaluated: an unknown name, an extra field, or one that is
-missing and has no default, is a `WireError`.
+missing and has no default, or whose value is of another type, is a `WireError`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ import msgpack
 from octet.errors import WireError
 from octet.ids import Epoch, LeaseId, RequestId, WorkerId
 from octet.request import FinishReason, Output, Sampling, Stopping
+from octet.schema import field_checks
 
 _ID_BYTES = 4
+_MAX_ITEMS = 2**18
+"""Of one sequence in a message: more than a prompt has tokens. Room is made for what a sequence announces."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,6 +198,7 @@ _TYPES: dict[str, type[Any]] = {
     )
 }
 _FIELDS = {name: tuple(f.name for f in dataclasses.fields(cls)) for name, cls in _TYPES.items()}
+_CHECKS = {name: field_checks(cls) for name, cls in _TYPES.items()}
 
 
 def encode(message: Message) -> bytes:
@@ -205,7 +209,7 @@ def encode(message: Message) -> bytes:
 def decode(data: bytes) -> Message:
     """Raises: WireError."""
     try:
-        message = msgpack.unpackb(data, object_hook=_from_map, use_list=False)
+        message = msgpack.unpackb(data, object_hook=_from_map, use_list=False, max_array_len=_MAX_ITEMS)
     except WireError:
         raise
     except Exception as error:
@@ -237,9 +241,14 @@ def _to_map(value: object) -> dict[str, Any]:
 
 def _from_map(value: dict[str, Any]) -> object:
     name = value.pop("$", None)
-    if name not in _TYPES:
+    if type(name) is not str or name not in _TYPES:
         raise WireError(f"unknown message {name!r}")
+    cls = _TYPES[name]
+    checks = _CHECKS[name]
+    for field, found in value.items():
+        if field in checks and not checks[field](found):
+            raise WireError(f"malformed {name}: field {field!r} is a {type(found).__name__} that does not fit")
     try:
-        return _TYPES[name](**value)
+        return cls(**value)
     except TypeError as error:
         raise WireError(f"malformed {name}: {error}") from error

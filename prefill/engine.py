@@ -16,7 +16,7 @@ from model.batch import Span
 from model.runner import ModelRunner, tensor_bytes
 from model.sampler import SampleRow, logprobs, sample
 from octet.config import PrefillConfig
-from octet.errors import ExpertMissingError
+from octet.errors import ExpertMissingError, WireError
 from octet.ids import Epoch, LeaseId, WorkerId
 from octet.messages import (
     Abort,
@@ -88,7 +88,7 @@ class PrefillEngine:
                     self._pool.release(task.pages)
                 self._leases.abort(request_id, choice, attempt)
             case _:
-                raise TypeError(f"a prefill worker takes no {type(message).__name__}")
+                raise WireError(f"a prefill worker takes no {type(message).__name__}")
 
     def step(self, now_s: float) -> list[tuple[WorkerId, Message]]:
         """Compute one chunk; return what it brought forth. Raises: LaneError, and then nothing has changed."""

@@ -1,13 +1,16 @@
 """Process groups between a few of our processes, without `torch.distributed`'s global one.
 
 Each group has a name of its own in a store that one of its members hosts. A lane's store is its attention worker's, so
-a lane lives and dies with the process that it belongs to.
+a lane lives and dies with the process that it belongs to. Names are signed with the cluster's secret, so that processes
+of two clusters never meet; but neither the store nor a gloo port asks who connects: both belong on a network that is
+trusted.
 """
 
 from __future__ import annotations
 
 import datetime
 import re
+import socket
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, TCPStore
 from torch.distributed import DistError
 
 from octet.errors import LaneError, LaneTimeoutError, PeerLostError
+from octet.secret import ClusterSecret
 
 _FRAMES, _NOTHING = 0, 1
 """Tags: everything is sent with the first, nothing ever with the second."""
@@ -23,23 +27,33 @@ _FRAMES, _NOTHING = 0, 1
 class GroupStore:
     """A key-value store through which the members of groups find each other."""
 
-    def __init__(self, store: TCPStore, address: str) -> None:
-        self._store, self.address = store, address
+    def __init__(self, store: TCPStore, address: str, secret: ClusterSecret) -> None:
+        self._store, self.address, self._secret = store, address, secret
 
     @staticmethod
-    def host(host: str, timeout_s: float) -> GroupStore:
-        """Serve a store on a free port of `host`."""
-        store = TCPStore(host, 0, is_master=True, timeout=_delta(timeout_s), wait_for_workers=False)
-        return GroupStore(store, f"{host}:{store.port}")
+    def host(host: str, timeout_s: float, secret: ClusterSecret) -> GroupStore:
+        """Serve a store on a free port of `host`, and on no other address of this machine."""
+        listening = socket.create_server((host, 0))
+        port = listening.getsockname()[1]
+        store = TCPStore(
+            host,
+            port,
+            is_master=True,
+            timeout=_delta(timeout_s),
+            wait_for_workers=False,
+            # The store's from now on. By itself it would listen on every address.
+            master_listen_fd=listening.detach(),
+        )
+        return GroupStore(store, f"{host}:{port}", secret)
 
     @staticmethod
-    def join(address: str, timeout_s: float) -> GroupStore:
+    def join(address: str, timeout_s: float, secret: ClusterSecret) -> GroupStore:
         host, _, port = address.rpartition(":")
         try:
             store = TCPStore(host, int(port), is_master=False, timeout=_delta(timeout_s))
         except (RuntimeError, DistError) as error:
             raise LaneTimeoutError(f"no store at {address} within {timeout_s} s: {error}") from error
-        return GroupStore(store, address)
+        return GroupStore(store, address, secret)
 
     def another(self) -> GroupStore:
         """The same store by another connection: one who waits holds up all others of its connection."""
@@ -47,7 +61,7 @@ class GroupStore:
         return GroupStore(store.clone(), self.address)
 
     def prefix(self, name: str) -> PrefixStore:
-        return PrefixStore(name, self._store)
+        return PrefixStore(self._secret.sign("group", name.encode()).hex(), self._store)
 
 
 class Group:

@@ -32,6 +32,7 @@ from octet.errors import (
     WrongEpochError,
 )
 from octet.ids import Epoch
+from octet.secret import ClusterSecret
 from router.exchange import Call, Exchange, ExpertRows, LocalExchange, Port, Serve, Ticket, rows_of
 from router.frames import FrameLayout
 from router.group import Group, GroupStore
@@ -40,6 +41,8 @@ from router.plan import PlanByShard, ShardPlan
 from router.wire import Wire
 
 HOST = "127.0.0.1"
+SECRET = ClusterSecret(bytes(range(32)))
+"""Of both ends, which may be processes of their own."""
 EPOCH = Epoch(7)
 CONNECT_S = 20.0
 PATIENT_S = 20.0
@@ -257,7 +260,9 @@ def join_both(join: Callable[[GroupStore, str, int], _End]) -> tuple[_End, _End]
 @functools.cache
 def _store(rank: int) -> GroupStore:
     """Connecting to a store takes seconds now and then, hence once per rank. Ranks cannot share one: each waits."""
-    return GroupStore.host(HOST, CONNECT_S) if rank == 0 else GroupStore.join(_store(0).address, CONNECT_S)
+    return (
+        GroupStore.host(HOST, CONNECT_S, SECRET) if rank == 0 else GroupStore.join(_store(0).address, CONNECT_S, SECRET)
+    )
 
 
 def serve_until_closed(port: Port, serve: Serve) -> None:
@@ -273,7 +278,7 @@ def serve_until_closed(port: Port, serve: Serve) -> None:
 
 def serve_in_process(store: str, name: str, layout: FrameLayout) -> None:
     """The whole life of a shard's process."""
-    wire = Wire.join(GroupStore.join(store, CONNECT_S), name, SHARD, HOST, CONNECT_S, PATIENT_S)
+    wire = Wire.join(GroupStore.join(store, CONNECT_S, SECRET), name, SHARD, HOST, CONNECT_S, PATIENT_S)
     serve_until_closed(LanePort(wire, layout, EPOCH, PATIENT_S), Scale(0))
 
 

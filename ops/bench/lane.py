@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from octet.ids import Epoch
+from octet.secret import ClusterSecret
 from router.frames import FrameLayout
 from router.group import GroupStore
 from router.lane import SHARD, WORKER, LaneExchange, LanePort, Link
@@ -25,6 +26,8 @@ from router.plan import PlanByShard, ShardPlan
 from router.wire import Wire
 
 _HOST, _WAIT_S, _EPOCH = "127.0.0.1", 30.0, Epoch(1)
+_SECRET = ClusterSecret(bytes(32))
+"""Of processes that live as long as the measurement."""
 _LAYOUT = FrameLayout(hidden_size=512, experts_per_token=8, max_rows=128, dtype=torch.float32)
 _ROUNDS, _REPEATS = 200, 5
 
@@ -48,7 +51,7 @@ def bench_lane(shard_counts: tuple[int, ...] = (1, 2, 4), row_counts: tuple[int,
 
 def _measured(num_shards: int, row_counts: tuple[int, ...]) -> list[tuple[int, float, float]]:
     torch.set_num_threads(1)
-    store = GroupStore.host(_HOST, _WAIT_S)
+    store = GroupStore.host(_HOST, _WAIT_S, _SECRET)
     spawn = multiprocessing.get_context("spawn")
     shards = [
         spawn.Process(target=_shard, args=(store.address, shard + 1, num_shards + 1, row_counts), daemon=True)
@@ -69,7 +72,7 @@ def _measured(num_shards: int, row_counts: tuple[int, ...]) -> list[tuple[int, f
 
 def _shard(store: str, rank: int, size: int, row_counts: tuple[int, ...]) -> None:
     torch.set_num_threads(1)
-    joined = GroupStore.join(store, _WAIT_S)
+    joined = GroupStore.join(store, _WAIT_S, _SECRET)
     wire = Wire.join(joined, f"link/{rank - 1}", SHARD, _HOST, _WAIT_S, _WAIT_S)
     port = LanePort(wire, _LAYOUT, _EPOCH, _WAIT_S)
     while (call := port.receive()) is not None:

@@ -17,7 +17,7 @@ from router.exchange import Serve
 from router.frames import FrameLayout
 from router.group import Group, GroupStore
 from router.nccl_lane import NcclGroup, NcclLaneExchange, NcclLanePort
-from tests.exchange_conformance import CONNECT_S, EPOCH, HOST, PATIENT_S, ByShard, ExchangeConformance
+from tests.exchange_conformance import CONNECT_S, EPOCH, HOST, PATIENT_S, SECRET, ByShard, ExchangeConformance
 
 _ONE_GPU_FOR_ALL = {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_MAX_CTAS": "2", "NCCL_NVLS_ENABLE": "0"}
 
@@ -30,7 +30,7 @@ def _serve(store: str, name: str, rank: int, size: int, layout: FrameLayout, sha
     os.environ.update(_ONE_GPU_FOR_ALL)
     device = _device(rank)
     torch.cuda.set_device(device)
-    joined = GroupStore.join(store, CONNECT_S)
+    joined = GroupStore.join(store, CONNECT_S, SECRET)
     control = Group(joined, name, rank, size, HOST, CONNECT_S, PATIENT_S)
     port = NcclLanePort(control, NcclGroup(joined, name, rank, size, device), layout, EPOCH, PATIENT_S, device)
     while (call := port.receive()) is not None:
@@ -51,7 +51,7 @@ class Nccl:
         if torch.cuda.device_count() < size and torch.cuda.nccl.version() < (2, 30):
             pytest.skip(f"{size} ranks need {size} GPUs, or NCCL 2.30 for several ranks on one")
         os.environ.update(_ONE_GPU_FOR_ALL)
-        store, name = GroupStore.host(HOST, CONNECT_S), uuid.uuid4().hex
+        store, name = GroupStore.host(HOST, CONNECT_S, SECRET), uuid.uuid4().hex
         spawn = multiprocessing.get_context("spawn")
         processes = [
             spawn.Process(target=_serve, args=(store.address, name, rank + 1, size, layout, shard))

@@ -25,6 +25,11 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 }
 EVALUATES_WHAT_IT_READS = {"pickle", "_pickle", "cPickle", "cloudpickle", "marshal", "dill", "shelve", "joblib"}
 
+PICKLES_INSIDE = {
+    *(f"{way}_{kind}" for way in ("send", "recv") for kind in ("pyobj", "serialized", "object_list")),
+    *("all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list", "allow_pickle"),
+}
+
 
 def files(package: str) -> list[pathlib.Path]:
     return sorted((ROOT / package).rglob("*.py"))
@@ -73,6 +78,19 @@ def test_only_cluster_imports_ray(package: str) -> None:
 @pytest.mark.parametrize("package", MAY_IMPORT)
 def test_nothing_received_is_ever_evaluated(package: str) -> None:
     assert offences(package, EVALUATES_WHAT_IT_READS) == []
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_no_call_pickles_what_it_sends_or_receives(package: str) -> None:
+    """Calls of ZeroMQ, torch and NumPy that do so inside."""
+    found = [
+        f"{file.relative_to(ROOT)}:{node.lineno} names {node.attr}"
+        for file in files(package)
+        for node in ast.walk(ast.parse(file.read_text(), str(file)))
+        if isinstance(node, ast.Attribute)
+        and (node.attr in PICKLES_INSIDE or ast.unparse(node) in ("torch.load", "torch.save"))
+    ]
+    assert found == []
 
 
 @pytest.mark.parametrize("package", MAY_IMPORT)

@@ -122,7 +122,7 @@ class Pools:
 
     def __init__(self, plan: ServingPlan) -> None:
         """Start, load and connect every process. Raises: OctetError."""
-        self._mailbox, self._routing = Mailbox(HOST), plan.routing
+        self._mailbox, self._routing = Mailbox(HOST, plan.secret), plan.routing
         self.prefill = Remote("prefill-0", AttentionHost, WorkerId("prefill-0"), "prefill", plan)
         self.decode = Remote("decode-0", AttentionHost, WorkerId("decode-0"), "decode", plan)
         self.shards = [Remote(shard, ShardHost, shard, plan) for shard in plan.routing.shards]

@@ -51,7 +51,7 @@ class Worker:
     """A worker's mailbox."""
 
     def __init__(self, worker_id: WorkerId, frontend: Frontend) -> None:
-        self.worker_id, self.mailbox = worker_id, AsyncMailbox(HOST)
+        self.worker_id, self.mailbox = worker_id, AsyncMailbox(HOST, PLAN.secret)
         self.mailbox.connect({FRONTEND: frontend.address})
 
     async def next(self) -> Message:
@@ -172,7 +172,7 @@ class Cluster:
 @contextlib.asynccontextmanager
 async def playing(plan: ServingPlan = PLAN) -> AsyncIterator[Cluster]:
     """A frontend that serves with one prefill and one decode worker."""
-    frontend = Frontend(FRONTEND, plan, TOKENIZER, AsyncMailbox(HOST))
+    frontend = Frontend(FRONTEND, plan, TOKENIZER, AsyncMailbox(HOST, PLAN.secret))
     cluster = Cluster(frontend, Worker(PREFILL, frontend), Worker(DECODE, frontend))
     frontend.serve({PREFILL: cluster.prefill.mailbox.address}, {DECODE: cluster.decode.mailbox.address})
     try:

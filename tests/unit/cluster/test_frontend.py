@@ -276,7 +276,7 @@ async def test_a_request_ends_at_its_deadline(cluster: Cluster) -> None:
 
 
 async def test_before_it_serves_it_is_unavailable() -> None:
-    frontend = Frontend(FRONTEND, PLAN, TOKENIZER, AsyncMailbox(HOST))
+    frontend = Frontend(FRONTEND, PLAN, TOKENIZER, AsyncMailbox(HOST, PLAN.secret))
     spec = parse_request(pb.GenerateRequest(token_ids=pb.TokenIds(ids=PROMPT)), frontend.limits, None)
     client = Client(frontend.generate(spec))
     with pytest.raises(UnavailableError, match="starting"):

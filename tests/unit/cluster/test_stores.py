@@ -9,9 +9,11 @@ from cluster.members import Endpoint
 from cluster.stores import Stores
 from octet.errors import LaneTimeoutError
 from octet.ids import WorkerId
+from octet.secret import ClusterSecret
 from router.group import GroupStore
 
 HOST = "127.0.0.1"
+SECRET = ClusterSecret.draw()
 
 
 def peer(name: str, store: GroupStore) -> Endpoint:
@@ -23,15 +25,15 @@ def open_files() -> int:
 
 
 def test_a_peers_store_is_joined_once() -> None:
-    hosted = GroupStore.host(HOST, 5.0)
-    stores = Stores(5.0)
+    hosted = GroupStore.host(HOST, 5.0, SECRET)
+    stores = Stores(5.0, SECRET)
     assert stores.of(peer("decode-0", hosted)) is stores.of(peer("decode-0", hosted))
     assert stores.of(peer("decode-0", hosted)).address == hosted.address
 
 
 def test_a_forgotten_peer_leaves_no_open_file() -> None:
-    hosted = GroupStore.host(HOST, 5.0)
-    stores, before = Stores(5.0), open_files()
+    hosted = GroupStore.host(HOST, 5.0, SECRET)
+    stores, before = Stores(5.0, SECRET), open_files()
     names = [f"decode-{number}" for number in range(4)]
     for name in names:
         stores.of(peer(name, hosted))
@@ -45,9 +47,9 @@ def test_a_forgotten_peer_leaves_no_open_file() -> None:
 
 
 def test_a_store_that_does_not_answer_is_not_kept() -> None:
-    hosted = GroupStore.host(HOST, 5.0)
+    hosted = GroupStore.host(HOST, 5.0, SECRET)
     stores, gone = (
-        Stores(0.5),
+        Stores(0.5, SECRET),
         Endpoint(worker_id=WorkerId("decode-0"), mailbox="", store=f"{HOST}:1", node_id="", pid=0),
     )
     with pytest.raises(LaneTimeoutError):

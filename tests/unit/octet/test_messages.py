@@ -16,6 +16,7 @@ from octet.errors import WireError
 from octet.ids import Epoch, LeaseId, RequestId, WorkerId
 from octet.messages import Abort, KvAck, Message, StepReport, TokenEvent, WorkerLoad, decode, encode
 from octet.request import Sampling
+from octet.schema import field_checks
 
 _text = st.text(st.characters(codec="utf-8"), max_size=8)
 _PLAIN: dict[Any, st.SearchStrategy[Any]] = {
@@ -104,6 +105,36 @@ def test_a_missing_field_is_a_wire_error() -> None:
 def test_an_extra_field_is_a_wire_error() -> None:
     with pytest.raises(WireError, match=r"malformed KvAck.*more"):
         decode(msgpack.packb({"$": "KvAck", "lease_id": "a", "more": 1}))
+
+
+@pytest.mark.parametrize("cls", MESSAGES)
+@given(data=st.data())
+def test_a_field_of_another_type_is_a_wire_error(cls: type, data: st.DataObject) -> None:
+    """Whatever a field holds, what is decoded is a message with fields of its types, or an error."""
+    packed = msgpack.unpackb(encode(data.draw(values_of(cls))))
+    field = data.draw(st.sampled_from(sorted(packed.keys() - {"$"})))
+    packed[field] = data.draw(st.none() | st.booleans() | st.integers(-9, 9) | st.binary() | st.lists(st.floats()))
+    try:
+        found = decode(msgpack.packb(packed))
+    except WireError as error:
+        assert field in str(error) or "malformed" in str(error)
+    else:
+        assert field_checks(cls)[field](getattr(found, field))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("request_id", 7), ("choice", "0"), ("choice", True), ("attempt", 1.0), ("attempt", [1])],
+)
+def test_types_are_not_converted(field: str, value: object) -> None:
+    with pytest.raises(WireError, match=f"malformed Abort: field '{field}'"):
+        decode(msgpack.packb({"$": "Abort", "request_id": "a", field: value}))
+
+
+def test_a_sequence_that_announces_too_much_is_a_wire_error() -> None:
+    """Nested announcements would make room for each of them."""
+    with pytest.raises(WireError):
+        decode(b"\xdd\x00\x0f\xff\xff" * 200 + bytes(2**20))
 
 
 def test_an_unknown_name_inside_a_message_is_a_wire_error() -> None:

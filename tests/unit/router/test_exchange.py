@@ -106,7 +106,7 @@ def test_the_link_to_a_shard_that_stays_is_used_again_after_a_step_that_lost_ano
 @contextlib.contextmanager
 def lane_to_a_process(layout: FrameLayout, reply_s: float) -> Iterator[tuple[ByShard, BaseProcess]]:
     """An exchange with one shard, in a process of its own that has answered once."""
-    store = GroupStore.host(HOST, CONNECT_S)
+    store = GroupStore.host(HOST, CONNECT_S, SECRET)
     process = multiprocessing.get_context("spawn").Process(
         target=serve_in_process, args=(store.address, "lane", layout), daemon=True
     )

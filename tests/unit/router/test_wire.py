@@ -29,7 +29,7 @@ LONG = FrameLayout(hidden_size=4096, experts_per_token=4, max_rows=1024, dtype=t
 
 @pytest.mark.parametrize("rank", [HOST_SIDE, GUEST_SIDE])
 def test_a_wire_that_nobody_else_joins_is_given_up_and_leaves_no_port_open(rank: int) -> None:
-    store = GroupStore.host(HOST, CONNECT_S)
+    store = GroupStore.host(HOST, CONNECT_S, SECRET)
     before = num_ports([os.getpid()])
     with pytest.raises(LaneTimeoutError, match=f"rank {rank}") as kept:
         Wire.join(store, "alone", rank, HOST, connect_s=0.3, timeout_s=1.0)
@@ -38,8 +38,8 @@ def test_a_wire_that_nobody_else_joins_is_given_up_and_leaves_no_port_open(rank:
 
 
 def test_strangers_that_knock_are_turned_away() -> None:
-    store = GroupStore.host(HOST, CONNECT_S)
-    stores = [store, GroupStore.join(store.address, CONNECT_S)]
+    store = GroupStore.host(HOST, CONNECT_S, SECRET)
+    stores = [store, GroupStore.join(store.address, CONNECT_S, SECRET)]
     name = uuid.uuid4().hex
     with ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as closing:
         host = pool.submit(Wire.join, stores[0], name, HOST_SIDE, HOST, CONNECT_S, PATIENT_S)
