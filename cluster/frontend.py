@@ -281,9 +281,7 @@ class Frontend:
             message = await self._mailbox.receive()
             if not isinstance(message, StepReport):
                 found = type(message).__name__
-                self._mailbox.drops.note(
-                    WireError(f"found a {found}, expected a StepReport: a frontend takes no other")
-                )
+                self._mailbox.drops.note(WireError(f"found a {found}, expected a StepReport, all that it takes"))
                 continue
             if self._dispatcher.report(message.worker_id, message.load):
                 for event in message.events:
