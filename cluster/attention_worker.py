@@ -189,6 +189,8 @@ class AttentionWorker:
             load=parts.engine.load() if parts is not None else None,
             reason=parts.loop.reason if parts is not None else "",
             severed=self._severed(parts) if parts is not None else (),
+            refused=self._mailbox.num_refused + self._store.num_refused,
+            dropped=self._mailbox.drops.num,
         )
 
     def telemetry(self) -> WorkerSample | None:

@@ -81,6 +81,16 @@ class Frontend:
     def totals(self) -> Totals:
         return self._intake.totals
 
+    @property
+    def num_strangers(self) -> int:
+        """Connections of strangers to its mailbox, which were refused."""
+        return self._mailbox.num_refused
+
+    @property
+    def num_dropped(self) -> int:
+        """What came to its mailbox and was no message, or none that it takes."""
+        return self._mailbox.drops.num
+
     def serve(
         self, prefill: Mapping[WorkerId, str], decode: Mapping[WorkerId, str], draining: Collection[WorkerId] = ()
     ) -> None:

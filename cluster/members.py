@@ -43,3 +43,7 @@ class MemberStatus:
     reason: str = ""
     severed: tuple[WorkerId, ...] = ()
     """Workers from or to which KV pages went over a channel that has broken."""
+    refused: int = 0
+    """Connections of strangers to its sockets."""
+    dropped: int = 0
+    """What came to its mailbox and was no message, or none that it takes."""

@@ -35,6 +35,7 @@ class ControllerOperations:
         asked = self._controller.status.remote(request.window_s or None)
         status: ClusterStatus = await call("the controller", asked, _ANSWER_S)
         totals = self._frontend.totals
+        members = [member for pool in status.members.values() for member in pool]
         answer = pb.GetStatusResponse(
             state=status.state,
             reason=status.reason,
@@ -47,6 +48,8 @@ class ControllerOperations:
             requests_failed=totals.failed,
             requests_cancelled=totals.cancelled,
             requests_refused=totals.refused,
+            strangers_refused=self._frontend.num_strangers + sum(member.refused for member in members),
+            messages_dropped=self._frontend.num_dropped + sum(member.dropped for member in members),
             uptime_s=time.monotonic() - self._started_s,
             changes=map(_change, status.changes),
             change_under_way=status.under_way,
@@ -123,4 +126,6 @@ def _member(status: MemberStatus) -> pb.Member:
         cached_tokens=load.cached_tokens,
         drafted_tokens=load.drafted_tokens,
         accepted_tokens=load.accepted_tokens,
+        refused=status.refused,
+        dropped=status.dropped,
     )

@@ -179,6 +179,7 @@ class ShardWorker:
             num_slots=self._slots.num_slots if self._slots is not None else 0,
             num_held=self._slots.num_held if self._slots is not None else 0,
             lanes=tuple(self._loop.lanes) if self._loop is not None else (),
+            refused=self._store.num_refused,
         )
 
     def stop(self) -> None:

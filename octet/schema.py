@@ -12,7 +12,7 @@ Check = Callable[[object], bool]
 
 
 def field_checks(cls: type) -> Mapping[str, Check]:
-    """A check for each field of a dataclass: deep in tuples, and shallow in dataclasses, which are checked when made."""
+    """A check for each field of a dataclass: deep in tuples, shallow in dataclasses, which are checked when made."""
     hints = typing.get_type_hints(cls)
     return {field.name: _check(hints[field.name]) for field in dataclasses.fields(cls)}
 

@@ -7,6 +7,7 @@ import hmac
 import secrets
 
 NUM_BYTES = 32
+SIGNATURE_BYTES = 32
 
 
 class ClusterSecret:

@@ -36,6 +36,10 @@ def print_status(status: pb.GetStatusResponse, console: Console | None = None) -
         f"requests: {status.live_requests} live, {status.requests_finished} finished, "
         f"{status.requests_failed} failed, {status.requests_cancelled} cancelled"
     )
+    if status.strangers_refused or status.messages_dropped:
+        console.print(
+            f"between members: {status.strangers_refused} strangers refused, {status.messages_dropped} messages dropped"
+        )
     console.print(_members(status))
     print_changes(status, console)
     if status.expert_counts:

@@ -9,6 +9,7 @@ trusted.
 from __future__ import annotations
 
 import datetime
+import logging
 import re
 import socket
 from typing import Any
@@ -18,8 +19,11 @@ from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, TCPStore
 from torch.distributed import DistError
 
 from octet.errors import LaneError, LaneTimeoutError, PeerLostError
-from octet.secret import ClusterSecret
+from octet.secret import SIGNATURE_BYTES, ClusterSecret
 
+_log = logging.getLogger(__name__)
+
+_VALUE = "value"
 _FRAMES, _NOTHING = 0, 1
 """Tags: everything is sent with the first, nothing ever with the second."""
 
@@ -28,7 +32,9 @@ class GroupStore:
     """A key-value store through which the members of groups find each other."""
 
     def __init__(self, store: TCPStore, address: str, secret: ClusterSecret) -> None:
-        self._store, self.address, self._secret = store, address, secret
+        self._store, self.address, self.secret = store, address, secret
+        self.num_refused = 0
+        """Strangers that were turned away from what is joined through this store."""
 
     @staticmethod
     def host(host: str, timeout_s: float, secret: ClusterSecret) -> GroupStore:
@@ -61,7 +67,28 @@ class GroupStore:
         return GroupStore(store.clone(), self.address)
 
     def prefix(self, name: str) -> PrefixStore:
-        return PrefixStore(self._secret.sign("group", name.encode()).hex(), self._store)
+        return PrefixStore(self.secret.sign("group", name.encode()).hex(), self._store)
+
+    def publish(self, name: str, value: bytes) -> None:
+        """Tell whoever looks `name` up, with a signature: the store itself keeps what anybody sets."""
+        self.prefix(name).set(_VALUE, (self.secret.sign("value", name.encode() + b"\0" + value) + value).hex())
+
+    def look_up(self, name: str, timeout_s: float) -> bytes:
+        """Waits until it is published. Raises: OSError if no member has published it, RuntimeError or DistError."""
+        known = self.prefix(name)
+        known.wait([_VALUE], _delta(timeout_s))
+        try:
+            signed = bytes.fromhex(known.get(_VALUE).decode())
+        except ValueError:
+            signed = b""
+        signature, value = signed[:SIGNATURE_BYTES], signed[SIGNATURE_BYTES:]
+        if not self.secret.has_signed("value", name.encode() + b"\0" + value, signature):
+            raise OSError(f"what the store at {self.address} says of {name} is not signed by a member")
+        return value
+
+    def note_refusal(self, what: str) -> None:
+        self.num_refused += 1
+        _log.error("%s: a stranger was turned away, %d so far", what, self.num_refused)
 
 
 class Group:

@@ -109,6 +109,7 @@ class NcclLaneExchange:
             header = Header.read(raw, self._epoch)
             if header.sequence != current.sequence:
                 raise LaneError(f"shard {shard} answered frame {header.sequence}, expected {current.sequence}")
+            self._layout.check_reply(header, len(current.rows[shard]))
             if header.kind is Kind.REFUSAL:
                 refused.append(shard)
             frame = torch.empty(header.payload_bytes, dtype=torch.uint8, device=self._device)
@@ -173,7 +174,8 @@ class NcclLanePort:
             header = Header.read(raw, self._epoch)
             if header.kind is Kind.CLOSE:
                 return None
-            if header.kind is Kind.CALL:
+            if header.kind is not Kind.HEARTBEAT:
+                self._layout.check_call(header)
                 frame = torch.empty(header.payload_bytes, dtype=torch.uint8, device=self._device)
                 self._data.exchange({}, {0: frame})
                 rows = self._layout.unpack_call(frame, header.num_rows)
@@ -184,7 +186,8 @@ class NcclLanePort:
         self._post(call, Kind.REPLY, len(y_UH), frame)
 
     def refuse(self, call: Call, error: Exception) -> None:
-        text = list(str(error).encode())
+        room = self._layout.reply_bytes(len(call.rows.x_UH)) - HEADER_BYTES
+        text = list(str(error).encode()[:room])
         self._post(call, Kind.REFUSAL, 0, torch.tensor(text, dtype=torch.uint8, device=self._device))
 
     def close(self) -> None:

@@ -1,14 +1,13 @@
 """A wire: one TCP connection between two of our processes, which carries frames in order, each way.
 
 Whoever waits for a frame reads it from the socket itself, and who sends one writes it there: no thread stands between.
+Before the first frame both ends show each other that they know the cluster's secret.
 """
 
 from __future__ import annotations
 
 import contextlib
-import datetime
 import functools
-import hmac
 import importlib
 import secrets
 import socket
@@ -19,14 +18,17 @@ from types import ModuleType
 from torch.distributed import DistError
 
 from octet.errors import LaneError, LaneTimeoutError, PeerLostError
+from octet.secret import ClusterSecret
 from router.group import GroupStore
 
 HOST_SIDE, GUEST_SIDE = 0, 1
 """Ranks of a wire: the one that hosts the store listens, the other connects."""
 
-_NONCE_BYTES = 16
-_WELCOME = b"\x01"
-_ADDRESS = "address"
+_NONCE_BYTES, _PROOF_BYTES = 32, 32
+_GUEST_PROOF, _HOST_PROOF = "wire guest", "wire host"
+"""Each end signs both nonces for its own side alone, so that neither end's proof can be handed back to it."""
+_KNOCK_S = 2.0
+"""How long whoever connects may take to show who it is, while others wait."""
 
 
 class Wire:
@@ -92,35 +94,45 @@ def milliseconds(seconds: float) -> int:
 
 def _accept(store: GroupStore, name: str, host: str, deadline_s: float) -> socket.socket:
     """Raises: OSError."""
-    nonce = secrets.token_hex(_NONCE_BYTES)
     with socket.create_server((host, 0), family=_family(host)) as listener:
-        port = listener.getsockname()[1]
-        store.prefix(name).set(_ADDRESS, f"{host} {port} {nonce}")
+        store.publish(name, f"{host} {listener.getsockname()[1]}".encode())
         while True:
             listener.settimeout(_left(deadline_s))
             connection, _ = listener.accept()
             try:
-                connection.settimeout(_left(deadline_s))
-                if hmac.compare_digest(_read(connection, len(nonce)), nonce.encode()):
-                    connection.sendall(_WELCOME)
+                connection.settimeout(min(_KNOCK_S, _left(deadline_s)))
+                if _welcome(connection, store.secret, name):
                     return connection
+                store.note_refusal(f"wire {name}")
             except OSError:
-                # Somebody else knocked.
-                pass
+                store.note_refusal(f"wire {name}")
             connection.close()
+
+
+def _welcome(connection: socket.socket, secret: ClusterSecret, name: str) -> bool:
+    """The host's side: whether the guest is a member; shows it then that this end is one too. Raises: OSError."""
+    mine = secrets.token_bytes(_NONCE_BYTES)
+    connection.sendall(mine)
+    answer = _read(connection, _NONCE_BYTES + _PROOF_BYTES)
+    theirs, proof = answer[:_NONCE_BYTES], answer[_NONCE_BYTES:]
+    if not secret.has_signed(_GUEST_PROOF, name.encode() + mine + theirs, proof):
+        return False
+    connection.sendall(secret.sign(_HOST_PROOF, name.encode() + mine + theirs))
+    return True
 
 
 def _connect(store: GroupStore, name: str, deadline_s: float) -> socket.socket:
     """Raises: OSError, RuntimeError or DistError."""
-    known = store.prefix(name)
-    known.wait([_ADDRESS], datetime.timedelta(seconds=_left(deadline_s)))
-    host, port, nonce = known.get(_ADDRESS).split(b" ")
+    host, port = store.look_up(name, _left(deadline_s)).split(b" ")
     connection = socket.create_connection((host.decode(), int(port)), _left(deadline_s))
     try:
-        connection.sendall(nonce)
         connection.settimeout(_left(deadline_s))
-        if _read(connection, 1) != _WELCOME:
-            raise OSError("it was turned away")
+        theirs, mine = _read(connection, _NONCE_BYTES), secrets.token_bytes(_NONCE_BYTES)
+        connection.sendall(mine + store.secret.sign(_GUEST_PROOF, name.encode() + theirs + mine))
+        connection.settimeout(_left(deadline_s))
+        proof = _read(connection, _PROOF_BYTES)
+        if not store.secret.has_signed(_HOST_PROOF, name.encode() + theirs + mine, proof):
+            raise OSError("a stranger answered")
     except BaseException:
         connection.close()
         raise

@@ -277,7 +277,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self, window_s: _Optional[float] = ...) -> None: ...
 
 class Member(_message.Message):
-    __slots__ = ("worker_id", "node_id", "pid", "state", "kv_pages_total", "kv_pages_free", "running", "waiting", "tokens", "num_slots", "resident_bytes", "preemptions", "leases", "cached_tokens", "drafted_tokens", "num_held", "accepted_tokens", "load")
+    __slots__ = ("worker_id", "node_id", "pid", "state", "kv_pages_total", "kv_pages_free", "running", "waiting", "tokens", "num_slots", "resident_bytes", "preemptions", "leases", "cached_tokens", "drafted_tokens", "num_held", "accepted_tokens", "refused", "dropped", "load")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
@@ -295,6 +295,8 @@ class Member(_message.Message):
     DRAFTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_HELD_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     node_id: str
@@ -313,8 +315,10 @@ class Member(_message.Message):
     drafted_tokens: int
     num_held: int
     accepted_tokens: int
+    refused: int
+    dropped: int
     load: MemberLoad
-    def __init__(self, worker_id: _Optional[str] = ..., node_id: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[str] = ..., kv_pages_total: _Optional[int] = ..., kv_pages_free: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., tokens: _Optional[int] = ..., num_slots: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., preemptions: _Optional[int] = ..., leases: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., drafted_tokens: _Optional[int] = ..., num_held: _Optional[int] = ..., accepted_tokens: _Optional[int] = ..., load: _Optional[_Union[MemberLoad, _Mapping]] = ...) -> None: ...
+    def __init__(self, worker_id: _Optional[str] = ..., node_id: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[str] = ..., kv_pages_total: _Optional[int] = ..., kv_pages_free: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., tokens: _Optional[int] = ..., num_slots: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., preemptions: _Optional[int] = ..., leases: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., drafted_tokens: _Optional[int] = ..., num_held: _Optional[int] = ..., accepted_tokens: _Optional[int] = ..., refused: _Optional[int] = ..., dropped: _Optional[int] = ..., load: _Optional[_Union[MemberLoad, _Mapping]] = ...) -> None: ...
 
 class MemberLoad(_message.Message):
     __slots__ = ("busy_share", "busy_ewma", "rows_per_s", "activated_experts", "queue_depth", "frames_per_s", "wait_s", "step_s", "wait_share", "wait_ewma", "kv_share", "lanes", "total_busy_s")
@@ -488,7 +492,7 @@ class Change(_message.Message):
     def __init__(self, at_s: _Optional[float] = ..., duration_s: _Optional[float] = ..., kind: _Optional[str] = ..., reason: _Optional[str] = ..., outcome: _Optional[str] = ..., succeeded: _Optional[bool] = ...) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("state", "pools", "epoch", "placement_version", "live_requests", "tokens_served", "requests_finished", "requests_failed", "requests_cancelled", "expert_counts", "uptime_s", "reason", "window_s", "balancedness", "hottest", "changes", "change_under_way", "waiting_for", "window_tokens_per_s", "requests_refused", "autoscaler_enabled", "decisions", "latest_decisions")
+    __slots__ = ("state", "pools", "epoch", "placement_version", "live_requests", "tokens_served", "requests_finished", "requests_failed", "requests_cancelled", "expert_counts", "uptime_s", "reason", "window_s", "balancedness", "hottest", "changes", "change_under_way", "waiting_for", "window_tokens_per_s", "requests_refused", "strangers_refused", "messages_dropped", "autoscaler_enabled", "decisions", "latest_decisions")
     STATE_FIELD_NUMBER: _ClassVar[int]
     POOLS_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -509,6 +513,8 @@ class GetStatusResponse(_message.Message):
     WAITING_FOR_FIELD_NUMBER: _ClassVar[int]
     WINDOW_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_REFUSED_FIELD_NUMBER: _ClassVar[int]
+    STRANGERS_REFUSED_FIELD_NUMBER: _ClassVar[int]
+    MESSAGES_DROPPED_FIELD_NUMBER: _ClassVar[int]
     AUTOSCALER_ENABLED_FIELD_NUMBER: _ClassVar[int]
     DECISIONS_FIELD_NUMBER: _ClassVar[int]
     LATEST_DECISIONS_FIELD_NUMBER: _ClassVar[int]
@@ -532,7 +538,9 @@ class GetStatusResponse(_message.Message):
     waiting_for: str
     window_tokens_per_s: float
     requests_refused: int
+    strangers_refused: int
+    messages_dropped: int
     autoscaler_enabled: bool
     decisions: _containers.RepeatedCompositeFieldContainer[ScalingDecision]
     latest_decisions: _containers.RepeatedCompositeFieldContainer[ScalingDecision]
-    def __init__(self, state: _Optional[str] = ..., pools: _Optional[_Iterable[_Union[Pool, _Mapping]]] = ..., epoch: _Optional[int] = ..., placement_version: _Optional[int] = ..., live_requests: _Optional[int] = ..., tokens_served: _Optional[int] = ..., requests_finished: _Optional[int] = ..., requests_failed: _Optional[int] = ..., requests_cancelled: _Optional[int] = ..., expert_counts: _Optional[_Iterable[_Union[ExpertCounts, _Mapping]]] = ..., uptime_s: _Optional[float] = ..., reason: _Optional[str] = ..., window_s: _Optional[float] = ..., balancedness: _Optional[float] = ..., hottest: _Optional[_Iterable[_Union[HotExpert, _Mapping]]] = ..., changes: _Optional[_Iterable[_Union[Change, _Mapping]]] = ..., change_under_way: _Optional[str] = ..., waiting_for: _Optional[str] = ..., window_tokens_per_s: _Optional[float] = ..., requests_refused: _Optional[int] = ..., autoscaler_enabled: _Optional[bool] = ..., decisions: _Optional[_Iterable[_Union[ScalingDecision, _Mapping]]] = ..., latest_decisions: _Optional[_Iterable[_Union[ScalingDecision, _Mapping]]] = ...) -> None: ...
+    def __init__(self, state: _Optional[str] = ..., pools: _Optional[_Iterable[_Union[Pool, _Mapping]]] = ..., epoch: _Optional[int] = ..., placement_version: _Optional[int] = ..., live_requests: _Optional[int] = ..., tokens_served: _Optional[int] = ..., requests_finished: _Optional[int] = ..., requests_failed: _Optional[int] = ..., requests_cancelled: _Optional[int] = ..., expert_counts: _Optional[_Iterable[_Union[ExpertCounts, _Mapping]]] = ..., uptime_s: _Optional[float] = ..., reason: _Optional[str] = ..., window_s: _Optional[float] = ..., balancedness: _Optional[float] = ..., hottest: _Optional[_Iterable[_Union[HotExpert, _Mapping]]] = ..., changes: _Optional[_Iterable[_Union[Change, _Mapping]]] = ..., change_under_way: _Optional[str] = ..., waiting_for: _Optional[str] = ..., window_tokens_per_s: _Optional[float] = ..., requests_refused: _Optional[int] = ..., strangers_refused: _Optional[int] = ..., messages_dropped: _Optional[int] = ..., autoscaler_enabled: _Optional[bool] = ..., decisions: _Optional[_Iterable[_Union[ScalingDecision, _Mapping]]] = ..., latest_decisions: _Optional[_Iterable[_Union[ScalingDecision, _Mapping]]] = ...) -> None: ...

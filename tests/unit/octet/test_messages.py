@@ -116,10 +116,9 @@ def test_a_field_of_another_type_is_a_wire_error(cls: type, data: st.DataObject)
     packed[field] = data.draw(st.none() | st.booleans() | st.integers(-9, 9) | st.binary() | st.lists(st.floats()))
     try:
         found = decode(msgpack.packb(packed))
-    except WireError as error:
-        assert field in str(error) or "malformed" in str(error)
-    else:
-        assert field_checks(cls)[field](getattr(found, field))
+    except WireError:
+        return
+    assert field_checks(cls)[field](getattr(found, field))
 
 
 @pytest.mark.parametrize(

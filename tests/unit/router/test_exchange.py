@@ -28,6 +28,7 @@ from tests.exchange_conformance import (
     HOST,
     MARGIN_S,
     PATIENT_S,
+    SECRET,
     ByShard,
     ExchangeConformance,
     Local,

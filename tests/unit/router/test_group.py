@@ -7,6 +7,7 @@ import pytest
 from octet.errors import LaneTimeoutError
 from ops.chaos.observe import num_ports
 from router.group import Group, GroupStore
+from tests.exchange_conformance import SECRET
 
 
 def test_a_group_that_nobody_else_joins_leaves_no_port_open_whoever_keeps_the_error() -> None:

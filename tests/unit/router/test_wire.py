@@ -5,23 +5,27 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import struct
 import threading
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from octet.errors import LaneError, LaneTimeoutError, PeerLostError
+from octet.errors import ExpertMissingError, LaneError, LaneTimeoutError, PeerLostError, WrongEpochError
 from octet.ids import Epoch
 from ops.chaos.observe import num_ports
-from router.frames import FrameLayout, new_frames
+from router.frames import MAGIC, FrameLayout, new_frames
 from router.group import GroupStore
 from router.lane import LaneExchange, LanePort, Link
 from router.plan import PlanByShard, ShardPlan
 from router.wire import GUEST_SIDE, HOST_SIDE, Wire
-from tests.exchange_conformance import CONNECT_S, EPOCH, HOST, MARGIN_S, PATIENT_S, form_pair, next_call, within
+from tests.exchange_conformance import CONNECT_S, EPOCH, HOST, MARGIN_S, PATIENT_S, SECRET, form_pair, next_call, within
 
 LONG = FrameLayout(hidden_size=4096, experts_per_token=4, max_rows=1024, dtype=torch.float32)
 """16 MiB: more than the system holds of a connection whose other end does not read."""
@@ -43,17 +47,61 @@ def test_strangers_that_knock_are_turned_away() -> None:
     name = uuid.uuid4().hex
     with ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as closing:
         host = pool.submit(Wire.join, stores[0], name, HOST_SIDE, HOST, CONNECT_S, PATIENT_S)
-        port = int(stores[1].prefix(name).get("address").split(b" ")[1])
-        for greeting in (b"GET / HTTP/1.1\r\nHost: octet\r\n\r\n", b""):
+        port = int(stores[1].look_up(name, CONNECT_S).split(b" ")[1])
+        for greeting in (b"GET / HTTP/1.1\r\nHost: octet\r\n\r\n", b"", bytes(64)):
             stranger = closing.enter_context(socket.create_connection((HOST, port)))
+            assert len(stranger.recv(32, socket.MSG_WAITALL)) == 32
             stranger.sendall(greeting)
             stranger.shutdown(socket.SHUT_WR)
             assert stranger.recv(1) == b""
         guest = Wire.join(stores[1], name, GUEST_SIDE, HOST, CONNECT_S, PATIENT_S)
         ends = host.result(), guest
+    assert stores[0].num_refused == 3
     layout = FrameLayout(hidden_size=8, experts_per_token=2, max_rows=2, dtype=torch.float32)
     LaneExchange([Link(ends[0], layout, EPOCH)]).close()
     assert LanePort(ends[1], layout, EPOCH, PATIENT_S).receive() is None
+
+
+def test_whoever_hands_a_proof_back_is_turned_away() -> None:
+    """It opens a connection of its own to a host, and lets the host answer the challenge of another connection."""
+    store, name = GroupStore.host(HOST, CONNECT_S, SECRET), uuid.uuid4().hex
+    with ThreadPoolExecutor(1) as pool:
+        host = pool.submit(Wire.join, store, name, HOST_SIDE, HOST, 3.0, PATIENT_S)
+        # A client of a store does one thing at a time.
+        joined = GroupStore.join(store.address, CONNECT_S, SECRET)
+        port = int(joined.look_up(name, CONNECT_S).split(b" ")[1])
+        with socket.create_connection((HOST, port)) as stranger:
+            challenge = stranger.recv(32, socket.MSG_WAITALL)
+            # A proof for the other end, of the very nonces: all that a stranger could have been shown.
+            mirrored = SECRET.sign("wire host", name.encode() + challenge + challenge)
+            stranger.sendall(challenge + mirrored)
+            assert stranger.recv(1) == b""
+        with pytest.raises(LaneTimeoutError, match="nobody joined"):
+            host.result()
+    assert store.num_refused == 1
+
+
+@pytest.mark.parametrize("lie", ["127.0.0.1 1", "00" * 40, "no hex"])
+def test_what_a_stranger_writes_into_the_store_leads_nobody_anywhere(lie: str) -> None:
+    store, name = GroupStore.host(HOST, CONNECT_S, SECRET), uuid.uuid4().hex
+    store.prefix(name).set("value", lie)
+    with pytest.raises(LaneTimeoutError, match="not signed by a member"):
+        Wire.join(store, name, GUEST_SIDE, HOST, CONNECT_S, PATIENT_S)
+
+
+def test_a_host_that_cannot_prove_itself_is_not_believed() -> None:
+    """A stranger took the port that a member had published."""
+    store, name = GroupStore.host(HOST, CONNECT_S, SECRET), uuid.uuid4().hex
+    with ThreadPoolExecutor(1) as pool, socket.create_server((HOST, 0)) as listener:
+        store.publish(name, f"{HOST} {listener.getsockname()[1]}".encode())
+        guest = pool.submit(Wire.join, store, name, GUEST_SIDE, HOST, CONNECT_S, PATIENT_S)
+        connection, _ = listener.accept()
+        with connection:
+            connection.sendall(bytes(32))
+            connection.recv(64, socket.MSG_WAITALL)
+            connection.sendall(bytes(32))
+            with pytest.raises(LaneTimeoutError, match="a stranger answered"):
+                guest.result()
 
 
 def test_long_frames_hold_up_neither_end_before_it_has_to_wait() -> None:
@@ -152,3 +200,33 @@ def _everything(layout: FrameLayout, num_rows: int | None = None) -> ShardPlan:
     return ShardPlan(
         rows_U=torch.arange(shape[0]), slots_UK=torch.zeros(shape, dtype=torch.int32), weights_UK=torch.ones(shape)
     )
+
+
+def _frame(header: tuple[int, ...], payload: bytes) -> bytes:
+    return struct.pack("<8q", *header) + payload
+
+
+_numbers = st.integers(-(2**63), 2**63 - 1) | st.integers(-2, 300)
+_headers = st.tuples(st.just(MAGIC), st.integers(0, 8), st.just(EPOCH), *[_numbers] * 4, st.just(0))
+_anything = st.binary(max_size=300) | st.builds(_frame, _headers, st.binary(max_size=300))
+
+
+@given(sent=_anything, to_shard=st.booleans(), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_whatever_comes_over_a_wire_is_a_frame_or_a_typed_error(
+    sent: bytes, to_shard: bool, dtype: torch.dtype
+) -> None:
+    """Raw bytes, and headers of every kind with any numbers in them: neither end fails otherwise, or waits."""
+    layout = FrameLayout(hidden_size=8, experts_per_token=2, max_rows=3, dtype=dtype)
+    with socket.create_server((HOST, 0)) as listener:
+        other = socket.create_connection(listener.getsockname())
+        wire = Wire(listener.accept()[0], PATIENT_S)
+    with other:
+        other.sendall(sent)
+        other.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(LaneError, ExpertMissingError, WrongEpochError):
+            if to_shard:
+                call = LanePort(wire, layout, EPOCH, PATIENT_S).receive()
+                assert call is None or call.rows.x_UH.shape == (len(call.rows.slots_UK), layout.hidden_size)
+            else:
+                Link(wire, layout, EPOCH).receive(0, np.arange(3), torch.zeros(3, layout.hidden_size))
+        wire.abort()
