@@ -64,7 +64,7 @@ class GroupStore:
     def another(self) -> GroupStore:
         """The same store by another connection: one who waits holds up all others of its connection."""
         store: Any = self._store  # `clone` is missing from torch's stubs
-        return GroupStore(store.clone(), self.address)
+        return GroupStore(store.clone(), self.address, self.secret)
 
     def prefix(self, name: str) -> PrefixStore:
         return PrefixStore(self.secret.sign("group", name.encode()).hex(), self._store)
