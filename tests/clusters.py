@@ -159,6 +159,13 @@ def small(start_shared: Start, checkpoint: pathlib.Path) -> RunningCluster:
     return start_shared(f"model.path={checkpoint}", "pools.experts.size=1", "prefill.chunk_tokens=96")
 
 
+@pytest.fixture(scope="session")
+def paired(start_shared: Start) -> RunningCluster:
+    """The embedded model on two prefill workers, two decode workers and a shard, with few pages."""
+    sizes = ("pools.prefill.size=2", "pools.decode.size=2", "pools.experts.size=1")
+    return start_shared(*sizes, "kv.prefill_pages=300", "kv.decode_pages=300")
+
+
 @pytest.fixture
 def client(embedded: RunningCluster) -> Iterator[Client]:
     with Client(embedded.address, timeout_s=60) as client:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import collections
+import pathlib
+
 import hypothesis
+import pytest
 
 # Speed is measured by benchmarks; a loaded machine must fail no test.
 hypothesis.settings.register_profile("octet", deadline=None)
@@ -11,3 +15,15 @@ hypothesis.settings.load_profile("octet")
 
 # One Ray for every test that needs one, whatever folder it is in.
 pytest_plugins = ("tests.clusters",)
+
+SHARED_CLUSTERS = ("chaos", "embedded", "small", "paired")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of one cluster run in one process, where several share the work (`--dist loadgroup`)."""
+    used: dict[pathlib.Path, set[str]] = collections.defaultdict(set)
+    for item in items:
+        used[item.path].update(getattr(item, "fixturenames", ()))
+    for item in items:
+        shared = [name for name in SHARED_CLUSTERS if name in used[item.path]]
+        item.add_marker(pytest.mark.xdist_group(shared[0] if shared else item.path.stem))

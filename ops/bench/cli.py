@@ -14,6 +14,9 @@ DEFAULT_ADDRESS = "127.0.0.1:50051"
 Address = Annotated[str, typer.Option("--grpc", help="host:port of a frontend.")]
 _ENV_DIR = pathlib.Path("~/.cache/octet/peers")
 _EnvDir = Annotated[pathlib.Path, typer.Option(help="Where peers' environments are built (3.4 GiB for vLLM) and kept.")]
+_Running = Annotated[
+    str | None, typer.Option(metavar="HOST:PORT", help="Ask the cluster that runs there with this model, start none.")
+]
 _JsonFile = Annotated[pathlib.Path | None, typer.Option("--json", help="Write the numbers to this file.")]
 
 
@@ -225,6 +228,7 @@ def bench_peers(
     rounds: Annotated[int, typer.Option(min=1)] = 5,
     threads: Annotated[int | None, typer.Option(min=1, help="Of one-process peers; default: all cores.")] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Of the cluster.")] = None,
+    grpc: _Running = None,
     env_dir: _EnvDir = _ENV_DIR,
     json_file: _JsonFile = None,
 ) -> None:
@@ -240,6 +244,7 @@ def bench_peers(
         rounds=rounds,
         threads=threads,
         overrides=tuple(overrides or ()),
+        address=grpc,
         env_dir=env_dir,
     )
     run(model_dir, options, json_file)
@@ -252,6 +257,7 @@ def bench_interference(
         list[str] | None,
         typer.Option(metavar="NAME[:A.B=VALUE,…]", help="A cluster to measure; several take turns."),
     ] = None,
+    grpc: _Running = None,
     vllm: Annotated[bool, typer.Option("--vllm", help="vLLM, too.")] = False,
     streams: Annotated[int, typer.Option(min=1)] = 8,
     new_tokens: Annotated[int, typer.Option(min=2, help="Of each stream.")] = 200,
@@ -269,6 +275,7 @@ def bench_interference(
 
     options = InterferenceOptions(
         variants=tuple(variant or ("octet",)),
+        address=grpc,
         vllm=vllm,
         streams=streams,
         new_tokens=new_tokens,

@@ -11,16 +11,9 @@ from cluster.launch import RunningCluster
 from octet.client import AsyncClient, Client
 from octet.v1 import octet_pb2 as pb
 from ops.bench.soak import random_prefixes, random_request
-from tests.clusters import Start, at_baseline, wait_until
+from tests.clusters import at_baseline, wait_until
 
 _REQUESTS, _AT_ONCE = 1000, 40
-
-
-@pytest.fixture(scope="module")
-def paired(start: Start) -> RunningCluster:
-    """Two prefill workers and two decode workers, with few pages."""
-    sizes = ("pools.prefill.size=2", "pools.decode.size=2", "pools.experts.size=1")
-    return start(*sizes, "kv.prefill_pages=300", "kv.decode_pages=300")
 
 
 @pytest.mark.timeout(200)

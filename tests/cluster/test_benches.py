@@ -1,4 +1,4 @@
-"""`octet bench` `breakdown`, `peers` and `interference` end to end, on members of their own."""
+"""`octet bench breakdown` end to end on members of its own, `peers` and `interference` on a cluster that runs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import pathlib
 
 import pytest
 
+from cluster.launch import RunningCluster
 from cluster.planning import EMBEDDED_MODEL
 from ops.bench.breakdown.command import BreakdownOptions, bench_breakdown
 from ops.bench.breakdown.report import GROUPS
@@ -37,9 +38,16 @@ def test_a_breakdown_adds_up_and_tells_what_a_step_costs(tmp_path: pathlib.Path)
     assert costs["prefill"]["per_token_s"] > 0
 
 
-def test_the_cluster_and_the_one_process_engine_are_compared(ray_session: None, tmp_path: pathlib.Path) -> None:
+def test_the_cluster_and_the_one_process_engine_are_compared(embedded: RunningCluster, tmp_path: pathlib.Path) -> None:
     options = PeersOptions(
-        peers=("local",), streams=(2,), prompt_tokens=20, new_tokens=6, rounds=1, threads=1, env_dir=tmp_path
+        peers=("local",),
+        streams=(2,),
+        prompt_tokens=20,
+        new_tokens=6,
+        rounds=1,
+        threads=1,
+        address=embedded.address,
+        env_dir=tmp_path,
     )
     file = tmp_path / "peers.json"
     bench_peers(EMBEDDED_MODEL, options, file)
@@ -51,9 +59,9 @@ def test_the_cluster_and_the_one_process_engine_are_compared(ray_session: None, 
     assert results["local", 2]["whole_ratio"]["median"] > 0
 
 
-def test_interference_is_measured_on_a_variant(ray_session: None, tmp_path: pathlib.Path) -> None:
+def test_interference_is_measured_(embedded: RunningCluster, tmp_path: pathlib.Path) -> None:
     options = InterferenceOptions(
-        variants=("small:prefill.chunk_tokens=64",),
+        address=embedded.address,
         streams=2,
         prompt_tokens=20,
         new_tokens=60,
@@ -67,7 +75,7 @@ def test_interference_is_measured_on_a_variant(ray_session: None, tmp_path: path
     file = tmp_path / "interference.json"
     bench_interference(EMBEDDED_MODEL, options, file)
     results = json.loads(file.read_text())["results"]
-    assert set(results) == {"small"}
+    assert set(results) == {"octet"}
     for result in results.values():
         assert result["quiet"]["gaps"] > 10
         assert result["disturbed"]["gaps"] > 0

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import random
 
+from cluster.launch import RunningCluster
 from cluster.planning import EMBEDDED_MODEL
 from octet.client import Client
 from octet.v1 import octet_pb2 as pb
 from ops.local import LocalEngine, make_request
-from tests.clusters import Start, at_baseline, wait_until
+from tests.clusters import at_baseline, wait_until
 
 
 def _settled(client: Client) -> pb.GetStatusResponse:
@@ -25,11 +26,10 @@ def _cached_by_members(status: pb.GetStatusResponse) -> int:
     return sum(member.cached_tokens for member in _prefill_members(status))
 
 
-def test_a_shared_prefix_is_computed_once_and_changes_no_token(start: Start) -> None:
-    cluster = start("pools.prefill.size=2", "pools.experts.size=1")
+def test_a_shared_prefix_is_computed_once_and_changes_no_token(paired: RunningCluster) -> None:
     prefix = random.choices(range(1000), k=100)
     prompts = [prefix + random.choices(range(1000), k=random.randrange(1, 40)) for _ in range(6)]
-    with Client(cluster.address, timeout_s=60) as client:
+    with Client(paired.address, timeout_s=60) as client:
         before = _cached_by_members(client.status())
         responses = [client.generate(prompt, max_new_tokens=12, ignore_eos=True) for prompt in prompts]
         status = _settled(client)

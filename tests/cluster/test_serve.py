@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import pathlib
 import re
 import select
@@ -14,12 +13,12 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import pytest
 from ray.cluster_utils import Cluster
 
 from octet.client import Client
+from tests.clusters import DECODE_PLACES, OBJECT_STORE_BYTES
 
-_START_S = 90.0
+_START_S = 180.0
 _OCTET = str(pathlib.Path(sys.executable).parent / "octet")
 
 
@@ -98,27 +97,28 @@ def test_a_bad_flag_ends_with_one_line_and_exit_code_1() -> None:
     assert "did you mean 'pools.prefill'?" in " ".join(done.stderr.split())
 
 
-@pytest.fixture(scope="module")
-def two_nodes() -> Iterator[Cluster]:
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    small: dict[str, Any] = {"object_store_memory": 80 * 2**20, "include_dashboard": False}
-    cluster = Cluster()
-    cluster.add_node(num_cpus=4, resources={"octet_prefill": 1, "octet_decode": 1}, **small)
-    cluster.add_node(num_cpus=4, resources={"octet_experts": 2}, **small)
-    cluster.wait_for_nodes(timeout=60)
-    yield cluster
-    cluster.shutdown()
+def test_serve_joins_a_ray_cluster_and_ctrl_c_leaves_it_running(nodes: Cluster) -> None:
+    with _another(nodes) as node:
+        flags = [
+            "--set",
+            f"pools.decode.resources={{{DECODE_PLACES}: 1}}",
+            "--set",
+            "pools.experts.resources={away: 1}",
+        ]
+        with _serving("--address", nodes.address, *flags) as (process, address):
+            with Client(address, timeout_s=60) as client:
+                assert client.generate("across nodes", max_new_tokens=8).usage.completion_tokens == 8
+                hosts = {pool.name: {member.node_id for member in pool.members} for pool in client.status().pools}
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=40) == 0
+        assert hosts["experts"] == {node.node_id}
+        assert not hosts["decode"] & hosts["experts"]
+        assert all(node.all_processes for node in nodes.list_all_nodes())
 
 
-def test_serve_joins_a_ray_cluster_and_ctrl_c_leaves_it_running(two_nodes: Cluster) -> None:
-    pins = [f"pools.{pool}.resources={{octet_{pool}: 1}}" for pool in ("prefill", "decode", "experts")]
-    flags = [flag for pin in pins for flag in ("--set", pin)]
-    with _serving("--address", two_nodes.address, *flags) as (process, address):
-        with Client(address, timeout_s=60) as client:
-            assert client.generate("across nodes", max_new_tokens=8).usage.completion_tokens == 8
-            nodes = {pool.name: {member.node_id for member in pool.members} for pool in client.status().pools}
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=40) == 0
-    assert nodes["prefill"] == nodes["decode"]
-    assert len(nodes["prefill"] | nodes["experts"]) == 2
-    assert all(node.all_processes for node in two_nodes.list_all_nodes())
+@contextlib.contextmanager
+def _another(nodes: Cluster) -> Iterator[Any]:
+    """A node that expert shards are pinned to."""
+    node = nodes.add_node(num_cpus=4, resources={"away": 2}, object_store_memory=OBJECT_STORE_BYTES)
+    yield node
+    nodes.remove_node(node)

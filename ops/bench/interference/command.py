@@ -39,6 +39,8 @@ RunPhase = Callable[[dict[str, Any]], dict[str, Any]]
 class InterferenceOptions:
     variants: tuple[str, ...] = ("octet",)
     """`name` or `name:field=value,field=value`: clusters to compare."""
+    address: str | None = None
+    """Of a cluster that runs with the same checkpoint, to be asked in place of the variants."""
     vllm: bool = False
     streams: int = 8
     prompt_tokens: int = 128
@@ -58,7 +60,7 @@ def bench_interference(
 
     Raises: ConfigError, OctetError.
     """
-    variants = dict(map(parse_variant, options.variants))
+    variants = dict(map(parse_variant, options.variants)) if options.address is None else {}
     machine, console = describe(), Console(highlight=False)
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as closing:
         if model_dir is None:
@@ -104,6 +106,8 @@ def _start(
         else:
             closing.callback(peer.close)
             contestants["vllm"] = lambda request: peer.ask(**request)
+    if options.address is not None:
+        contestants["octet"] = _asker(options.address)
     for name, overrides in variants.items():
         cluster = launch_cluster(size, overrides)
         closing.callback(cluster.stop, drain=False)

@@ -43,6 +43,8 @@ class PeersOptions:
     """Of one-process contestants; None takes the machine's cores."""
     overrides: tuple[str, ...] = ()
     """Of the cluster's config."""
+    address: str | None = None
+    """Of a cluster that runs with the same checkpoint, to be asked in place of one of its own."""
     env_dir: pathlib.Path
 
 
@@ -54,6 +56,8 @@ def bench_peers(model_dir: pathlib.Path | None, options: PeersOptions, json_file
     unknown = [peer for peer in options.peers if peer not in PEERS]
     if unknown:
         raise ConfigError("bench peers --peers", ", ".join(unknown), f"names of {', '.join(PEERS)}")
+    if options.address is not None and options.overrides:
+        raise ConfigError("bench peers --set", " ".join(options.overrides), "none for a cluster that runs already")
     machine, console = describe(), Console(highlight=False)
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as closing:
         if model_dir is None:
@@ -86,7 +90,7 @@ def _start(options: PeersOptions, size: Size, closing: contextlib.ExitStack, con
             continue
         closing.callback(contestant.close)
         contestants.append(contestant)
-    cluster = ClusterContestant(size, options.overrides)
+    cluster = ClusterContestant(size, options.overrides, options.address)
     closing.callback(cluster.close)
     return [cluster, *contestants]
 

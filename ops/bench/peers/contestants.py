@@ -59,12 +59,23 @@ class Size:
 
 
 class ClusterContestant:
-    """This project as it is served: a prefill worker, a decode worker, two shards, asked over gRPC."""
+    """This project as it is served, asked over gRPC: a cluster of its own (a prefill worker, a decode worker, two
+    shards), or one that runs already."""
 
     name = "octet"
 
-    def __init__(self, size: Size, overrides: Sequence[str]) -> None:
+    def __init__(self, size: Size, overrides: Sequence[str], address: str | None = None) -> None:
+        """
+        Args:
+            overrides: of the config of a cluster of its own.
+            address: of one that runs, `host:port` of its gRPC API.
+        """
+        self._cluster: RunningCluster | None = None
+        if address is not None:
+            self._address, self.version = address, f"at {address}"
+            return
         self._cluster = launch_cluster(size, overrides)
+        self._address = self._cluster.address
         pools, threads = self._cluster.plan.config.pools, self._cluster.plan.threads
         changed = f", {' '.join(overrides)}" if overrides else ""
         self.version = (
@@ -76,7 +87,7 @@ class ClusterContestant:
         return asyncio.run(self._run(prompts, new_tokens))
 
     async def _run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> float:
-        async with AsyncClient(self._cluster.address, timeout_s=_ANSWER_S) as client:
+        async with AsyncClient(self._address, timeout_s=_ANSWER_S) as client:
             # The connection is made before the clock starts.
             await client.model_info()
 
@@ -92,7 +103,8 @@ class ClusterContestant:
         return seconds
 
     def close(self) -> None:
-        self._cluster.stop(drain=False)
+        if self._cluster is not None:
+            self._cluster.stop(drain=False)
 
 
 def launch_cluster(size: Size, overrides: Sequence[str]) -> RunningCluster:
