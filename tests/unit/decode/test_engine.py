@@ -25,7 +25,7 @@ from model.runner import ModelRunner
 from model.transformer import RoutedLayer, Transformer
 from model.weights import AttentionWeights, load_attention_weights
 from octet.config import DecodeConfig, PrefillConfig
-from octet.errors import ExpertMissingError, LaneError, PeerLostError
+from octet.errors import ExpertMissingError, LaneError, PeerLostError, WireError
 from octet.ids import Epoch, RequestId, WorkerId
 from octet.messages import (
     Abort,
@@ -584,5 +584,5 @@ def test_a_failure_is_told_once(pair: Pair) -> None:
 
 
 def test_a_message_for_someone_else_is_an_error(pair: Pair) -> None:
-    with pytest.raises(TypeError, match="PrefillRequest"):
+    with pytest.raises(WireError, match="PrefillRequest"):
         pair.decode.handle(request())

@@ -19,7 +19,7 @@ from model.runner import ModelRunner
 from model.transformer import RoutedLayer, Transformer
 from model.weights import AttentionWeights, load_attention_weights
 from octet.config import PrefillConfig
-from octet.errors import ExpertMissingError, LaneError, LaneTimeoutError
+from octet.errors import ExpertMissingError, LaneError, LaneTimeoutError, WireError
 from octet.ids import Epoch, LeaseId, RequestId, WorkerId
 from octet.messages import (
     Abort,
@@ -421,5 +421,5 @@ def test_failing_all_ends_waiting_and_running_requests(model: Model) -> None:
 
 def test_a_message_for_someone_else_is_an_error(prefill: Prefill) -> None:
     prefill.run(request())
-    with pytest.raises(TypeError, match="KvOffer"):
+    with pytest.raises(WireError, match="KvOffer"):
         prefill.engine.handle(prefill.offers()[0])
