@@ -8,12 +8,12 @@ BIN := $(VENV)/bin
 demo: $(VENV)/installed kernels
 	$(BIN)/octet demo
 
-# What needs one core runs beside another of its kind. Clusters wait for each other's processes much of their time, so
-# two run at once; those that several tests share are started in one process (`tests/conftest.py`).
+# What needs one core runs beside another of its kind; clusters have both cores for themselves, and those that several
+# tests share end with the last of them (`tests/conftest.py`).
 test: $(VENV)/installed-test
 	$(MAKE) --jobs 2 --output-sync lint types kernels
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 tests/unit tests/numerics tests/gpu
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup tests/cluster tests/scaling tests/chaos
+	$(BIN)/python -m pytest tests/cluster tests/scaling tests/chaos
 
 # Numba compiles once; afterwards every process finds the code in its cache.
 kernels: $(VENV)/installed

@@ -120,9 +120,8 @@ def reference(checkpoint: pathlib.Path) -> Reference:
     return Reference(make_model.from_pretrained(checkpoint, dtype=torch.float32).eval())
 
 
-def _starting() -> Iterator[Start]:
-    """Starts clusters, each in a namespace of its own, and stops them in the end."""
-    running: list[RunningCluster] = []
+def _starter(running: list[RunningCluster]) -> Start:
+    """Starts clusters, each in a namespace of its own, and notes them."""
 
     def start_one(*overrides: str) -> RunningCluster:
         names = [f"ray.namespace=octet-{uuid.uuid4().hex[:8]}", "frontend.port=0", "kv.memory_gib=0.05"]
@@ -130,21 +129,31 @@ def _starting() -> Iterator[Start]:
         running.append(cluster)
         return cluster
 
-    yield start_one
-    for cluster in running:
-        cluster.stop(drain=False)
+    return start_one
 
 
 @pytest.fixture(scope="module")
 def start(ray_session: None) -> Iterator[Start]:
     """Starts clusters that only one module has a use for."""
-    yield from _starting()
+    running: list[RunningCluster] = []
+    yield _starter(running)
+    for cluster in running:
+        cluster.stop(drain=False)
+
+
+_shared: list[RunningCluster] = []
 
 
 @pytest.fixture(scope="session")
-def start_shared(ray_session: None) -> Iterator[Start]:
+def start_shared(ray_session: None) -> Start:
     """Starts the clusters below, which every test that does not ask for another leaves as it found them."""
-    yield from _starting()
+    return _starter(_shared)
+
+
+def stop_shared_clusters() -> None:
+    """After the last test that asks for one of them; see `tests/conftest.py`."""
+    while _shared:
+        _shared.pop().stop(drain=False)
 
 
 @pytest.fixture(scope="session")

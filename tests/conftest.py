@@ -20,10 +20,29 @@ SHARED_CLUSTERS = ("chaos", "embedded", "small", "paired")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of one cluster run in one process, where several share the work (`--dist loadgroup`)."""
+    """Tests of one cluster follow each other, in one process where several share the work (`--dist loadgroup`)."""
     used: dict[pathlib.Path, set[str]] = collections.defaultdict(set)
     for item in items:
         used[item.path].update(getattr(item, "fixturenames", ()))
+    order: dict[str, int] = {}
     for item in items:
         shared = [name for name in SHARED_CLUSTERS if name in used[item.path]]
-        item.add_marker(pytest.mark.xdist_group(shared[0] if shared else item.path.stem))
+        group = shared[0] if shared else item.path.stem
+        order.setdefault(group, len(order))
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: order[_group(item)])
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Clusters that no later test asks for take no time from it."""
+    if nextitem is None or _group(nextitem) != _group(item):
+        # Not earlier: as a plugin it is to be loaded by pytest.
+        from tests.clusters import stop_shared_clusters
+
+        stop_shared_clusters()
+
+
+def _group(item: pytest.Item) -> str:
+    marker = item.get_closest_marker("xdist_group")
+    assert marker is not None
+    return str(marker.args[0])
