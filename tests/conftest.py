@@ -24,6 +24,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     used: dict[pathlib.Path, set[str]] = collections.defaultdict(set)
     for item in items:
         used[item.path].update(getattr(item, "fixturenames", ()))
+        # A fixture may also be asked for by a parameter.
+        if (call := getattr(item, "callspec", None)) is not None:
+            used[item.path].update(value for value in call.params.values() if isinstance(value, str))
     order: dict[str, int] = {}
     for item in items:
         shared = [name for name in SHARED_CLUSTERS if name in used[item.path]]
