@@ -48,7 +48,7 @@ def nodes() -> Iterator[Cluster]:
             "_system_config": {
                 "health_check_period_ms": 500,
                 "health_check_timeout_ms": 2000,
-                "health_check_failure_threshold": 4,
+                "health_check_failure_threshold": 10,
             },
         },
     )
