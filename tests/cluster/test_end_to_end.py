@@ -62,7 +62,7 @@ def wide(start: Start, checkpoint: pathlib.Path) -> RunningCluster:
 
 @pytest.mark.parametrize("pools", ["small", "wide"])
 async def test_sixteen_concurrent_requests_get_the_reference_tokens(
-    pools: str, request: pytest.FixtureRequest, checkpoint: pathlib.Path, reference: Reference
+    pools: str, request: pytest.FixtureRequest, ray_session: None, checkpoint: pathlib.Path, reference: Reference
 ) -> None:
     cluster: RunningCluster = await asyncio.to_thread(request.getfixturevalue, pools)
     with Client(cluster.address, timeout_s=30) as client:
