@@ -114,6 +114,17 @@ class Reference:
         continuation: list[int] = out[0, len(prompt) :].tolist()
         return continuation
 
+    def check(self, prompt: list[int], answer: list[int]) -> None:
+        """It is the greedy continuation, up to where two tokens are as good as equally likely, if that occurs."""
+        expected = self.greedy(prompt, len(answer))
+        if answer == expected:
+            return
+        at = next(i for i, (found, wanted) in enumerate(zip(answer, expected, strict=True)) if found != wanted)
+        with torch.no_grad():
+            logits = self.model(torch.tensor([prompt + expected[:at]])).logits[0, -1]
+        lead = float(logits[expected[at]] - logits[answer[at]])
+        assert lead < 1e-4, f"token {at} is {answer[at]} instead of {expected[at]}, whose logit is {lead:.2g} more"
+
 
 @pytest.fixture(scope="session")
 def reference(checkpoint: pathlib.Path) -> Reference:

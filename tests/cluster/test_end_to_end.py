@@ -81,7 +81,8 @@ async def test_sixteen_concurrent_requests_get_the_reference_tokens(
         if index in seeds:
             assert answer == _sampled_locally(checkpoint, prompt, seeds[index])
         else:
-            assert answer == reference.greedy(prompt, _NEW_TOKENS)
+            assert len(answer) == _NEW_TOKENS
+            reference.check(prompt, answer)
     with Client(cluster.address, timeout_s=30) as client:
         wait_until(lambda: at_baseline(client.status()), 10, "pages back to baseline")
         status = client.status()
