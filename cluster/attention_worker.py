@@ -25,10 +25,12 @@ from decode.migration import Migration
 from decode.speculation import MtpDrafter, Speculator
 from model.checkpoint import Checkpoint, LoadProgress, LoadSnapshot
 from model.kv_cache import KvCache
+from model.linear import packs
 from model.mtp import MtpHead
 from model.norm import warm_up
 from model.pages import PagePool
 from model.runner import ModelRunner
+from model.threads import set_num_threads
 from model.transformer import Transformer
 from model.weights import AttentionWeights, MtpWeights, gates_of, load_attention_weights, load_mtp_weights
 from octet.counters import StepCounters
@@ -72,11 +74,11 @@ class AttentionWorker:
         Args:
             report: told when the lane has broken, and why; returns at once.
         """
-        torch.set_num_threads(plan.threads[role])
         self._worker_id, self._role, self._plan, self._host, self._node_id = worker_id, role, plan, host, node_id
         self._report = report
         self._device = torch.device(plan.device)
         self._dtype = serving_dtype(plan)
+        set_num_threads(plan.threads[role], own=packs(self._dtype, self._device))
         self._mailbox = Mailbox(host, plan.secret)
         self._pulse = Pulse(host)
         self._store = GroupStore.host(host, plan.config.lane.connect_s, plan.secret)

@@ -134,12 +134,13 @@ def _context(config: OctetConfig, model: ModelConfig, kv_tokens: int) -> int:
 def _threads(config: OctetConfig) -> dict[str, int]:
     """What a pool says, else as many as the Ray CPUs that a member holds, else an even share of this machine's cores.
 
-    Pools that share a machine must not fight for its cores. Decode workers share them all: shards wait while they
-    compute, and threads of theirs that find no core are not waited for (`model.team_cpu`).
+    Pools that share a machine must not fight for its cores. But prefill workers may have them all, and so may decode
+    workers: shards wait while they compute, and threads of theirs that find no core are not waited for
+    (`model.team_cpu`, `model.threads`).
     """
     pools = {name: getattr(config.pools, name) for name in ("prefill", "decode", "experts")}
     cores, members = len(os.sched_getaffinity(0)), sum(pool.size for pool in pools.values())
-    shares = {name: max(1, cores // (pool.size if name == "decode" else members)) for name, pool in pools.items()}
+    shares = {name: max(1, cores // (members if name == "experts" else pool.size)) for name, pool in pools.items()}
     return {
         name: pool.threads or (int(pool.num_cpus) if pool.num_cpus >= 1 else shares[name])
         for name, pool in pools.items()

@@ -23,6 +23,8 @@ from experts.loop import DECODE_FIRST, PREFILL_AFTER, ShardLoop
 from experts.shard import ExpertShard
 from experts.slots import EMPTY, ExpertSlots, Fill
 from model.checkpoint import Checkpoint, LoadProgress, LoadSnapshot
+from model.linear import packs
+from model.threads import set_num_threads
 from octet.errors import LaneError
 from octet.faults import reach
 from octet.ids import Epoch, WorkerId
@@ -47,7 +49,7 @@ class ShardWorker:
     """
 
     def __init__(self, worker_id: WorkerId, plan: ServingPlan, host: str, node_id: str) -> None:
-        torch.set_num_threads(plan.threads["experts"])
+        set_num_threads(plan.threads["experts"], own=packs(serving_dtype(plan), torch.device(plan.device)))
         self._worker_id, self._plan, self._host, self._node_id = worker_id, plan, host, node_id
         self._device = torch.device(plan.device)
         self._progress = LoadProgress(time.monotonic())

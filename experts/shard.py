@@ -10,7 +10,7 @@ import torch
 
 from experts.grouped import count_slots, grouped_cpu, grouped_swiglu
 from experts.slots import EMPTY, ExpertSlots
-from model.linear import linear_cpu
+from model.threads import in_parts, num_threads
 from octet.errors import ExpertMissingError
 
 
@@ -81,7 +81,7 @@ class ExpertShard:
         counts_S = np.zeros(len(holds_S), dtype=np.int64)
         gate_up, down = self._slots.arrays[layer]
         y = y_UH.numpy()
-        if torch.get_num_threads() == 1:
+        if num_threads() == 1:
             missing = grouped_cpu().serve_rows(*rows.arrays, holds_S, counts_S, gate_up, down, y)
             if missing >= 0:
                 raise self._missing(layer, missing)
@@ -100,7 +100,7 @@ class ExpertShard:
         expert_numbers = (gate_up.size + down.size) // max(1, len(holds_S))
         # Slots are filled from the first on, so that those behind the last one held are no thread's share.
         num_used = len(holds_S) - int(holds_S[::-1].argmax())
-        linear_cpu().in_parts(compute, num_used, 2 * int((rows.arrays[1] >= 0).sum()) * expert_numbers)
+        in_parts(compute, num_used, 2 * int((rows.arrays[1] >= 0).sum()) * expert_numbers, parts_per_thread=2)
         # In the order of the slots, whichever thread was first.
         np.sum([parts[first] for first in sorted(parts)], axis=0, out=y)
 

@@ -16,6 +16,7 @@ from model.kv_cache import KvCache
 from model.linear import linear
 from model.norm import fused_kernels, rms_norm
 from model.rotary import RotaryEmbedding
+from model.threads import in_parts
 from model.weights import LayerWeights
 
 BLOCK_TOKENS = 1024
@@ -49,7 +50,7 @@ class Attention:
             num_sequences = batch.decode.pages_BP.shape[0]
             out_TQD[:num_sequences] = self._decode(index, q_TQD[:num_sequences], batch.decode)
         for span in batch.prefill:
-            out_TQD[span.rows] = self._prefill(index, q_TQD[span.rows], batch.kv_slots_T[span.rows], span)
+            self._prefill(index, q_TQD[span.rows], batch.kv_slots_T[span.rows], span, out_TQD[span.rows])
         return linear(out_TQD.flatten(1), layer.o)
 
     def write(
@@ -110,14 +111,41 @@ class Attention:
         )
         return out_BNGD.flatten(1, 2)
 
-    def _prefill(self, index: int, q_TQD: torch.Tensor, kv_slots_T: torch.Tensor, span: PrefillSpan) -> torch.Tensor:
-        """Many queries of one sequence: causal among themselves, then block by block over what lies before them."""
-        part = attend(q_TQD, *self._cache.gather(index, kv_slots_T), causal=True, scale=self._scale)
+    def _prefill(
+        self, index: int, q_TQD: torch.Tensor, kv_slots_T: torch.Tensor, span: PrefillSpan, out_TQD: torch.Tensor
+    ) -> None:
+        """Many queries of one sequence, on a CPU a few heads at a time."""
+        num_tokens, num_q, head_dim = q_TQD.shape
+        num_kv = self._config.num_key_value_heads
+        group = num_q // num_kv
+        own = self._cache.gather(index, kv_slots_T)
+
+        @torch.inference_mode()
+        def compute(first: int, last: int) -> None:
+            q_heads, kv_heads = slice(first * group, last * group), slice(first, last)
+            out_TQD[:, q_heads] = self._attend_all(index, q_TQD[:, q_heads], own, span, kv_heads)
+
+        if q_TQD.device.type == "cpu":
+            in_parts(compute, num_kv, 4 * num_tokens * (span.start + num_tokens // 2) * num_q * head_dim)
+        else:
+            compute(0, num_kv)
+
+    def _attend_all(
+        self,
+        index: int,
+        q_TQD: torch.Tensor,
+        own: tuple[torch.Tensor, torch.Tensor],
+        span: PrefillSpan,
+        kv_heads: slice,
+    ) -> torch.Tensor:
+        """Queries of some heads: causal among themselves, then block by block over what lies before them."""
+        k_TND, v_TND = own
+        part = attend(q_TQD, k_TND[:, kv_heads], v_TND[:, kv_heads], causal=True, scale=self._scale)
         page_size = self._cache.page_size
         pages_per_block = max(1, BLOCK_TOKENS // page_size)
         for first in range(0, len(span.pages), pages_per_block):
             k_1SND, v_1SND = self._cache.gather_pages(index, span.pages[None, first : first + pages_per_block])
             num_tokens = min(span.start - first * page_size, k_1SND.shape[1])
-            k_SND, v_SND = k_1SND[0, :num_tokens], v_1SND[0, :num_tokens]
+            k_SND, v_SND = k_1SND[0, :num_tokens, kv_heads], v_1SND[0, :num_tokens, kv_heads]
             part = merge(part, attend(q_TQD, k_SND, v_SND, causal=False, scale=self._scale))
         return part.out_TQD.to(q_TQD.dtype)

@@ -16,6 +16,7 @@ from model.kv_cache import KvCache
 from model.linear import PANEL, Matrix, PackedMatrix
 from model.linear_cpu import swiglu
 from model.team_cpu import Team
+from model.threads import num_threads
 from model.weights import LayerWeights
 
 _Array = npt.NDArray[np.float32]
@@ -28,7 +29,7 @@ class DecodeLayers:
     def __init__(self, config: ModelConfig, cache: KvCache) -> None:
         self.config, self.cache = config, cache
         self.eps, self.scale = np.float32(config.rms_norm_eps), np.float32(config.head_dim**-0.5)
-        self.team = Team(torch.get_num_threads())
+        self.team = Team(num_threads())
         self._layers: dict[int, _LayerArrays] = {}
 
     def layer(self, index: int, weights: LayerWeights) -> _LayerArrays:

@@ -14,9 +14,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from model.threads import in_parts
+
 PANEL = 16
 """Rows of a weight matrix that a panel holds, transposed; see `model.linear_cpu`."""
 
+_ROWS = 48
+"""Whole tiles of rows, enough for a thread to be bound by arithmetic."""
 _NO_BIAS = np.empty(0, np.float32)
 
 
@@ -52,19 +56,30 @@ def linear(x_TH: torch.Tensor, weight: Matrix, bias_C: torch.Tensor | None = Non
     bias = _NO_BIAS if bias_C is None else bias_C.numpy()
     arguments = (x_TH.numpy(), weight.panels.numpy(), bias, out_TC.numpy())
     compute = functools.partial(linear_cpu().linear_panels, *arguments)
-    linear_cpu().in_parts(compute, len(weight.panels), 2 * len(x_TH) * weight.panels.numel())
+    in_parts(compute, len(weight.panels), 2 * len(x_TH) * weight.panels.numel())
     return out_TC
 
 
 def swiglu(x_TH: torch.Tensor, mlp: MlpWeights) -> torch.Tensor:
     """`down(silu(gate(x)) · up(x))`, `[T, H]`."""
-    if isinstance(mlp.gate_up, PackedMatrix) and isinstance(mlp.down, PackedMatrix) and torch.get_num_threads() == 1:
-        out_TH = torch.empty_like(x_TH)
-        linear_cpu().swiglu(x_TH.numpy(), mlp.gate_up.panels.numpy(), mlp.down.panels.numpy(), out_TH.numpy())
-        return out_TH
-    intermediate = mlp.down.shape[1] if isinstance(mlp.down, torch.Tensor) else mlp.down.panels.shape[1]
-    gate, up = (half[:, :intermediate] for half in linear(x_TH, mlp.gate_up).chunk(2, dim=-1))
+    if isinstance(mlp.gate_up, PackedMatrix) and isinstance(mlp.down, PackedMatrix):
+        return _swiglu_packed(x_TH, mlp.gate_up, mlp.down)
+    gate, up = linear(x_TH, mlp.gate_up).chunk(2, dim=-1)
     return linear(F.silu(gate) * up, mlp.down)
+
+
+def _swiglu_packed(x_TH: torch.Tensor, gate_up: PackedMatrix, down: PackedMatrix) -> torch.Tensor:
+    """Divided by rows, which are many where it is worth it: each thread keeps its own between the two products."""
+    out_TH = torch.empty_like(x_TH)
+    x, out, weights = x_TH.numpy(), out_TH.numpy(), (gate_up.panels.numpy(), down.panels.numpy())
+
+    def compute(first: int, last: int) -> None:
+        rows = slice(first * _ROWS, last * _ROWS)
+        linear_cpu().swiglu(x[rows], *weights, out[rows])
+
+    numbers = gate_up.panels.numel() + down.panels.numel()
+    in_parts(compute, -(-len(x_TH) // _ROWS), 2 * len(x_TH) * numbers)
+    return out_TH
 
 
 def packs(dtype: torch.dtype, device: torch.device) -> bool:

@@ -11,14 +11,9 @@ Shapes: `T` rows, `H` inputs, `C` columns (outputs), `I` intermediate.
 
 from __future__ import annotations
 
-import functools
-import itertools
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import torch
 
 from model.linear import PANEL
 from model.tiles_cpu import MAX_ROWS, address, advance, compiled, declare, multiply, power_of_two, reordered
@@ -31,9 +26,6 @@ ROWS = 32 * MAX_ROWS
 
 _AHEAD = 1024
 """Elements, 4 KiB: far enough for the memory to answer."""
-
-_PART_OPERATIONS = 2**25
-"""Worth a thread: half a millisecond, several times what it takes to wake one and to wait for it."""
 
 
 @reordered  # type: ignore[untyped-decorator]
@@ -153,25 +145,3 @@ def swiglu(x: Any, gate_up: Any, down: Any, out: Any) -> None:
     for start in range(0, x.shape[0], ROWS):
         stop = min(start + ROWS, x.shape[0])
         swiglu_rows(x[start:stop], gate_up, down, h, activated, out[start:stop])
-
-
-def in_parts(work: Callable[[int, int], object], count: int, num_operations: int) -> None:
-    """Run `work(first, last)` over `range(count)`, on as many of torch's threads as it is worth.
-
-    Args:
-        num_operations: multiplications and additions of it all.
-    """
-    num_parts = max(1, min(torch.get_num_threads(), count, num_operations // _PART_OPERATIONS))
-    if num_parts == 1:
-        work(0, count)
-        return
-    bounds = [part * count // num_parts for part in range(num_parts + 1)]
-    others = [_threads().submit(work, *part) for part in itertools.pairwise(bounds[1:])]
-    work(0, bounds[1])
-    for other in others:
-        other.result()
-
-
-@functools.cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(torch.get_num_threads() - 1, thread_name_prefix="linear")

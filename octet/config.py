@@ -33,8 +33,9 @@ class PoolConfig(ConfigNode):
 
     size: int = pydantic.Field(1, ge=1)
     threads: int | None = pydantic.Field(None, ge=1)
-    """CPU threads of each member's arithmetic; null takes `num_cpus` where that is at least 1, and otherwise shares the
-    machine's cores among all members, or in decode, which computes while shards wait, among decode workers."""
+    """CPU threads of each member's arithmetic; null takes `num_cpus` where that is at least 1, and otherwise
+    divides the machine's cores: among all members for shards, which compute while other members wait, and else among
+    the pool's own."""
     num_cpus: float = pydantic.Field(0.1, ge=0)
     """Ray CPUs per member. Fractions let the pools share a laptop."""
     num_gpus: float = pydantic.Field(0, ge=0)

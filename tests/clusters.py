@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import pathlib
 import random
@@ -14,7 +13,6 @@ from typing import Any
 
 import pytest
 import ray
-import torch
 from ray.cluster_utils import Cluster
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
@@ -22,6 +20,7 @@ from cluster.launch import RunningCluster, launch
 from octet.client import Client
 from octet.config import load_config
 from octet.v1 import octet_pb2 as pb
+from tests.reference import Reference
 
 Start = Callable[..., RunningCluster]
 GRACE_S = 3.0
@@ -95,40 +94,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return path
 
 
-@dataclasses.dataclass(frozen=True)
-class Reference:
-    """Greedy continuation by `transformers`."""
-
-    model: Any
-
-    def greedy(self, prompt: list[int], num_tokens: int) -> list[int]:
-        ids = torch.tensor([prompt])
-        out = self.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=num_tokens,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        continuation: list[int] = out[0, len(prompt) :].tolist()
-        return continuation
-
-    def check(self, prompt: list[int], answer: list[int]) -> None:
-        """It is the greedy continuation, up to where two tokens are as good as equally likely, if that occurs."""
-        expected = self.greedy(prompt, len(answer))
-        if answer == expected:
-            return
-        at = next(i for i, (found, wanted) in enumerate(zip(answer, expected, strict=True)) if found != wanted)
-        with torch.no_grad():
-            logits = self.model(torch.tensor([prompt + expected[:at]])).logits[0, -1]
-        lead = float(logits[expected[at]] - logits[answer[at]])
-        assert lead < 1e-4, f"token {at} is {answer[at]} instead of {expected[at]}, whose logit is {lead:.2g} more"
-
-
 @pytest.fixture(scope="session")
 def reference(checkpoint: pathlib.Path) -> Reference:
-    return Reference(make_model.from_pretrained(checkpoint, dtype=torch.float32).eval())
+    return Reference(checkpoint)
 
 
 def _starter(running: list[RunningCluster]) -> Start:
@@ -156,13 +124,14 @@ _shared: list[RunningCluster] = []
 
 
 @pytest.fixture(scope="session")
-def start_shared(ray_session: None) -> Start:
+def start_shared(ray_session: None) -> Iterator[Start]:
     """Starts the clusters below, which every test that does not ask for another leaves as it found them."""
-    return _starter(_shared)
+    yield _starter(_shared)
+    stop_shared_clusters()
 
 
 def stop_shared_clusters() -> None:
-    """After the last test that asks for one of them; see `tests/conftest.py`."""
+    """Also before the end of the session, when nobody asks for one of them any more; see `tests/conftest.py`."""
     while _shared:
         _shared.pop().stop(drain=False)
 
@@ -299,6 +268,6 @@ class Traffic:
 
 @pytest.fixture(scope="session")
 def answers(reference: Reference) -> dict[tuple[int, ...], list[int]]:
-    """What `transformers` makes of some random prompts."""
-    prompts = [tuple(random.randrange(3, 512) for _ in range(random.randint(4, 60))) for _ in range(6)]
-    return {prompt: reference.greedy(list(prompt), 48) for prompt in prompts}
+    """What `transformers` makes of some random prompts on which rounding decides nothing."""
+    cases = reference.cases([random.randint(4, 60) for _ in range(6)], 48)
+    return {tuple(case.prompt): case.continuation for case in cases}

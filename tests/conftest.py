@@ -36,9 +36,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: order[_group(item)])
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """Clusters that no later test asks for take no time from it."""
-    if nextitem is None or _group(nextitem) != _group(item):
+    """Clusters that no later test asks for take no time from it, once the test's own fixtures are done with them."""
+    if nextitem is not None and _group(nextitem) != _group(item):
         # Not earlier: as a plugin it is to be loaded by pytest.
         from tests.clusters import stop_shared_clusters
 

@@ -13,10 +13,10 @@ import statistics
 import tempfile
 import time
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
+from model.threads import set_num_threads
 from octet.config import SpeculationConfig
 from ops.bench.checkpoints import BENCH, write_checkpoint
 from ops.local import DECODE, LocalEngine, make_request
@@ -30,7 +30,7 @@ _MAX_NEW_TOKENS, _NUM_PAGES = 100, 256
 
 def bench_speculation(num_threads: int) -> None:
     """Print the median step of each number of drafts, relative to none. Rounds alternate between them."""
-    torch.set_num_threads(num_threads)
+    set_num_threads(num_threads, own=True)
     table = Table(box=None, pad_edge=False)
     for column in ("sequences", "drafts", "step ms", "÷ none"):
         table.add_column(column, justify="right")

@@ -1,8 +1,10 @@
 """Questions and their answers without faults, which faults must not change.
 
-A step that is run again on other shards adds the same numbers in another order. Where two tokens are as good as equally
-likely, that may decide between them. Questions in whose answers that happens are left out: greedy ones by the margin
-between the best two tokens, sampled ones by whether a slightly different temperature changes a token.
+A step that is run again on other shards adds the same numbers in another order, and so does a prompt that is computed
+again with the tokens so far. Where two tokens, or two experts, are as good as equally likely, that may decide between
+them. Questions in whose answers that happens are left out: greedy ones by the margin between the best two tokens,
+sampled ones by whether a slightly different temperature changes a token, and both by whether the answer goes on as it
+did when it is asked for from the middle.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from ops.chaos.history import Ids, Question
 _LEAST_MARGIN = 2e-4
 """In log-probability."""
 _OTHER_TEMPERATURES = (0.99995, 1.00005)
+_RESTARTS = (0.25, 0.5, 0.75)
+"""After what part of an answer it is asked for anew."""
 _MOST_TRIES = 20
 
 
@@ -52,7 +56,7 @@ async def make_questions(client: AsyncClient, asked: Asked) -> list[Question]:
                 expected=(),
             )
             expected = await (_greedy if greedy else _sampled)(client, question)
-            if expected is not None:
+            if expected is not None and await _goes_on(client, question, expected[0]):
                 found.append(dataclasses.replace(question, expected=expected))
                 break
         else:
@@ -69,6 +73,17 @@ async def _greedy(client: AsyncClient, question: Question) -> tuple[Ids, ...] | 
             if best - second < _LEAST_MARGIN:
                 return None
     return tuple(tuple(choice.token_ids) for choice in answer.choices)
+
+
+async def _goes_on(client: AsyncClient, question: Question, answer: Ids) -> bool:
+    """Whether the rest of the answer follows the prompt with any beginning of it."""
+
+    async def same_rest(told: int) -> bool:
+        options = {**options_of(question), "n": 1, "max_new_tokens": len(answer) - told}
+        rest = await client.generate([*question.prompt, *answer[:told]], **options)
+        return tuple(rest.choices[0].token_ids) == answer[told:]
+
+    return all(await asyncio.gather(*(same_rest(int(part * len(answer))) for part in _RESTARTS)))
 
 
 async def _sampled(client: AsyncClient, question: Question) -> tuple[Ids, ...] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import pathlib
 import random
 from typing import Any
@@ -11,46 +12,35 @@ import pytest
 
 from cluster.launch import RunningCluster
 from octet.client import AsyncClient, Client
-from octet.messages import PrefillRequest, pack_ids
-from octet.request import Output, Sampling, Stopping
 from octet.v1 import octet_pb2 as pb
-from ops.local import CALLER, DECODE, LocalEngine
-from tests.clusters import Reference, Start, at_baseline, wait_until
+from ops.local import LocalEngine
+from tests.clusters import Start, at_baseline, wait_until
+from tests.numerics.tasks import NUM_NEW_TOKENS, Task, draw_task
+from tests.reference import Reference
 
-_NEW_TOKENS = 24
-
-
-def _prompts(count: int) -> list[list[int]]:
-    lengths = [1, 2, 15, 16, 17, 63, 64, 65, 200, 300]
-    return [[random.randrange(3, 512) for _ in range(random.choice(lengths))] for _ in range(count)]
+_LENGTHS = [1, 2, 15, 16, 17, 63, 64, 65, 200, 300]
 
 
-async def _generate_all(address: str, prompts: list[list[int]], options: list[dict[str, Any]]) -> list[list[int]]:
+@pytest.fixture(scope="module")
+def tasks(reference: Reference) -> list[Task]:
+    """Greedy and sampled ones, with the answers of an engine in one process."""
+    with contextlib.closing(LocalEngine(reference.model_dir)) as engine:
+        return [
+            draw_task(reference, engine, random.choice(_LENGTHS), sampled=number >= 12, vocab_size=512)
+            for number in range(16)
+        ]
+
+
+async def _generate_all(address: str, tasks: list[Task]) -> list[list[int]]:
     async with AsyncClient(address, timeout_s=120) as client:
-        calls = [client.generate(prompt, **o) for prompt, o in zip(prompts, options, strict=True)]
-        responses = await asyncio.gather(*calls)
+        responses = await asyncio.gather(*(client.generate(task.prompt, **_options(task)) for task in tasks))
     return [list(response.choices[0].token_ids) for response in responses]
 
 
-def _sampled_locally(checkpoint: pathlib.Path, prompt: list[int], seed: int) -> list[int]:
-    engine = LocalEngine(checkpoint, num_pages=64)
-    request = PrefillRequest(
-        request_id=f"seed-{seed}",  # type: ignore[arg-type]
-        attempt=0,
-        choices=(0,),
-        token_ids=pack_ids(prompt),
-        num_prompt_tokens=len(prompt),
-        sampling=Sampling(temperature=0.9, top_p=0.9, top_k=50, seed=seed),
-        stopping=Stopping(max_new_tokens=_NEW_TOKENS),
-        output=Output(),
-        priority=0,
-        arrival_s=0.0,
-        decode_worker=DECODE,
-        frontend=CALLER,
-    )
-    tokens = engine.generate([request])[0][0]
-    engine.close()
-    return tokens
+def _options(task: Task) -> dict[str, Any]:
+    sampling = task.sampling
+    drawn = {} if sampling.greedy else {"top_p": sampling.top_p, "seed": sampling.seed}
+    return {"max_new_tokens": NUM_NEW_TOKENS, "ignore_eos": True, "temperature": sampling.temperature} | drawn
 
 
 @pytest.fixture(scope="module")
@@ -62,32 +52,22 @@ def wide(start: Start, checkpoint: pathlib.Path) -> RunningCluster:
 
 @pytest.mark.parametrize("pools", ["small", "wide"])
 async def test_sixteen_concurrent_requests_get_the_reference_tokens(
-    pools: str, request: pytest.FixtureRequest, ray_session: None, checkpoint: pathlib.Path, reference: Reference
+    pools: str, request: pytest.FixtureRequest, ray_session: None, reference: Reference, tasks: list[Task]
 ) -> None:
     cluster: RunningCluster = await asyncio.to_thread(request.getfixturevalue, pools)
     with Client(cluster.address, timeout_s=30) as client:
         before = _counted(client.status())
-    prompts = _prompts(16)
-    seeds = {index: random.getrandbits(32) for index in range(12, 16)}
-    options: list[dict[str, Any]] = [
-        {"max_new_tokens": _NEW_TOKENS, "ignore_eos": True}
-        | ({"temperature": 0.9, "top_p": 0.9, "top_k": 50, "seed": seeds[i]} if i in seeds else {"temperature": 0.0})
-        for i in range(16)
-    ]
 
-    answers = await _generate_all(cluster.address, prompts, options)
+    answers = await _generate_all(cluster.address, tasks)
 
-    for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        if index in seeds:
-            assert answer == _sampled_locally(checkpoint, prompt, seeds[index])
-        else:
-            assert len(answer) == _NEW_TOKENS
-            reference.check(prompt, answer)
+    assert answers == [task.answer[0] for task in tasks]
+    greedy = [task for task in tasks if task.sampling.greedy]
+    assert [task.answer for task in greedy] == [reference.greedy([task.prompt], NUM_NEW_TOKENS) for task in greedy]
     with Client(cluster.address, timeout_s=30) as client:
         wait_until(lambda: at_baseline(client.status()), 10, "pages back to baseline")
         status = client.status()
     # Each computed token has gone to exactly eight experts in every layer.
-    computed = sum(map(len, prompts)) + 16 * (_NEW_TOKENS - 1)
+    computed = sum(len(task.prompt) + NUM_NEW_TOKENS - 1 for task in tasks)
     assert {layer: count - before[layer] for layer, count in _counted(status).items()} == dict.fromkeys(
         (1, 2), 8 * computed
     )

@@ -1,6 +1,6 @@
 """Requests whose answers are known and do not hang on rounding.
 
-Requests whose decisions are ties but for rounding are drawn again; `conftest.py` says why.
+Requests whose decisions are ties but for rounding are drawn again; `tests/reference.py` says why.
 """
 
 from __future__ import annotations
@@ -15,14 +15,7 @@ from model.sampler import filtered_probabilities, uniform
 from octet.messages import PrefillRequest
 from octet.request import Sampling
 from ops.local import LocalEngine, make_request
-from tests.numerics.conftest import (
-    ARGMAX_MARGIN,
-    MAX_DRAWS,
-    ROUTING_MARGIN,
-    Reference,
-    argmax_margin,
-    random_prompt,
-)
+from tests.reference import ARGMAX_MARGIN, MAX_DRAWS, ROUTING_MARGIN, Reference, argmax_margin, random_prompt
 
 NUM_NEW_TOKENS = 32
 VOCAB_SIZE = 64  # Small, so that few boundaries between tokens lie near the number drawn.
@@ -49,11 +42,17 @@ def answers(engine: LocalEngine, tasks: Sequence[Task]) -> list[list[list[int]]]
 
 
 def draw_task(
-    reference: Reference, engine: LocalEngine, length: int, *, sampled: bool, choices: tuple[int, ...] = (0,)
+    reference: Reference,
+    engine: LocalEngine,
+    length: int,
+    *,
+    sampled: bool,
+    choices: tuple[int, ...] = (0,),
+    vocab_size: int = VOCAB_SIZE,
 ) -> Task:
     for _ in range(MAX_DRAWS):
         sampling = Sampling(temperature=0.8, top_p=0.9, seed=random.randrange(2**63)) if sampled else Sampling()
-        task = Task(prompt=random_prompt(length, VOCAB_SIZE), sampling=sampling, choices=choices, answer=[])
+        task = Task(prompt=random_prompt(length, vocab_size), sampling=sampling, choices=choices, answer=[])
         (answer,) = answers(engine, [task])
         if all(is_clear(reference, task, choice, tokens) for choice, tokens in zip(choices, answer, strict=True)):
             return dataclasses.replace(task, answer=answer)

@@ -11,7 +11,8 @@ from octet.config import PrefillConfig
 from ops.bench.checkpoints import write_checkpoint
 from ops.bench.longcontext import SMALL, measure
 from ops.local import DECODE, PREFILL, LocalEngine, make_request
-from tests.numerics.conftest import MAX_DRAWS, MakeReference, Reference, argmax_margin, random_prompt
+from tests.numerics.conftest import MakeReference
+from tests.reference import MAX_DRAWS, Reference, argmax_margin, random_prompt
 
 CONTEXT, PAGE_SIZE = 32768, 16
 CLEAR = 1e-2

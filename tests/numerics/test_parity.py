@@ -19,7 +19,8 @@ import torch
 
 from model.batch import Span
 from ops.local import LocalEngine, make_request
-from tests.numerics.conftest import Case, MakeReference, Reference
+from tests.numerics.conftest import MakeReference
+from tests.reference import Case, Reference
 
 LENGTHS = (1, 2, 63, 64, 65, 300)
 NUM_NEW_TOKENS = 64

@@ -27,8 +27,9 @@ from model.batch import Span
 from model.runner import ModelRunner
 from octet.config import DecodeConfig, PrefillConfig, SpeculationConfig
 from ops.local import DECODE, PREFILL, LocalEngine, make_request
-from tests.numerics.conftest import CONFIG, ROUTING_MARGIN, Reference, _gap, _randomise, random_prompt
+from tests.numerics.conftest import CONFIG, randomise
 from tests.numerics.tasks import NUM_NEW_TOKENS, VOCAB_SIZE, Task, answers, draw_task
+from tests.reference import ROUTING_MARGIN, Reference, gap, random_prompt
 
 NUM_LAYERS = 3
 TOLERANCE = 1e-4
@@ -46,7 +47,7 @@ class MtpReference(Reference):
         fields = {**CONFIG, "num_hidden_layers": NUM_LAYERS + 1, "vocab_size": VOCAB_SIZE}
         glm4_moe: Any = Glm4MoeForCausalLM
         model: Any = glm4_moe(Glm4MoeConfig(**fields)).eval()
-        _randomise(model)
+        randomise(model)
         self._heads = _make_predictable(model)
         model.save_pretrained(model_dir)
         _make_last_layer_mtp(model_dir, self._heads)
@@ -87,7 +88,7 @@ class MtpReference(Reference):
 
     def _note_gap(self, gate: Any, _: object, output: tuple[torch.Tensor, ...]) -> None:
         choice_TE = output[0].sigmoid() + gate.e_score_correction_bias
-        self._gaps.append(_gap(choice_TE[-1:], gate.top_k))
+        self._gaps.append(gap(choice_TE[-1:], gate.top_k))
 
 
 @torch.no_grad()

@@ -120,6 +120,8 @@ def launch_cluster(size: Size, overrides: Sequence[str]) -> RunningCluster:
         "ray.namespace": f"octet-{uuid.uuid4().hex[:8]}",
         "frontend.port": 0,
     }
+    # Ray would run its workers at niceness 15, and whatever the others leave running between their turns before them.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     return launch(load_config(overrides=[*(f"{name}={value}" for name, value in fields.items()), *overrides]))
 
 

@@ -6,8 +6,7 @@ import contextlib
 import pathlib
 import sys
 
-import torch
-
+from model.threads import set_num_threads
 from octet.config import DecodeConfig
 from ops.bench.peers.engines import claim_stdout, serve, timed
 from ops.local import LocalEngine, make_request
@@ -19,7 +18,7 @@ def main() -> None:
     replies = claim_stdout()
     checkpoint, *numbers = sys.argv[1:]
     threads, max_sequences, max_len = map(int, numbers)
-    torch.set_num_threads(threads)
+    set_num_threads(threads, own=True)
     engine = LocalEngine(
         pathlib.Path(checkpoint),
         num_pages=max_sequences * -(-max_len // _PAGE_SIZE),

@@ -34,6 +34,6 @@ def test_speculation_without_an_mtp_layer_is_refused(tmp_path: pathlib.Path) -> 
 
 def test_pools_share_the_cores_and_decode_workers_take_turns_with_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)))
-    assert make_plan(load_config()).threads == {"prefill": 3, "decode": 12, "experts": 3}
+    assert make_plan(load_config()).threads == {"prefill": 12, "decode": 12, "experts": 3}
     two = ["pools.decode.size=2", "pools.prefill.num_cpus=4", "pools.experts.threads=5"]
     assert make_plan(load_config(None, two)).threads == {"prefill": 4, "decode": 6, "experts": 5}

@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from experts.grouped import count_slots, grouped_swiglu
 from experts.shard import ExpertShard
 from experts.slots import EMPTY, ExpertSlots
+from model import threads
 from model.census import expert_tensors, required_tensors
 from model.checkpoint import Checkpoint
 from model.config import read_config
-from model.linear import linear_cpu
 from octet.errors import ExpertMissingError
 from router.exchange import ExpertRows
 
@@ -151,8 +151,8 @@ def test_counts_are_a_copy(shard: ExpertShard) -> None:
 
 
 def test_several_threads_serve_what_one_does(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_cpu(), "_PART_OPERATIONS", 1)
-    threads, rows = torch.get_num_threads(), asking_for([0, 2], [-1, 1], [1, 0])
+    monkeypatch.setattr(threads, "_PART_OPERATIONS", 1)
+    before, rows = torch.get_num_threads(), asking_for([0, 2], [-1, 1], [1, 0])
     served = []
     try:
         for count in (1, 3):
@@ -160,6 +160,6 @@ def test_several_threads_serve_what_one_does(checkpoint: Checkpoint, monkeypatch
             shard = ExpertShard(ExpertSlots(checkpoint, HELD, torch.float32, torch.device("cpu")))
             served.append((shard.serve(2, rows), shard.counts()[2].tolist()))
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
     torch.testing.assert_close(served[1][0], served[0][0])
     assert served[1][1] == served[0][1]

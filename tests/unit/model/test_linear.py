@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from model import threads
 from model.linear import MlpWeights, PackedMatrix, Packer, linear, linear_cpu, swiglu
 
 
@@ -45,8 +46,8 @@ def test_rows_of_a_packed_matrix_are_those_that_were_packed() -> None:
 
 
 @pytest.fixture(params=[1, 3])
-def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(linear_cpu(), "_PART_OPERATIONS", 1)
+def some_threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(threads, "_PART_OPERATIONS", 1)
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield
@@ -54,7 +55,7 @@ def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("num_rows", [1, 7, 300])
-@pytest.mark.usefixtures("threads")
+@pytest.mark.usefixtures("some_threads")
 def test_a_packed_swiglu_equals_the_operators(num_rows: int) -> None:
     hidden, intermediate = random.randrange(1, 60), random.randrange(1, 60)
     gate, up, down = (
@@ -83,19 +84,8 @@ def test_the_exponential_is_within_two_ulp_and_keeps_its_limits() -> None:
     assert np.isnan(exp(np.float32("nan")))
 
 
-@pytest.mark.usefixtures("threads")
+@pytest.mark.usefixtures("some_threads")
 def test_columns_are_computed_once_whatever_the_threads() -> None:
     weight, bias, x_TH = torch.randn(random.randrange(1, 200), 70), torch.randn(200), torch.randn(9, 70)
     found = linear(x_TH, packed(weight), bias[: len(weight)])
     torch.testing.assert_close(found, F.linear(x_TH, weight, bias[: len(weight)]), rtol=1e-4, atol=1e-4)
-
-
-def test_a_failure_on_a_thread_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-
-    def work(first: int, last: int) -> None:
-        if first > 0:
-            raise ValueError(f"{first} to {last}")
-
-    with pytest.raises(ValueError, match="2 to 4"):
-        linear_cpu().in_parts(work, 6, 2**40)

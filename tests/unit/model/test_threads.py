@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+
+from model import threads
+from model.threads import in_parts, num_threads, set_num_threads
+
+
+@pytest.fixture(autouse=True)
+def three_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "_own", 3)
+
+
+def test_every_part_is_computed_once() -> None:
+    done: list[int] = []
+    in_parts(lambda first, last: done.extend(range(first, last)), 1000, 2**40)
+    assert sorted(done) == list(range(1000))
+
+
+def test_threads_share_the_parts() -> None:
+    met = threading.Barrier(3, timeout=30)
+
+    def work(first: int, last: int) -> None:
+        met.wait()
+
+    in_parts(work, 3, 2**40)
+
+
+def test_one_that_is_held_up_leaves_the_rest_to_the_others() -> None:
+    done: dict[int, list[int]] = {}
+    lock, caller, rest_done = threading.Lock(), threading.get_ident(), threading.Event()
+
+    def work(first: int, last: int) -> None:
+        with lock:
+            done.setdefault(threading.get_ident(), []).append(first)
+            num_done = sum(map(len, done.values()))
+        if num_done == 12:
+            rest_done.set()
+        if threading.get_ident() != caller and len(done[threading.get_ident()]) == 1:
+            rest_done.wait(30)
+        time.sleep(0.001)
+
+    in_parts(work, 12, 2**40)
+    assert len(done[caller]) >= 12 - 2
+    assert sorted(first for parts in done.values() for first in parts) == list(range(12))
+
+
+def test_what_is_too_little_to_be_shared_is_one_part() -> None:
+    parts = []
+    in_parts(lambda first, last: parts.append((first, last)), 100, 1000)
+    assert parts == [(0, 100)]
+
+
+def test_parts_may_be_fewer() -> None:
+    parts = []
+    in_parts(lambda first, last: parts.append((first, last)), 100, 2**40, parts_per_thread=1)
+    assert sorted(parts) == [(0, 33), (33, 66), (66, 100)]
+
+
+@pytest.mark.parametrize("bad", [0, 5])
+def test_a_failure_on_any_thread_is_raised(bad: int) -> None:
+    def work(first: int, last: int) -> None:
+        if first == bad:
+            raise ValueError(f"{first} to {last}")
+
+    with pytest.raises(ValueError, match=f"{bad} to {bad + 1}"):
+        in_parts(work, 6, 2**40)
+
+
+def test_torch_keeps_one_thread_where_work_is_divided_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", told.append)
+    for own in (True, False):
+        set_num_threads(5, own=own)
+        assert num_threads() == 5
+    assert told == [1, 5]
