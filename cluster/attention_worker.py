@@ -23,9 +23,10 @@ from decode.engine import DecodeEngine
 from decode.handoff import KvReceiver
 from decode.migration import Migration
 from decode.speculation import MtpDrafter, Speculator
-from model.checkpoint import Checkpoint, LoadProgress, LoadSnapshot
+from model.checkpoint import Checkpoint
 from model.kv_cache import KvCache
 from model.linear import packs
+from model.load_progress import LoadProgress, LoadSnapshot
 from model.mtp import MtpHead
 from model.norm import warm_up
 from model.pages import PagePool

@@ -21,7 +21,7 @@ from octet.ids import Epoch, WorkerId
 from router.routing import Routing
 
 if TYPE_CHECKING:
-    from model.checkpoint import LoadSnapshot
+    from model.load_progress import LoadSnapshot
     from router.telemetry_samples import ShardSample, WorkerSample
     from router.transition import SlotFill
 

@@ -22,8 +22,9 @@ from cluster.weight_transfer import Expert, borrow, lend
 from experts.loop import DECODE_FIRST, PREFILL_AFTER, ShardLoop
 from experts.shard import ExpertShard
 from experts.slots import EMPTY, ExpertSlots, Fill
-from model.checkpoint import Checkpoint, LoadProgress, LoadSnapshot
+from model.checkpoint import Checkpoint
 from model.linear import packs
+from model.load_progress import LoadProgress, LoadSnapshot
 from model.threads import set_num_threads
 from octet.errors import LaneError
 from octet.faults import reach

@@ -15,8 +15,9 @@ import torch
 
 from experts.memory import SlotMemory
 from model.census import expert_tensors
-from model.checkpoint import Checkpoint, LoadProgress
+from model.checkpoint import Checkpoint
 from model.linear import PANEL, linear_cpu, packs, padded
+from model.load_progress import LoadProgress
 
 EMPTY = -1
 

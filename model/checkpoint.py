@@ -8,7 +8,6 @@ import json
 import math
 import pathlib
 import re
-import threading
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 
 from model.census import Shapes, is_gate_tensor, mtp_tensors, optional_mtp_tensors, required_tensors
 from model.config import ARCHITECTURE, CONFIG_FILE, ModelConfig, read_config, read_json
+from model.load_progress import LoadProgress
 from octet.errors import CheckpointError
 
 WEIGHTS_FILE = "model.safetensors"
@@ -50,62 +50,6 @@ class TensorInfo:
     def num_bytes(self) -> int:
         """Bytes as stored."""
         return self.shape[0] * self.row_bytes
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class LoadSnapshot:
-    """How far a load is. Bytes are counted as the checkpoint stores them."""
-
-    tensors_done: int
-    tensors_total: int
-    bytes_done: int
-    bytes_total: int
-    elapsed_s: float
-    rate_bytes_s: float
-    """Mean since the start; 0 while nothing is known."""
-    eta_s: float | None
-    """Seconds to go at that rate; none while it is unknown."""
-
-
-class LoadProgress:
-    """Counts what `Checkpoint.read` does, over any number of reads and threads, for another thread to look at."""
-
-    def __init__(self, started_s: float) -> None:
-        """
-        Args:
-            started_s: the time on the clock that `snapshot` is asked with.
-        """
-        self._started_s = started_s
-        self._lock = threading.Lock()
-        self._tensors_done = self._tensors_total = self._bytes_done = self._bytes_total = 0
-
-    def expect(self, num_tensors: int, num_bytes: int) -> None:
-        """Add to the totals."""
-        with self._lock:
-            self._tensors_total += num_tensors
-            self._bytes_total += num_bytes
-
-    def advance(self, num_tensors: int, num_bytes: int) -> None:
-        """Add to what is done."""
-        with self._lock:
-            self._tensors_done += num_tensors
-            self._bytes_done += num_bytes
-
-    def snapshot(self, now_s: float) -> LoadSnapshot:
-        """All counts at one moment. Rate and estimate are means since the start."""
-        with self._lock:
-            elapsed_s = max(now_s - self._started_s, 0.0)
-            rate_bytes_s = self._bytes_done / elapsed_s if elapsed_s > 0 else 0.0
-            left_bytes = self._bytes_total - self._bytes_done
-            return LoadSnapshot(
-                tensors_done=self._tensors_done,
-                tensors_total=self._tensors_total,
-                bytes_done=self._bytes_done,
-                bytes_total=self._bytes_total,
-                elapsed_s=elapsed_s,
-                rate_bytes_s=rate_bytes_s,
-                eta_s=left_bytes / rate_bytes_s if rate_bytes_s > 0 else None,
-            )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

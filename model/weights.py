@@ -10,9 +10,10 @@ import dataclasses
 import torch
 
 from model.census import Shapes, attention_tensors, draft_tensors
-from model.checkpoint import Checkpoint, LoadProgress
+from model.checkpoint import Checkpoint
 from model.config import ModelConfig
 from model.linear import Matrix, MlpWeights, Packer, packs
+from model.load_progress import LoadProgress
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

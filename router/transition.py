@@ -9,16 +9,19 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from octet.errors import ConfigError
 from octet.ids import Epoch, WorkerId
-from router.balancing.planner import Move, plan
 from router.balancing.topology import Budget, Topology
 from router.placement import EMPTY, Placement, from_physical
 from router.routing import Routing
+
+if TYPE_CHECKING:
+    from router.balancing.planner import Move
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +125,9 @@ def propose(
     # Experts without any load yet are placed as if they had a little, all the same.
     loads_LE = np.asarray(loads_LE, dtype=np.float64)
     loads_LE = loads_LE + 1e-3 * max(float(loads_LE.mean()), 1.0)
+    # Imported here, so that the many who only know of transitions do without compiled loops.
+    from router.balancing.planner import plan
+
     wanted, moves, reason = plan(loads_LE, topology, budget, compact(placement))
     return _settled(current, epoch, shards, wanted, gone, lost, reason, moves)
 

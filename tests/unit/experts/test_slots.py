@@ -13,9 +13,10 @@ from safetensors.torch import save_file
 from experts.memory import SlotMemory
 from experts.slots import EMPTY, ExpertSlots, Fill
 from model.census import expert_tensors, required_tensors
-from model.checkpoint import Checkpoint, LoadProgress
+from model.checkpoint import Checkpoint
 from model.config import read_config
 from model.linear import PackedMatrix
+from model.load_progress import LoadProgress
 
 NUM_EXPERTS, HIDDEN_SIZE, INTERMEDIATE_SIZE = 6, 16, 32
 EXPERT_BYTES = 3 * HIDDEN_SIZE * INTERMEDIATE_SIZE * 4

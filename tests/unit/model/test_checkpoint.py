@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 
 import model.checkpoint
 from model.census import is_gate_tensor, mtp_tensors, optional_mtp_tensors, required_tensors
-from model.checkpoint import Checkpoint, LoadProgress
+from model.checkpoint import Checkpoint
 from model.config import read_config
+from model.load_progress import LoadProgress
 from octet.errors import CheckpointError
 
 Tensors = dict[str, torch.Tensor]
