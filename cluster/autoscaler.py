@@ -14,7 +14,7 @@ from typing import Any
 
 from cluster.budget import fit
 from cluster.demand import Demand, decode_demand, expert_demand, measured_capacity, prefill_demand
-from cluster.forecast import Trend, forecast, observe
+from cluster.forecast import Trend, forecast, observe, rises
 from cluster.members import POOLS, Pool
 from cluster.redundancy import wanted_redundancy
 from cluster.signals import PoolSignals, Signals
@@ -153,7 +153,8 @@ def _consider(
     wanted, reason = _wanted(current, demand, ahead, config, bounds, signals)
     if lapsed:
         reason = f"{lapsed}; {reason}"
-    stabilizer = note(stabilizer, now_s, wanted, bounds)
+    lasting = _lasting(wanted, current, demand, trend, ahead, config, bounds)
+    stabilizer = note(stabilizer, now_s, wanted, bounds, lasting)
     if current == 0 and wanted > 0 and stabilizer.pending is None:
         proposal = Proposal(wanted, "at once, as nothing serves")
     else:
@@ -176,19 +177,52 @@ def _wanted(
     )
     if idle and bounds.min_replicas == 0:
         return 0, "nothing is asked for"
-    # Of a forecast, whole members only; and it may no more than double what the load itself asks for.
-    floor = math.floor(min(ahead, 2 * max(demand.load, 1.0)))
     need, reason = max(
         (demand.load, demand.load_reason),
-        (floor, f"{ahead:.1f} members forecast in {config.forecast_horizon_s:g} s"),
+        (_floor(ahead, demand), f"{ahead:.1f} members forecast in {config.forecast_horizon_s:g} s"),
         (demand.correction, demand.correction_reason),
         key=lambda one: one[0],
     )
-    if abs(need / current - 1) <= config.tolerance:
-        return _clipped(current, bounds), f"{reason}: {need:.1f} members, near enough"
+    near = ", near enough" if _is_near(need, current, config) else ""
+    return _whole(need, current, config, bounds), f"{reason}: {need:.1f} members{near}"
+
+
+def _lasting(
+    wanted: int,
+    current: int,
+    demand: Demand,
+    trend: Trend | None,
+    ahead: float,
+    config: AutoscalerConfig,
+    bounds: PoolScalingConfig,
+) -> int:
+    """What a pool is not to shrink below on account of this moment: by its smoothed load, and no more than `wanted`.
+
+    Chance is provided for by the reserve in every load. A pool that kept the most that a burst has asked for would
+    provide for it twice. While its load rises, though, a pool keeps what it has: what it gave back in a lull it could
+    not have again before `reversal_cooldown_s`.
+    """
+    if trend is None or current == 0 or demand.correction > 0:
+        return wanted
+    if wanted > 0 and rises(trend, config.tolerance):
+        return max(wanted, current)
+    return min(wanted, _whole(max(trend.level, _floor(ahead, demand)), current, config, bounds))
+
+
+def _floor(ahead: float, demand: Demand) -> int:
+    """Of a forecast, whole members only; and it may no more than double what the load itself asks for."""
+    return math.floor(min(ahead, 2 * max(demand.load, 1.0)))
+
+
+def _is_near(need: float, current: int, config: AutoscalerConfig) -> bool:
+    return abs(need / current - 1) <= config.tolerance
+
+
+def _whole(need: float, current: int, config: AutoscalerConfig, bounds: PoolScalingConfig) -> int:
+    if _is_near(need, current, config):
+        return _clipped(current, bounds)
     factor = bounds.upscaling_factor if need > current else bounds.downscaling_factor
-    count = math.ceil(current + (need - current) * factor - 1e-9)
-    return _clipped(max(1, count), bounds), f"{reason}: {need:.1f} members"
+    return _clipped(max(1, math.ceil(current + (need - current) * factor - 1e-9)), bounds)
 
 
 def _redundancy(

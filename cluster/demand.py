@@ -23,6 +23,11 @@ _AIM = 0.8
 """Of its target, the 95th percentile that is aimed at, so that the 99th keeps the target."""
 _PACE_TARGET = 0.7
 """Of its target, the TPOT that shards are sized for."""
+_MOST_OF_MEASURED = 1.25
+"""What full shards are asked for is taken for no more than this times what they get done. Shards that are a little too
+few make steps several times as long, so that more would be far too many."""
+_MOST_OF_HELD = 2.0
+"""Pages are stretched, or shrunk, to another pace by no more than this."""
 _BLAMES_EXPERTS = 0.5
 """From this share of a step on, what the step waits for is the experts."""
 
@@ -91,7 +96,12 @@ def decode_demand(signals: Signals, config: AutoscalerConfig, max_batch: int) ->
     occupancy = sum(member.kv_occupancy for member in members) / len(members)
     held = sum(member.kv_occupancy for member in signals.decode.members)
     per_sequence = occupancy / ongoing if ongoing > 0 else 0.0
-    filled = held + waiting * per_sequence
+    # Sequences stay for as long as their steps take, and the wait for experts is as long as shards are few. Pages are
+    # therefore counted as they would be held at the pace that shards are sized for: while shards are faster, more will
+    # be held once there are fewer, and while steps wait for them, more decode workers would let no sequence go sooner.
+    slower = min(max(1 / _pace(signals, config), 1 / _MOST_OF_HELD), _MOST_OF_HELD)
+    stays = 1 + signals.decode.expert_wait_share * (slower - 1)
+    filled = (held + waiting * per_sequence) * stays
     by_kv = _staffed(filled, config.decode.target_kv_occupancy, config.decode.square_root_staffing)
     target_ongoing = config.decode.target_ongoing_requests or 0.8 * max_batch
     by_batch = (total + waiting) / target_ongoing
@@ -115,12 +125,13 @@ def expert_demand(signals: Signals, config: AutoscalerConfig) -> Demand:
     if not members:
         return Demand(load=num, load_reason="no warm shard yet")
     measured = sum(member.busy_share for member in members) / len(members)
-    pace = _pace(signals, config)
-    mean = measured * (1 - experts.decode_share * (1 - pace))
+    pace = min(_pace(signals, config), _MOST_OF_MEASURED)
+    asked = _arriving_of_computed(signals)
+    mean = measured * (experts.decode_share * pace + (1 - experts.decode_share) * asked)
     level, target = attainable(experts), config.experts.target_busy_share
     reason = (
-        f"shards compute {measured:.2f} of their time, {mean:.2f} with decode at {pace:.2f} of its pace, level to "
-        f"{level:.2f} at best, of {target:.2f}"
+        f"shards compute {measured:.2f} of their time, {mean:.2f} with decode at {pace:.2f} of its pace and prompts at "
+        f"{asked:.2f}, level to {level:.2f} at best, of {target:.2f}"
     )
     # On a promise of the balancer no shard is added; but none is dropped either until it is kept.
     kept = min(num, num * mean / max(experts.balancedness, _LEAST_LEVEL) / target)
@@ -144,16 +155,25 @@ def expert_demand(signals: Signals, config: AutoscalerConfig) -> Demand:
 
 
 def _pace(signals: Signals, config: AutoscalerConfig) -> float:
-    """The part of their speed that decode steps need for their target, and something in reserve.
+    """The speed that decode steps need for their target, with something in reserve, ÷ the speed that they have.
 
-    Decode workers step as fast as they can, so shards that are faster are asked for more: their busy share alone tells
-    of no demand. Prefill is different: what does not come is not computed.
+    Decode workers step as fast as they can, so shards that are faster are asked for more, and shards that are full look
+    no busier for being asked for more: their busy share alone tells of no demand.
     """
     members = [member for member in signals.decode.members if member.ongoing > 0 and member.tokens_per_s > 0]
     if not members:
         return 1.0
     tpot_s = sum(member.ongoing for member in members) / sum(member.tokens_per_s for member in members)
-    return min(1.0, tpot_s / (_PACE_TARGET * config.target_tpot_s))
+    return tpot_s / (_PACE_TARGET * config.target_tpot_s)
+
+
+def _arriving_of_computed(signals: Signals) -> float:
+    """Prompt tokens that arrive ÷ those computed, where a queue grows: what shards were asked for by prompts is then
+    less than what they will be asked for. Prompts that do not come are not computed, so it is no less than 1."""
+    computed = sum(member.tokens_per_s for member in signals.prefill.members)
+    if computed <= 0:
+        return 1.0
+    return min(max(signals.arriving_prompt_tokens_per_s / computed, 1.0), _MOST_OF_MEASURED)
 
 
 def attainable(experts: ExpertSignals) -> float:

@@ -13,6 +13,8 @@ import math
 _LEVEL_S = 60.0
 """Memory of the level: after so long, 63% of a step in the load is in it."""
 _TREND_S = 180.0
+_SLOW_S = 600.0
+"""Memory of what the level is compared with, to tell whether load rises."""
 _SURPRISE, _LEAST_SURPRISE = 0.25, 0.5
 """A sample counts at most this part of the level, or this many members, above or below what was expected."""
 _DAMPING_S = 600.0
@@ -25,20 +27,28 @@ class Trend:
 
     at_s: float
     level: float
+    slow: float
+    """The level over a longer time."""
     slope: float = 0.0
 
 
 def observe(trend: Trend | None, now_s: float, load: float) -> Trend:
     """The trend with one more sample."""
     if trend is None or now_s <= trend.at_s:
-        return Trend(at_s=now_s, level=load)
+        return Trend(at_s=now_s, level=load, slow=load)
     passed_s = now_s - trend.at_s
     new_level, new_slope = -math.expm1(-passed_s / _LEVEL_S), -math.expm1(-passed_s / _TREND_S)
     expected = trend.level + trend.slope * passed_s
     most = max(_SURPRISE * trend.level, _LEAST_SURPRISE)
     level = expected + new_level * min(max(load - expected, -most), most)
     slope = trend.slope + new_slope * ((level - trend.level) / passed_s - trend.slope)
-    return Trend(at_s=now_s, level=level, slope=slope)
+    slow = trend.slow - math.expm1(-passed_s / _SLOW_S) * (level - trend.slow)
+    return Trend(at_s=now_s, level=level, slow=slow, slope=slope)
+
+
+def rises(trend: Trend, tolerance: float) -> bool:
+    """Whether the level is above that of the last ten minutes by more than this part of it."""
+    return trend.level > (1 + tolerance) * trend.slow
 
 
 def forecast(trend: Trend, ahead_s: float) -> float:

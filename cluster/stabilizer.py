@@ -1,7 +1,8 @@
 """From what is wanted now to what is done: delays, hysteresis, one action at a time, few reversals. Pure.
 
-A pool grows to the *least* that was wanted throughout `upscale_delay_s`, and shrinks to the *most* that was wanted
-within `downscale_delay_s`: the stabilisation windows of Kubernetes' horizontal pod autoscaler, with Ray Serve's names.
+A pool grows to the *least* that was wanted throughout `upscale_delay_s`, and shrinks to the *most* that was lastingly
+wanted within `downscale_delay_s`: the stabilisation windows of Kubernetes' horizontal pod autoscaler, with Ray Serve's
+names. What is wanted lastingly is no more than what is wanted, and leaves bursts out.
 A load that swings faster than the windows therefore moves nothing.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from octet.autoscaler_config import PoolScalingConfig
@@ -30,8 +31,8 @@ class Pending:
 class Stabilizer:
     """What one pool remembers."""
 
-    wanted: tuple[tuple[float, int], ...] = ()
-    """(time, members wanted), ascending in time, as far back as the delays reach."""
+    wanted: tuple[tuple[float, int, int], ...] = ()
+    """(time, members wanted, wanted lastingly), ascending in time, as far back as the delays reach."""
     pending: Pending | None = None
     last_direction: int = 0
     last_action_s: float = -1e18
@@ -48,10 +49,12 @@ class Proposal(NamedTuple):
     """What holds it back, or lets it go."""
 
 
-def note(state: Stabilizer, now_s: float, wanted: int, config: PoolScalingConfig) -> Stabilizer:
-    """Remember what is wanted now."""
+def note(
+    state: Stabilizer, now_s: float, wanted: int, config: PoolScalingConfig, lasting: int | None = None
+) -> Stabilizer:
+    """Remember what is wanted now, and how much of it lastingly: all, where nothing is said."""
     since_s = now_s - max(config.upscale_delay_s, config.downscale_delay_s)
-    samples = (*state.wanted, (now_s, wanted))
+    samples = (*state.wanted, (now_s, wanted, wanted if lasting is None else lasting))
     return dataclasses.replace(state, wanted=samples[max(_begin(samples, since_s), 0) :])
 
 
@@ -83,9 +86,9 @@ def propose(
     if state.pending is not None:
         waited_s = now_s - state.pending.since_s
         return Proposal(current, f"the change to {state.pending.target}, {waited_s:.0f} s old, is not complete")
-    wanted = state.wanted[-1][1]
-    up = _extreme(state, now_s, config.upscale_delay_s, min)
-    down = _extreme(state, now_s, config.downscale_delay_s, max)
+    _, wanted, _ = state.wanted[-1]
+    up = min((sample[1] for sample in _since(state, now_s, config.upscale_delay_s)), default=None)
+    down = max((sample[2] for sample in _since(state, now_s, config.downscale_delay_s)), default=None)
     target, why = current, ""
     if up is not None and up > current:
         target, why = up, f"wanted for {config.upscale_delay_s:g} s"
@@ -119,12 +122,12 @@ def act(state: Stabilizer, now_s: float, current: int, target: int) -> Stabilize
     )
 
 
-def _extreme(state: Stabilizer, now_s: float, delay_s: float, extreme: Callable[[Iterable[int]], int]) -> int | None:
-    """Of what was wanted throughout the delay; None while less than the delay is known."""
+def _since(state: Stabilizer, now_s: float, delay_s: float) -> Sequence[tuple[float, int, int]]:
+    """What was wanted throughout the delay; empty while less than the delay is known."""
     first = _begin(state.wanted, now_s - delay_s)
-    return None if first < 0 else extreme(wanted for _, wanted in state.wanted[first:])
+    return () if first < 0 else state.wanted[first:]
 
 
-def _begin(samples: Sequence[tuple[float, int]], since_s: float) -> int:
+def _begin(samples: Sequence[tuple[float, int, int]], since_s: float) -> int:
     """The last sample at or before `since_s`: what it says held when the window began. -1 if there is none."""
     return bisect.bisect_right(samples, since_s + _SLACK_S, key=lambda sample: sample[0]) - 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cluster.autoscaler import Fleet
+from cluster.autoscaler import Decision, Fleet, PoolDecision, State, decide
 from cluster.signals import ExpertSignals, MemberSample, PoolSignals, Prospect, Signals
 from octet.autoscaler_config import AutoscalerConfig
 from octet.ids import WorkerId
@@ -80,3 +80,11 @@ def scaling(**sections: object) -> AutoscalerConfig:
     prompt: dict[str, object] = {"upscale_delay_s": 0, "downscale_delay_s": 0}
     pools = {name: prompt | sections.pop(name, {}) for name in ("prefill", "decode", "experts")}  # type: ignore[operator]
     return AutoscalerConfig.model_validate({"forecast_horizon_s": 0, "reversal_cooldown_s": 0, **pools, **sections})
+
+
+def of(decision: Decision, name: str) -> PoolDecision:
+    return next(one for one in decision.pools if one.pool == name)
+
+
+def once(given_signals: Signals, config: AutoscalerConfig) -> Decision:
+    return decide(0.0, given_signals, config, FLEET, State())[0]

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from cluster.forecast import Trend, forecast, observe
+from cluster.forecast import Trend, forecast, observe, rises
 
 
 def after(loads: list[float], every_s: float = 10.0) -> Trend:
@@ -47,3 +47,14 @@ def test_samples_need_not_come_evenly() -> None:
         now_s += rng.uniform(2, 18)
     assert trend is not None
     assert forecast(trend, 0.0) == pytest.approx(3 + 0.005 * trend.at_s, rel=0.1)
+
+
+def test_a_load_that_grows_rises_and_one_that_is_noisy_or_falls_does_not() -> None:
+    rng = random.Random()
+
+    def ends(load: list[float]) -> bool:
+        return rises(after([rng.uniform(0.9, 1.1) * one for one in load]), 0.1)
+
+    assert ends([10 + look / 5 for look in range(200)])
+    assert not ends([10.0] * 200)
+    assert not ends([50 - look / 5 for look in range(200)])

@@ -41,6 +41,13 @@ def test_a_pool_grows_to_the_least_and_shrinks_to_the_most_of_its_delays(wanted:
     assert target(wanted, 2) == becomes
 
 
+def test_a_pool_shrinks_to_the_most_that_was_wanted_lastingly() -> None:
+    state = NOTHING_YET
+    for number in range(11):
+        state = note(state, number * 10.0, 9 if number == 5 else 1, CONFIG, 3 if number == 5 else 1)
+    assert propose(state, 100.0, 9, CONFIG, 0.0, False).target == 3
+
+
 def test_what_held_when_the_delay_began_counts_whenever_samples_come() -> None:
     assert target([3, 9, 9], 2, every_s=20.0) == 3
 
