@@ -106,8 +106,12 @@ def test_a_burst_does_not_keep_a_pool_from_shrinking() -> None:
     bounds = {"max_replicas": 64, "downscale_delay_s": 300}
     config = AutoscalerConfig.model_validate(dict.fromkeys(POOLS, bounds))
     sizes = {}
-    for often_s in (120, 1e9):
-        plant = Plant(config, lambda now_s, s=often_s: (20.0 if now_s < 1000 else 8.0) * (2 if now_s % s == 0 else 1))
+    for often_s in (120.0, 1e9):
+
+        def load(now_s: float, often_s: float = often_s) -> float:
+            return (20.0 if now_s < 1000 else 8.0) * (2 if now_s % often_s == 0 else 1)
+
+        plant = Plant(config, load)
         while plant.now_s < 3000:
             plant.tick()
         sizes[often_s] = plant.sizes()

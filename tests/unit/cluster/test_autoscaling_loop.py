@@ -11,9 +11,9 @@ from cluster.status_decisions import add_decisions
 from octet.errors import UnavailableError
 from octet.v1 import octet_pb2 as pb
 from ops.render_decisions import print_decisions
-from tests.unit.cluster.scaling import FLEET, scaling, signals
+from tests.unit.cluster.scaling import FLEET, experts, member, scaling, signals
 
-BUSY = signals(arriving=3 * 350)
+BUSY = signals(arriving=3 * 350, shards=experts(member(busy=0.3)))
 
 
 class Cluster:
