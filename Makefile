@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test chaos lint types kernels coverage format bench serve proto embedded clean
+.PHONY: demo test long chaos lint types kernels coverage format bench serve proto embedded clean
 
 demo: $(VENV)/installed kernels
 	$(BIN)/octet demo
@@ -21,6 +21,10 @@ kernels: $(VENV)/installed
 
 coverage: $(VENV)/installed-test kernels
 	$(BIN)/python -m pytest --cov --cov-report=term
+
+# What takes longer than it tells more, and is not run every time.
+long: $(VENV)/installed-test kernels
+	$(BIN)/python -m pytest -m long
 
 chaos: $(VENV)/installed kernels
 	$(BIN)/octet chaos run --seed 0 --count 200 --html chaos.html --json chaos.json

@@ -29,7 +29,8 @@ LOSE = (Kill(at_s=0.5, target="experts", which=0),)
         ("experts", "retire", 0, SHRINK),
         ("prefill", "link", 0, GROW),
         ("decode", "handoff.receive", 1, ()),
-        ("experts", "link", 0, JOIN),
+        # The same step as above, seen from its other end.
+        pytest.param("experts", "link", 0, JOIN, marks=pytest.mark.long),
         ("prefill", "combine", 1, ()),
         ("decode", "adopt", 0, SHRINK),
         # A second loss while the first one is dealt with.

@@ -15,6 +15,7 @@ from ops.bench.interference.command import InterferenceOptions, bench_interferen
 from ops.bench.peers.command import PeersOptions, bench_peers
 
 
+@pytest.mark.long
 def test_a_breakdown_adds_up_and_tells_what_a_step_costs(tmp_path: pathlib.Path) -> None:
     options = BreakdownOptions(
         streams=(1, 4), prompt_tokens=40, long_prompt_tokens=300, new_tokens=12, rounds=2, shards=2
