@@ -85,7 +85,7 @@ def address(tmp_path: pathlib.Path, environment: dict[str, str]) -> Iterator[str
     types = tmp_path / "types.json"
     types.write_text(json.dumps(_types(address)))
     command = [
-        _BIN / "ray",
+        str(_BIN / "ray"),
         "start",
         "--head",
         "--block",
@@ -130,7 +130,7 @@ def test_nodes_come_for_members_that_wait_and_go_when_these_have_left(
     settings = [f"pools.{pool}.resources={json.dumps(wanted)}" for pool, wanted in places.items()]
     flags = [f"--set={setting}" for setting in (*settings, "kv.memory_gib=0.05")]
     serving = subprocess.Popen(
-        [_BIN / "octet", "serve", "--address", address, "--grpc-port", "0", *flags],
+        [str(_BIN / "octet"), "serve", "--address", address, "--grpc-port", "0", *flags],
         env=environment,
         stdout=subprocess.PIPE,
         text=True,
