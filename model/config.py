@@ -14,6 +14,8 @@ ARCHITECTURE = "Glm4MoeForCausalLM"
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 
+_MAX_FILE_BYTES = 256 * 2**20
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RopeConfig:
@@ -250,15 +252,39 @@ def _check_shapes(config: ModelConfig, fields: _Fields) -> None:
 def read_json(file: pathlib.Path) -> dict[str, Any]:
     """The JSON object in one of a model directory's files. Raises: CheckpointError."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        found, fix = error.strerror or str(error), f"look in {file.parent}"
-        raise CheckpointError(file.name, "", found, "a readable file", fix) from error
-    except ValueError as error:
+        value = json.loads(read_bytes(file).decode())
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(file.name, "", f"invalid JSON ({error})", "a JSON object") from error
     if not isinstance(value, dict):
         raise CheckpointError(file.name, "", f"a JSON {type(value).__name__}", "a JSON object")
     return value
+
+
+def read_text(file: pathlib.Path) -> str:
+    """Raises: CheckpointError."""
+    try:
+        return read_bytes(file).decode()
+    except UnicodeDecodeError as error:
+        raise CheckpointError(file.name, "", error, "UTF-8 text") from error
+
+
+def read_bytes(file: pathlib.Path) -> bytes:
+    """What is in one of a model directory's files beside the weights, if it is a file and of a likely size.
+
+    Raises: CheckpointError.
+    """
+    try:
+        # Whoever opens a pipe waits for somebody to write to it.
+        if not file.is_file() and file.exists():
+            raise CheckpointError(file.name, "", "something that is no file", "a readable file")
+        with file.open("rb") as opened:
+            content = opened.read(_MAX_FILE_BYTES + 1)
+    except (OSError, ValueError) as error:
+        found, fix = getattr(error, "strerror", None) or error, f"look in {file.parent}"
+        raise CheckpointError(file.name, "", found, "a readable file", fix) from error
+    if len(content) > _MAX_FILE_BYTES:
+        raise CheckpointError(file.name, "", f"more than {_MAX_FILE_BYTES} bytes", "a file of a likely size")
+    return content
 
 
 class _Fields:

@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import codecs
-import datetime
-import json
 import pathlib
 import re
 from collections.abc import Sequence
-from typing import Any, NoReturn, Protocol
+from typing import Protocol
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
 import tokenizers
 
+from model.chat_template import ChatTemplate
+from model.config import read_bytes
 from octet.errors import CheckpointError, RequestError
 
 TOKENIZER_FILE = "tokenizer.json"
-TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
-CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
-_SPECIAL_TOKEN_FIELDS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _REPLACEMENT = "\ufffd"
 _BYTE_FALLBACK_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 _MAX_HELD_TOKENS = 64
@@ -48,7 +40,7 @@ class IncrementalDetokenizer(Protocol):
 class Tokenizer:
     """The tokenizer of one checkpoint. It may be shared by threads."""
 
-    def __init__(self, inner: tokenizers.Tokenizer, chat: _ChatTemplate | None) -> None:
+    def __init__(self, inner: tokenizers.Tokenizer, chat: ChatTemplate | None) -> None:
         """Use `Tokenizer.open`.
 
         Args:
@@ -68,22 +60,25 @@ class Tokenizer:
         file = model_dir / TOKENIZER_FILE
         if not file.exists():
             return None
-        content = _read_bytes(file)
+        content = read_bytes(file)
         try:
             inner = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # The library raises ValueError for some faults and a bare Exception for others.
             raise CheckpointError(TOKENIZER_FILE, "", error, "a file of the tokenizers library") from error
         inner.no_truncation()
         inner.no_padding()
-        return cls(inner, _ChatTemplate.read(model_dir))
+        return cls(inner, ChatTemplate.read(model_dir))
 
     @property
     def has_chat_template(self) -> bool:
         return self._chat is not None
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a plain prompt, with whatever the tokenizer itself puts around one."""
-        return list(self._inner.encode(text).ids)
+        """The ids of a plain prompt, with whatever the tokenizer itself puts around one.
+
+        Raises: RequestError for what is no Unicode text, or what the checkpoint's tokenizer fails on.
+        """
+        return self._encode(text, "text", add_special_tokens=True)
 
     def decode(self, ids: Sequence[int], keep_special_tokens: bool = False) -> str:
         """The text of the ids. Ids that the tokenizer does not know are skipped; what is not UTF-8 becomes U+FFFD."""
@@ -105,7 +100,13 @@ class Tokenizer:
         if not messages:
             raise RequestError("chat", "no messages", "at least one message")
         # The template writes the special tokens that start a prompt; the tokenizer may not write them again.
-        return list(self._inner.encode(self._chat.render(messages), add_special_tokens=False).ids)
+        return self._encode(self._chat.render(messages), "chat", add_special_tokens=False)
+
+    def _encode(self, text: str, field: str, *, add_special_tokens: bool) -> list[int]:
+        try:
+            return list(self._inner.encode(text, add_special_tokens=add_special_tokens).ids)
+        except Exception as error:  # The library raises bare exceptions, too.
+            raise RequestError(field, f"text that the model's tokenizer fails on ({error})", "Unicode text") from error
 
     def visible_token(self, token_id: int) -> str | None:
         """The token as the vocabulary writes it, or None for a special or unknown one, which has no text."""
@@ -171,86 +172,6 @@ class _WindowDetokenizer:
         return self._tokenizer.decode(self._window)[len(returned) :]
 
 
-class _ChatTemplate:
-    """A conversation's text, by the checkpoint's Jinja template, rendered as `transformers` renders it."""
-
-    def __init__(self, file: str, source: str, special_tokens: dict[str, str]) -> None:
-        try:
-            self._template = _jinja_environment().from_string(source)
-        except jinja2.TemplateSyntaxError as error:
-            found = f"a template that does not parse (line {error.lineno}: {error.message})"
-            raise CheckpointError(file, "chat_template", found, "a Jinja template") from error
-        self._special_tokens = special_tokens
-
-    @classmethod
-    def read(cls, model_dir: pathlib.Path) -> _ChatTemplate | None:
-        """From `chat_template.jinja`, else from `tokenizer_config.json`; None if neither has one.
-
-        Raises: CheckpointError.
-        """
-        config = _read_tokenizer_config(model_dir)
-        if (model_dir / CHAT_TEMPLATE_FILE).exists():
-            file, source = CHAT_TEMPLATE_FILE, _read_text(model_dir / CHAT_TEMPLATE_FILE)
-        elif config.get("chat_template") is not None:
-            file, source = TOKENIZER_CONFIG_FILE, _default_template(config["chat_template"])
-        else:
-            return None
-        return cls(file, source, _special_tokens(config))
-
-    def render(self, messages: Sequence[tuple[str, str]]) -> str:
-        """Raises: RequestError."""
-        try:
-            return self._template.render(
-                messages=[{"role": role, "content": content} for role, content in messages],
-                tools=None,
-                documents=None,
-                add_generation_prompt=True,
-                **self._special_tokens,
-            )
-        except Exception as error:  # A template is a program: it may fail on a conversation in any way it likes.
-            found = f"messages that the model's chat template refuses ({error})"
-            raise RequestError("chat", found, "a conversation in the roles and the order that it knows") from error
-
-
-class _GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}` marks what an assistant wrote, for training; serving renders its body."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
-
-
-def _jinja_environment() -> jinja2.Environment:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.datetime.now().astimezone().strftime(form)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # Jinja's own filter escapes for HTML.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
 def _byte_alphabet() -> dict[int, int]:
     """The byte behind each character of a byte-level vocabulary: GPT-2's `bytes_to_unicode`, inverted."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -266,47 +187,3 @@ def _byte_level_bytes(token: str) -> bytes:
         return bytes(_BYTE_OF_CHARACTER[ord(character)] for character in token)
     except KeyError:  # An added token, written as it is.
         return token.encode()
-
-
-def _read_bytes(file: pathlib.Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise CheckpointError(file.name, "", error.strerror or error, "a readable file") from error
-
-
-def _read_text(file: pathlib.Path) -> str:
-    try:
-        return _read_bytes(file).decode()
-    except UnicodeDecodeError as error:
-        raise CheckpointError(file.name, "", error, "UTF-8 text") from error
-
-
-def _read_tokenizer_config(model_dir: pathlib.Path) -> dict[str, Any]:
-    file = model_dir / TOKENIZER_CONFIG_FILE
-    if not file.exists():
-        return {}
-    try:
-        config = json.loads(_read_text(file))
-    except ValueError as error:
-        raise CheckpointError(file.name, "", f"invalid JSON ({error})", "a JSON object") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(file.name, "", f"a JSON {type(config).__name__}", "a JSON object")
-    return config
-
-
-def _default_template(value: object) -> str:
-    """A template, or the one called "default" of a list of named ones."""
-    entries = value if isinstance(value, list) else [{"name": "default", "template": value}]
-    for entry in entries:
-        if isinstance(entry, dict) and entry.get("name") == "default" and isinstance(entry.get("template"), str):
-            return str(entry["template"])
-    expected = "a template, or a list of {name, template} with one named 'default'"
-    raise CheckpointError(TOKENIZER_CONFIG_FILE, "chat_template", f"a {type(value).__name__} without one", expected)
-
-
-def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """`bos_token` and its like, which a config writes as a string or as an object with its `content`."""
-    values = {name: config.get(name) for name in _SPECIAL_TOKEN_FIELDS}
-    contents = {name: value.get("content") if isinstance(value, dict) else value for name, value in values.items()}
-    return {name: content for name, content in contents.items() if isinstance(content, str)}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+_MAX_SHOWN = 500
+
 
 class OctetError(Exception):
     """The root of every error that Octet raises on purpose."""
@@ -134,4 +136,11 @@ def _restore(cls: type[OctetError], message: str, fields: dict[str, Any]) -> Oct
 
 
 def _sentence(subject: str, found: object, expected: str, fix: str) -> str:
-    return f"{subject}: found {found}, expected {expected}" + (f"; {fix}" if fix else "")
+    text = f"{_shown(subject)}: found {_shown(found)}, expected {expected}"
+    return text + (f"; {_shown(fix)}" if fix else "")
+
+
+def _shown(value: object) -> str:
+    """Text that any terminal, log and status takes, and no more of it than a status holds."""
+    text = str(value).encode(errors="backslashreplace").decode()
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
