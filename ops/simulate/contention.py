@@ -45,7 +45,7 @@ def contend(
         compute_s: its own part, per layer and frame.
         way_s: of the frame, there and back.
         peak_s: the slowest shard's time for the frame.
-        mean_s: that of the mean shard.
+        mean_s: that of the shard that is full first, in the mean over layers.
         frames: under way at once, 1 or 2.
         prefill: whether its frames are prefill frames.
         cores: shared by all; 0 if nothing is shared.

@@ -111,4 +111,7 @@ class ExpertPool:
             self._sampled = (self._window, batches)
         few_rows = FEW_ROWS["gpu" if options.gpu else "cpu"]
         self.times: ShardTimes = shard_times(self.placement, self._sampled[1], self._costs, few_rows)
-        self.level = float(balancedness(shard_loads(self.placement, self.loads_LE)).mean())
+        loads_LX = shard_loads(self.placement, self.loads_LE)
+        self.level = float(balancedness(loads_LX).mean())
+        # Lanes do not wait for each other, so which shard is full first is a matter of all layers together.
+        self.fullest = float(1 / balancedness(loads_LX.sum(0, keepdims=True))[0])

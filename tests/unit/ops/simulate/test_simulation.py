@@ -3,10 +3,12 @@ from __future__ import annotations
 import dataclasses
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ops.simulate.expert_loads import ExpertLoads
 from ops.simulate.outcome import Run, summarized
 from ops.simulate.simulation import Simulation
 from tests.unit.ops.simulate.toy import SHAPE, config, costs, loads, options, poisson, request, run
@@ -123,6 +125,21 @@ def test_an_unbalanced_pool_is_slower_than_a_balanced_one() -> None:
     requests = poisson(3, 100, seed=3)
     balanced, numbered = (run(requests, cost, opts=options(experts=4, balance=on)) for on in (True, False))
     assert summarized(balanced, 0).ttft_s.p50 < summarized(numbered, 0).ttft_s.p50
+
+
+def test_a_shard_that_is_fullest_in_every_layer_is_the_pools_capacity() -> None:
+    """Where another shard is fullest in every layer, lanes that do not wait for each other fill them all."""
+    hot, cold = [0.9, 0.9], [0.2 / 6] * 6
+    tokens_per_s = []
+    for second in (hot + cold, cold + hot):
+        shares = ExpertLoads(starts_s=(0.0,), windows=(np.array([hot + cold, second]),))
+        cost = costs(expert_per_row_s=0.001, prefill_fixed_s=0.001)
+        opts = options(prefill=8, experts=4, balance=False, streams=32)
+        done = Simulation([request(0.0, new=1)] * 2000, shares, SHAPE, cost, config(), opts).run()
+        tokens_per_s.append(64 * 2000 / done.duration_s)
+    # In two layers, 64 tokens take 2 × 0.9 rows each of the shard that is fullest in both, half of it otherwise.
+    assert tokens_per_s[0] == pytest.approx(1 / (2 * 2 * 0.9 * 0.001), rel=0.15)
+    assert tokens_per_s[1] > 1.4 * tokens_per_s[0]
 
 
 def test_in_a_closed_loop_the_next_request_comes_when_an_answer_is_complete() -> None:
