@@ -7,7 +7,7 @@ import collections
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterable
 
 from cluster.change_record import ChangeRecord
 from octet.errors import OctetError
@@ -24,6 +24,12 @@ class ChangeLog:
         self._one_at_a_time = asyncio.Lock()
         self._records: collections.deque[ChangeRecord] = collections.deque(maxlen=_RECORDS)
         self.under_way = ""
+        self.note: Callable[[], None] = lambda: None
+        """Called when what another controller needs to know has changed."""
+
+    def take_over(self, records: Iterable[ChangeRecord]) -> None:
+        """Of a controller before this one."""
+        self._records.extend(records)
 
     @property
     def busy(self) -> bool:
@@ -39,11 +45,13 @@ class ChangeLog:
         """Waits for its turn; what is appended becomes the outcome."""
         async with self._one_at_a_time:
             self.under_way = kind
+            self.note()
             try:
                 async with self.attempt(kind, reason) as outcome:
                     yield outcome
             finally:
                 self.under_way = ""
+                self.note()
 
     @contextlib.asynccontextmanager
     async def attempt(self, kind: str, reason: str, only_failure: bool = False) -> AsyncIterator[list[str]]:
@@ -73,4 +81,5 @@ class ChangeLog:
                     succeeded=succeeded,
                 )
                 self._records.append(record)
+                self.note()
                 _log.log(logging.INFO if succeeded else logging.WARNING, "%s", record)

@@ -188,6 +188,27 @@ class Changes:
                 await self._go_on_without(shards)
             record.append(f"went on without {', '.join(sorted(lost))}")
 
+    async def settle(self, mailbox: str | None, under_way: str, gone: Collection[WorkerId], record: list[str]) -> None:
+        """Come to a state that everybody agrees on, after another controller has died. Within a change of the log.
+
+        Args:
+            mailbox: of the frontend; None where there is none, and another one is on its way.
+            under_way: the kind of the change that it was making; may be empty.
+            gone: who was to join and does not.
+            record: what is done.
+        """
+        membership = self._membership
+        if mailbox is not None and mailbox != membership.frontends.get(FRONTEND):
+            await membership.meet_frontend(FRONTEND, mailbox)
+        if under_way or gone or membership.adopting is not None:
+            end = "is brought to its end" if membership.adopting is not None else "is given up"
+            record.append(f"the {under_way or 'change'} under way {end}")
+            await membership.settle(gone)
+        await self.tell_frontend()
+        with contextlib.suppress(UnavailableError):
+            # A router service that is gone is replaced, and the next one told all of it.
+            await self.tell_router()
+
     async def relink(self, worker_id: WorkerId, reason: str) -> None:
         """Give a worker another lane in place of a broken one. Raises: OctetError."""
         async with self.log.change("recovery", f"{worker_id}: {reason}") as record:

@@ -12,8 +12,11 @@ import ray
 
 from cluster.changes import Changes
 from cluster.cluster_status import ClusterStatus
+from cluster.controller_journal import unpack_journal
 from cluster.decision_log import DecisionLog
+from cluster.estate import Estate
 from cluster.fault_points import FaultCalls
+from cluster.keeper import Keeper
 from cluster.members import POOLS, MemberStatus, Pool
 from cluster.membership import Membership
 from cluster.mending import Mending
@@ -79,6 +82,15 @@ class Controller(FaultCalls):
         self._tasks: set[asyncio.Task[None]] = set()
         self._decisions: DecisionLog | None = None
         self._services: Services | None = None
+        self._keeper = Keeper(plan.config.ray.namespace)
+        self._estate: Estate | None = None
+        self._there = asyncio.Event()
+        if ray.get_runtime_context().was_current_actor_reconstructed:
+            # Its process was lost; this one takes its place.
+            self._phase = "taking the place of a controller that was lost"
+            self._spawn(self._take_over())
+        else:
+            self._there.set()
 
     async def start(self) -> int:
         """Bring everything up. Returns: the gRPC port.
@@ -93,11 +105,72 @@ class Controller(FaultCalls):
             raise StartupError(f"the cluster was not up within {timeout_s} s; it was {self._phase}") from None
 
     async def _start(self) -> int:
-        plan, this = self._plan, ray.get_runtime_context().current_actor
-        self._services = Services(plan, this)
-        frontend_mailbox = await self._services.listen()
-        self._pools = Pools(plan, this)
-        self._membership = Membership(plan, {FRONTEND: frontend_mailbox}, self._on_lost)
+        # What a cluster of this name has left, whose controller could not end it.
+        self._keeper.sweep()
+        self._keeper.erase()
+        self._services = Services(self._plan, ray.get_runtime_context().current_actor)
+        estate = self._assemble(self._services, {FRONTEND: await self._services.listen()})
+        pools, membership = estate.pools, estate.membership
+        for pool in POOLS:
+            self._phase = f"waiting for Ray to place {pools.wanted(pool, self._sizes[pool])}"
+            self._starting += await pools.start(pool, self._sizes[pool], together=self._together(pool))
+        self._phase = "starting the pools' processes"
+        await membership.reach(self._starting)
+        self._phase = "loading weights"
+        await membership.load(self._starting, self._plan.routing)
+        self._phase = "connecting lanes"
+        await membership.found(self._starting)
+        await estate.changes.tell_router()
+        mailboxes = membership.mailboxes
+        await self._services.serve(mailboxes("prefill"), mailboxes("decode"), estate.changes.draining)
+        self._starting = []
+        self._go_on(estate)
+        return self._services.port
+
+    async def _take_over(self) -> None:
+        """Go on where another controller's process has ended. Its members serve all the while."""
+        try:
+            await self._resume()
+        except Exception as error:
+            _log.exception("the controller does not go on")
+            self._state, self._reason = "FAILED", f"the controller was lost, and the next one cannot go on: {error}"
+        finally:
+            self._there.set()
+
+    async def _resume(self) -> None:
+        """Raises: OctetError if nothing was served yet, or the journal is broken."""
+        packed = self._keeper.read()
+        if packed is None:
+            self._keeper.sweep()
+            raise StartupError("its process was lost while the cluster started")
+        journal = unpack_journal(packed)
+        services = Services(self._plan, ray.get_runtime_context().current_actor, journal.port)
+        self._services = services
+        self._sizes |= journal.sizes
+        estate = self._assemble(services, dict(journal.frontends))
+        gone = estate.take_over(journal)
+        self._go_on(estate)
+        if self._decisions is not None:
+            self._decisions.take_over(journal.actions, journal.latest)
+        assert self._watch is not None
+        self._watch.set(estate.membership.all())
+        self._spawn(self._settle(estate, journal.under_way, gone))
+
+    async def _settle(self, estate: Estate, under_way: str, gone: set[WorkerId]) -> None:
+        """Before any other change, but beside whatever is asked."""
+        async with estate.changes.log.change("recovery", "the controller: its process is gone") as record:
+            await estate.changes.settle(await estate.services.mailbox(), under_way, gone, record)
+            record.append("another one goes on")
+        if self._state == "READY" and self._short():
+            assert self._recovery is not None
+            self._state, self._reason = "DEGRADED", "members are missing"
+            self._spawn(self._recover(self._recovery))
+
+    def _assemble(self, services: Services, frontends: dict[WorkerId, str]) -> Estate:
+        """Everything that decides, without anything to decide on."""
+        plan = self._plan
+        self._pools = Pools(plan, ray.get_runtime_context().current_actor)
+        self._membership = Membership(plan, frontends, self._on_lost)
         mending = Mending(self._membership, self._ready, lambda: self._lost, self._spawn)
         self._watch = Watch(
             plan.config.health,
@@ -106,40 +179,44 @@ class Controller(FaultCalls):
             self._membership.endpoint,
             node_id(),
         )
-        self._changes = Changes(plan, self._pools, self._membership, self._services, self._watch.set)
+        self._changes = Changes(plan, self._pools, self._membership, services, self._watch.set)
         self._recovery = Recovery(self._changes, self._short)
-        for pool in POOLS:
-            self._phase = f"waiting for Ray to place {self._pools.wanted(pool, self._sizes[pool])}"
-            self._starting += await self._pools.start(pool, self._sizes[pool], together=self._together(pool))
-        self._phase = "starting the pools' processes"
-        await self._membership.reach(self._starting)
-        self._phase = "loading weights"
-        await self._membership.load(self._starting, plan.routing)
-        self._phase = "connecting lanes"
-        await self._membership.found(self._starting)
-        await self._changes.tell_router()
-        mailboxes = self._membership.mailboxes
-        await self._services.serve(mailboxes("prefill"), mailboxes("decode"), self._changes.draining)
-        self._state, self._phase, self._starting = "READY", "ready", []
-        self._spawn(self._look_after_services(self._services, self._changes))
+        self._estate = Estate(
+            keeper=self._keeper,
+            pools=self._pools,
+            membership=self._membership,
+            changes=self._changes,
+            services=services,
+            sizes=self._sizes,
+            decisions=lambda: self._decisions,
+        )
+        return self._estate
+
+    def _go_on(self, estate: Estate) -> None:
+        """All members serve: look after them from here on."""
+        plan, changes, services = self._plan, estate.changes, estate.services
+        assert self._watch is not None
+        self._state, self._phase = "READY", "ready"
+        estate.keep()
+        self._spawn(self._look_after_services(services, changes))
         self._spawn(self._balance())
         self._slow = SlowMembers(
             plan.config.health,
-            self._membership,
-            self._changes,
+            estate.membership,
+            changes,
             self._watch.late,
             lambda: self._telemetry(WINDOW_S, fresh=False),
             self._on_lost,
         )
         self._spawn(self._slow.run())
-        self._spawn(self._changes.standby.fill())
+        self._spawn(changes.standby.fill())
         if plan.config.autoscaler.enabled:
-            scaler = PoolScaler(plan, self._membership, self._changes, self._services, self._scale_one)
+            scaler = PoolScaler(plan, estate.membership, changes, services, self._scale_one)
             self._decisions = scaler.loop.log
             self._spawn(scaler.loop.run())
-        return self._services.port
 
     async def progress(self) -> StartProgress:
+        """Where the start is."""
         if self._phase != "loading weights":
             return StartProgress(phase=self._phase)
         members = self._starting
@@ -166,16 +243,23 @@ class Controller(FaultCalls):
 
     async def serving(self) -> tuple[ServingPlan, int]:
         """What is served, and the gRPC port. Raises: StartupError before everything serves."""
+        await self._there.wait()
         self._ready()
         assert self._services is not None
         return self._plan, self._services.port
 
+    async def presence(self) -> None:
+        """Never answered: it ends with this process, of which its callers want to hear."""
+        await asyncio.Event().wait()
+
     async def state(self) -> tuple[str, str]:
         """State and, where it is not READY, the reason."""
+        await self._there.wait()
         return self._state, self._reason
 
     async def status(self, window_s: float | None = None) -> ClusterStatus:
         """Of all members; telemetry of the last `window_s` seconds, or of all that there is."""
+        await self._there.wait()
         members: dict[str, list[MemberStatus]] = {pool: [] for pool in POOLS}
         known = self._membership.all() if self._membership is not None else []
         waiting = self._changes.standby.all() if self._changes is not None else []
@@ -202,10 +286,12 @@ class Controller(FaultCalls):
 
     async def rebalance(self, dry_run: bool) -> Proposal:
         """Move experts after the loads of the telemetry window, now. Raises: OctetError."""
+        await self._there.wait()
         return await self._ready().rebalance(dry_run=dry_run, reason="it was asked for")
 
     async def scale(self, sizes: Mapping[Pool, int], reason: str = "it was asked for") -> None:
         """Bring pools to these sizes, one after the other. Raises: OctetError."""
+        await self._there.wait()
         changes = self._ready()
         for pool, size in sizes.items():
             before = self._sizes[pool]
@@ -217,8 +303,15 @@ class Controller(FaultCalls):
                 if self._sizes[pool] == min(before, size):
                     self._sizes[pool] = before
                 raise
-            self._sizes[pool] = size
+            else:
+                self._sizes[pool] = size
+            finally:
+                self._note()
         self._spawn(changes.standby.fill())
+
+    def _note(self) -> None:
+        if self._estate is not None:
+            self._estate.note()
 
     async def _scale_one(self, pool: Pool, size: int, reason: str) -> None:
         await self.scale({pool: size}, reason)
@@ -231,6 +324,7 @@ class Controller(FaultCalls):
 
     async def drain(self) -> None:
         """Let live requests end, admit no more."""
+        await self._there.wait()
         if self._state in ("READY", "DEGRADED"):
             assert self._services is not None
             self._state, self._reason = "DRAINING", "a stop was asked for"
@@ -238,6 +332,7 @@ class Controller(FaultCalls):
 
     async def stop(self) -> None:
         """Take everything down, whatever state it is in."""
+        await self._there.wait()
         for task in self._tasks:
             task.cancel()
         if self._watch is not None:
@@ -257,6 +352,7 @@ class Controller(FaultCalls):
             for member in members:
                 self._pools.end(member)
             self._pools.close()
+        self._keeper.erase()
 
     def _ready(self) -> Changes:
         """Raises: StartupError before everything serves."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from collections.abc import Iterable
 
 from cluster.autoscaler import Decision, PoolDecision
 
@@ -31,6 +32,11 @@ class DecisionLog:
     def __init__(self, most_kept: int = _MOST_KEPT) -> None:
         self._actions: collections.deque[Logged] = collections.deque(maxlen=most_kept)
         self._latest: dict[str, Logged] = {}
+
+    def take_over(self, actions: Iterable[Logged], latest: Iterable[Logged]) -> None:
+        """Of a controller before this one. Its clock was the machine's, too."""
+        self._actions.extend(actions)
+        self._latest |= {logged.pool: logged for logged in latest}
 
     def add(self, decision: Decision) -> None:
         for one in decision.pools:

@@ -17,6 +17,7 @@ from cluster.grpc_service import GrpcServer
 from cluster.operations import ControllerOperations
 from cluster.plan import ServingPlan
 from cluster.request_meter import RequestLoad
+from cluster.tether import Tether
 from model.tokenizer import Tokenizer
 from octet import faults
 from octet.ids import WorkerId
@@ -29,6 +30,8 @@ class FrontendActor(FaultCalls):
     def __init__(self, worker_id: WorkerId, plan: ServingPlan, controller: Any) -> None:
         faults.allow(plan.config.chaos.enabled)
         self._worker_id, self._plan, self._controller = worker_id, plan, controller
+        self._tether = Tether(controller)
+        self._serves = False
 
     async def listen(self, port: int | None = None) -> tuple[str, int]:
         """Open the gRPC port, NOT_SERVING. Returns: the frontend's mailbox address and the port.
@@ -56,6 +59,7 @@ class FrontendActor(FaultCalls):
     ) -> None:
         """See `Frontend.serve`."""
         self._frontend.serve(prefill, decode, draining)
+        self._serves = True
         await self._server.set_serving(True)
 
     async def set_workers(
@@ -67,6 +71,10 @@ class FrontendActor(FaultCalls):
     async def request_load(self) -> RequestLoad:
         """See `Frontend.request_load`."""
         return self._frontend.request_load()
+
+    async def mailbox(self) -> str | None:
+        """Its address; None before it serves."""
+        return self._frontend.address if self._serves else None
 
     async def ping(self) -> None:
         """Answered as long as the frontend's event loop runs."""

@@ -7,6 +7,9 @@ import dataclasses
 import ray
 from ray.util import list_named_actors, placement_group_table
 
+CONTROLLER = "controller"
+"""The name of its actor."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Inventory:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,8 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.controller import Controller, StartProgress
+from cluster.inventory import CONTROLLER
+from cluster.keeper import Keeper
 from cluster.plan import ServingPlan
 from cluster.planning import make_plan
 from octet.config import OctetConfig, load_config
@@ -39,7 +42,7 @@ class RunningCluster:
     def state(self) -> tuple[str, str]:
         """The controller's state, and the reason where it is not READY."""
         try:
-            answer: tuple[str, str] = ray.get(self._controller.state.remote(), timeout=_ANSWER_S)
+            answer: tuple[str, str] = _ask(self._controller.state, _ANSWER_S)
         except ray.exceptions.RayError as error:
             return "FAILED", f"the controller does not answer: {error}"
         return answer
@@ -48,11 +51,11 @@ class RunningCluster:
         """Let live requests end (bounded by `frontend.drain_s`), then take every process down."""
         try:
             if drain:
-                ray.get(self._controller.drain.remote(), timeout=self.plan.config.frontend.drain_s + _ANSWER_S)
-            ray.get(self._controller.stop.remote(), timeout=_ANSWER_S)
+                _ask(self._controller.drain, self.plan.config.frontend.drain_s + _ANSWER_S)
+            _ask(self._controller.stop, _ANSWER_S)
         except ray.exceptions.RayError as error:
             logging.getLogger(__name__).warning("the controller could not stop the cluster: %s", error)
-        ray.kill(self._controller)
+        _end(self.plan, self._controller)
         if self._owns_ray:
             ray.shutdown()
 
@@ -75,7 +78,7 @@ def launch(config: OctetConfig, report: Report = lambda progress: None) -> Runni
         port = _wait_for_start(controller, report)
     except BaseException:
         if controller is not None:
-            _abandon(controller)
+            _abandon(plan, controller)
         if owns_ray:
             ray.shutdown()
         raise
@@ -90,7 +93,7 @@ def attach(ray_address: str, namespace: str) -> RunningCluster:
     if not ray.is_initialized():
         _connect(load_config(overrides=[f"ray.address={ray_address}", f"ray.namespace={namespace}"]))
     try:
-        controller = ray.get_actor("controller", namespace=namespace)
+        controller = ray.get_actor(CONTROLLER, namespace=namespace)
         serving: Any = ray.get(controller.serving.remote(), timeout=_ANSWER_S)
     except (ValueError, ray.exceptions.RayError) as error:
         raise ConfigError(
@@ -118,11 +121,14 @@ def _start_controller(plan: ServingPlan) -> Any:
         return (
             ray.remote(Controller)
             .options(
-                name="controller",
+                name=CONTROLLER,
                 namespace=namespace,
                 num_cpus=0,
                 scheduling_strategy=here,
                 max_concurrency=1000,
+                # Its process is replaced, and ends with this one. No call is made twice without its caller.
+                max_restarts=-1,
+                max_task_retries=0,
                 enable_task_events=False,
             )
             .remote(plan)
@@ -150,10 +156,30 @@ def _wait_for_start(controller: Any, report: Report) -> int:
     return port
 
 
-def _abandon(controller: Any) -> None:
+def _abandon(plan: ServingPlan, controller: Any) -> None:
     """Best effort after a failed start: the error that is on its way up matters more."""
     try:
         ray.get(controller.stop.remote(), timeout=_ANSWER_S)
     except ray.exceptions.RayError as error:
         logging.getLogger(__name__).warning("the controller could not clean up: %s", error)
+    _end(plan, controller)
+
+
+def _end(plan: ServingPlan, controller: Any) -> None:
+    """Of the controller, and of whatever it did not get at: its members are not Ray's to end with it."""
     ray.kill(controller)
+    keeper = Keeper(plan.config.ray.namespace)
+    keeper.sweep()
+    keeper.erase()
+
+
+def _ask(method: Any, timeout_s: float) -> Any:
+    """Once more where the controller's process was lost meanwhile, and another one is on its way."""
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        try:
+            return ray.get(method.remote(), timeout=max(0.0, deadline_s - time.monotonic()))
+        except ray.exceptions.ActorUnavailableError:
+            if time.monotonic() > deadline_s:
+                raise
+            time.sleep(_POLL_S)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import os
 import signal
@@ -55,12 +54,16 @@ class Membership:
         self._members: dict[WorkerId, Member] = {}
         self._endpoints: dict[WorkerId, Endpoint] = {}
         self._since_s: dict[WorkerId, float] = {}
-        self._attempts = itertools.count(plan.routing.epoch)
+        self.next_epoch = int(plan.routing.epoch)
         self._lane_s = plan.config.lane.connect_s + _MARGIN_S
         self._adopt_s = plan.config.lane.timeout_s + _MARGIN_S
         self._lost = asyncio.Event()
         self._gone: set[WorkerId] = set()
         self.routing = plan.routing
+        self.adopting: tuple[Routing, tuple[Member, ...]] | None = None
+        """What workers go over to now, and the shards that are members from then on: there is no way back."""
+        self.note: Callable[[], None] = lambda: None
+        """Called when what another controller needs to know has changed."""
 
     def __contains__(self, worker_id: object) -> bool:
         return worker_id in self._members
@@ -73,6 +76,11 @@ class Membership:
 
     def pool(self, pool: Pool) -> list[Member]:
         return [member for member in self._members.values() if member.pool == pool]
+
+    @property
+    def frontends(self) -> dict[WorkerId, str]:
+        """Their mailboxes."""
+        return dict(self._frontends)
 
     def endpoint(self, worker_id: WorkerId) -> Endpoint | None:
         """Of a member, or of one that has been started."""
@@ -128,7 +136,7 @@ class Membership:
         pairs = [(s, t) for s in sources for t in targets if s in workers or t in workers]
         self._heed_losses()
         try:
-            await self._unless_lost(self._link(workers, shards, Epoch(next(self._attempts))))
+            await self._unless_lost(self._link(workers, shards, self._epoch()))
             await self._unless_lost(self._open_channels(pairs))
             frontends = self._frontends
             mailboxes = frontends | {m.worker_id: self._endpoints[m.worker_id].mailbox for m in everyone}
@@ -143,6 +151,7 @@ class Membership:
             raise
         self._members |= {member.worker_id: member for member in workers}
         self._note_new(workers)
+        self.note()
         if self._frontends is not frontends:
             # It was replaced meanwhile, and these were not members yet.
             await self._meet_frontends(workers)
@@ -150,6 +159,7 @@ class Membership:
     async def meet_frontend(self, worker_id: WorkerId, mailbox: str) -> None:
         """Let every attention worker write to a frontend there, and no more to where it was before."""
         self._frontends = self._frontends | {worker_id: mailbox}
+        self.note()
         await self._meet_frontends(self._attention())
 
     async def hand_over(self, leaving: Sequence[Member]) -> None:
@@ -170,7 +180,7 @@ class Membership:
     async def relink(self, worker: Member) -> None:
         """Form the lane of a worker anew, that has none though no shard is lost. Raises: OctetError."""
         self._heed_losses()
-        await self._unless_lost(self._link([worker], self.pool("experts"), Epoch(next(self._attempts))))
+        await self._unless_lost(self._link([worker], self.pool("experts"), self._epoch()))
         adopting = call(worker.worker_id, worker.actor.adopt.remote(self.routing), self._adopt_s)
         await self._unless_lost(adopting)
 
@@ -183,6 +193,7 @@ class Membership:
         """Attention workers are members no more; nothing joins the others to them."""
         gone = {member.worker_id for member in workers}
         self._members = {worker_id: m for worker_id, m in self._members.items() if worker_id not in gone}
+        self.note()
         await self._forget(gone)
 
     async def reroute(
@@ -204,7 +215,7 @@ class Membership:
         Returns: what was done.
         Raises: OctetError, and then everything is as it was, less the shards that were lost meanwhile.
         """
-        before, epoch = self.routing, Epoch(next(self._attempts))
+        before, epoch = self.routing, self._epoch()
         newcomers = {member.worker_id: member for member in joining}
         shards = {member.worker_id: member for member in self.pool("experts")} | newcomers
         present = {worker_id: member for worker_id, member in shards.items() if worker_id not in lost}
@@ -220,17 +231,56 @@ class Membership:
             survivors = [member for worker_id, member in present.items() if worker_id in before.shards]
             await self._retire(survivors, before)
             raise
+        self.adopting = (step.target, tuple(joining))
+        self.note()
         await self._adopt(step.target)
         reach("change.adopted")
-        self.routing = step.target
-        self._members |= newcomers
-        self._note_new(joining)
-        for worker_id in leaving:
-            self._members.pop(worker_id, None)
+        self._go_over()
         await self._retire([shards[worker_id] for worker_id in step.target.shards], step.target)
         if leaving:
             await self._forget(leaving)
         return step
+
+    def take_over(self, members: Sequence[Member], endpoints: Iterable[Endpoint], next_epoch: int) -> None:
+        """Know who serves; of a controller that takes the place of another, before anything else."""
+        self._members = {member.worker_id: member for member in members}
+        self._endpoints |= {endpoint.worker_id: endpoint for endpoint in endpoints}
+        self.next_epoch = next_epoch
+        self._since_s = dict.fromkeys(self._members, time.monotonic())
+
+    async def settle(self, gone: Collection[WorkerId]) -> None:
+        """Come to the end of what was begun by another controller, or back to before it.
+
+        What workers may have adopted already is adopted by all of them: every shard in it is linked and filled. Before
+        that, nobody asks for what was filled.
+
+        Args:
+            gone: who was to join and does not.
+        """
+        routing = self.routing if self.adopting is None else self.adopting[0]
+        await self._adopt(routing)
+        if self.adopting is not None:
+            self._go_over()
+        await self._retire(self.pool("experts"), self.routing)
+        await self._forget(gone)
+
+    def _go_over(self) -> None:
+        """Everybody has adopted it."""
+        assert self.adopting is not None
+        self.routing, joining = self.adopting
+        self.adopting = None
+        shards = set(self.routing.shards)
+        self._members |= {member.worker_id: member for member in joining}
+        self._members = {key: m for key, m in self._members.items() if m.pool != "experts" or key in shards}
+        self._note_new(joining)
+        self.note()
+
+    def _epoch(self) -> Epoch:
+        """Of the next attempt; another one each time, whichever controller makes it."""
+        epoch = Epoch(self.next_epoch)
+        self.next_epoch += 1
+        self.note()
+        return epoch
 
     def interrupt(self, worker_id: WorkerId) -> None:
         """A member is lost: what is being prepared is given up, so that the loss can be dealt with."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from typing import Any, cast
+from collections.abc import Awaitable
+from typing import Any, TypeVar, cast
+
+from ray.exceptions import ActorUnavailableError
 
 from cluster.change_record import ChangeRecord
 from cluster.cluster_status import ClusterStatus
@@ -12,12 +16,15 @@ from cluster.members import POOLS, MemberStatus, Pool
 from cluster.pools import call
 from cluster.status_decisions import add_decisions
 from cluster.status_telemetry import add_telemetry
-from octet.errors import RequestError
+from octet.errors import RequestError, UnavailableError
 from octet.messages import WorkerLoad
 from octet.v1 import octet_pb2 as pb
 from router.proposal import Proposal
 
+_T = TypeVar("_T")
+
 _ANSWER_S = 10.0
+_POLL_S = 0.05
 _CHANGE_S = 600.0
 """Of a change, whose parts have deadlines of their own."""
 _NO_LOAD = WorkerLoad(kv_pages_total=0, kv_pages_free=0, running=0, waiting=0, tokens=0)
@@ -32,8 +39,7 @@ class ControllerOperations:
 
     async def status(self, request: pb.GetStatusRequest) -> pb.GetStatusResponse:
         """Raises: UnavailableError if the controller does not answer."""
-        asked = self._controller.status.remote(request.window_s or None)
-        status: ClusterStatus = await call("the controller", asked, _ANSWER_S)
+        status = await self._status(request.window_s or None)
         totals = self._frontend.totals
         members = [member for pool in status.members.values() for member in pool]
         answer = pb.GetStatusResponse(
@@ -63,9 +69,8 @@ class ControllerOperations:
 
     async def rebalance(self, request: pb.RebalanceRequest) -> pb.RebalanceResponse:
         """Raises: OctetError."""
-        asked = self._controller.rebalance.remote(request.dry_run)
-        proposal: Proposal = await call("the controller", asked, _CHANGE_S)
-        status: ClusterStatus = await call("the controller", self._controller.status.remote(), _ANSWER_S)
+        proposal: Proposal = await _change_by(self._controller.rebalance.remote(request.dry_run))
+        status = await self._status()
         fills = proposal.transition.fills
         return pb.RebalanceResponse(
             moves=[
@@ -86,13 +91,41 @@ class ControllerOperations:
             if wanted.pool not in POOLS:
                 raise RequestError("sizes.pool", repr(wanted.pool), f"one of {', '.join(POOLS)}")
         sizes = {cast("Pool", wanted.pool): wanted.size for wanted in request.sizes}
-        await call("the controller", self._controller.scale.remote(sizes), _CHANGE_S)
-        status: ClusterStatus = await call("the controller", self._controller.status.remote(), _ANSWER_S)
+        await _change_by(self._controller.scale.remote(sizes))
+        status = await self._status()
         return pb.ScaleResponse(
             sizes=[pb.PoolSize(pool=pool, size=len(members)) for pool, members in status.members.items()],
             epoch=status.epoch,
             placement_version=status.placement_version,
         )
+
+    async def _status(self, window_s: float | None = None) -> ClusterStatus:
+        """Asked for again where the controller's process is replaced. Raises: UnavailableError."""
+        try:
+            async with asyncio.timeout(_ANSWER_S):
+                while True:
+                    try:
+                        status: ClusterStatus = await call("the controller", self._controller.status.remote(window_s))
+                        return status
+                    except UnavailableError as error:
+                        if not isinstance(error.__cause__, ActorUnavailableError):
+                            raise
+                        await asyncio.sleep(_POLL_S)
+        except TimeoutError:
+            raise UnavailableError(f"the controller: no answer within {_ANSWER_S} s") from None
+
+
+async def _change_by(asked: Awaitable[_T]) -> _T:
+    """A change is not asked for twice behind its caller's back. Raises: OctetError."""
+    try:
+        return await call("the controller", asked, _CHANGE_S)
+    except UnavailableError as error:
+        if not isinstance(error.__cause__, ActorUnavailableError):
+            raise
+        raise UnavailableError(
+            "the controller was lost and replaced during the change, which was brought to its end or undone: "
+            "look at the status, and ask for it again where it is still wanted"
+        ) from error
 
 
 def _change(record: ChangeRecord) -> pb.Change:

@@ -16,6 +16,7 @@ import ray.util
 from cluster.fault_points import FaultCalls
 from cluster.members import Endpoint, MemberStatus, Role
 from cluster.plan import ServingPlan
+from cluster.tether import Tether
 from octet import faults
 from octet.ids import Epoch, WorkerId
 from router.routing import Routing
@@ -41,7 +42,7 @@ class _AttentionActor(FaultCalls):
 
         host = ray.util.get_node_ip_address()
         self._worker = AttentionWorker(worker_id, self._role, plan, host, node_id(), report)
-        self._lifeline = _Lifeline()
+        self._lifeline, self._tether = _Lifeline(), Tether(controller)
 
     def lifeline(self) -> None:
         self._lifeline.hold()
@@ -106,7 +107,7 @@ class ExpertShard(FaultCalls):
 
         faults.allow(plan.config.chaos.enabled)
         self._worker = ShardWorker(worker_id, plan, ray.util.get_node_ip_address(), node_id())
-        self._lifeline = _Lifeline()
+        self._lifeline, self._tether = _Lifeline(), Tether(controller)
 
     def lifeline(self) -> None:
         self._lifeline.hold()

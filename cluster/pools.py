@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import collections
 import dataclasses
-import itertools
 import logging
-from collections.abc import Awaitable, Sequence
+import uuid
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.controller_journal import NotedGroup, NotedMember
+from cluster.keeper import Keeper, group_of
 from cluster.members import POOLS, Pool
 from cluster.plan import ServingPlan
 from cluster.pool_actors import DecodeWorker, ExpertShard, PrefillWorker
@@ -56,9 +58,13 @@ class Pools:
 
     def __init__(self, plan: ServingPlan, controller: Any) -> None:
         self._plan, self._controller = plan, controller
-        self._numbers = {pool: itertools.count() for pool in POOLS}
+        self._keeper = Keeper(plan.config.ray.namespace)
+        self._numbers: dict[Pool, int] = dict.fromkeys(POOLS, 0)
         self._groups: dict[PlacementGroup, int] = {}
         """Bundles in use."""
+        self._noted: dict[PlacementGroup, NotedGroup] = {}
+        self.note: Callable[[], None] = lambda: None
+        """Called when what another controller needs to know has changed."""
         self._free: dict[Pool, list[Berth]] = {pool: [] for pool in POOLS}
         self._ended: set[WorkerId] = set()
         self._waiting: collections.Counter[Pool] = collections.Counter()
@@ -91,11 +97,52 @@ class Pools:
         except TimeoutError:
             wanted = self.wanted(pool, count)
             raise StartupError(f"no node had room within {timeout_s:g} s, and none came, for {wanted}") from None
-        return [self._start_in(berth, pool) for berth in berths]
+        first = self._numbers[pool]
+        self._numbers[pool] += len(berths)
+        # Before anybody has them: ids are given once, whichever controller gives them.
+        self.note()
+        return [self._start_in(berth, pool, first + number) for number, berth in enumerate(berths)]
+
+    @property
+    def numbers(self) -> Mapping[Pool, int]:
+        """The next of each pool."""
+        return dict(self._numbers)
+
+    @property
+    def groups(self) -> tuple[NotedGroup, ...]:
+        """What is reserved."""
+        return tuple(self._noted[group] for group in self._groups)
+
+    def take_over(
+        self, numbers: Mapping[Pool, int], groups: Sequence[NotedGroup], noted: Sequence[NotedMember]
+    ) -> list[Member]:
+        """Know what a controller before this one has reserved and started, in that order.
+
+        Args:
+            groups: those of them that there are still.
+        """
+        self._numbers |= numbers
+        members = [self._find(one) for one in noted]
+        taken = {(member.berth.group, member.berth.index) for member in members}
+        for one in groups:
+            group = group_of(one.group)
+            self._noted[group] = one
+            self._groups[group] = sum(where == group for where, _ in taken)
+            self._free[one.pool] += [Berth(group, index) for index in range(one.size) if (group, index) not in taken]
+        for member in members:
+            # One whose group is gone has lost its process with it.
+            self._groups.setdefault(member.berth.group, 1)
+            unknown = NotedGroup(group=member.berth.group.id.hex(), pool=member.pool, size=1)
+            self._noted.setdefault(member.berth.group, unknown)
+        return members
+
+    def _find(self, one: NotedMember) -> Member:
+        actor = find(one.worker_id, self._plan.config.ray.namespace)
+        return Member(worker_id=one.worker_id, pool=one.pool, actor=actor, berth=Berth(group_of(one.group), one.index))
 
     def end(self, member: Member) -> None:
         """Kill a member's process, whatever it does, and free what it held. Idempotent."""
-        ray.kill(member.actor)
+        kill(member.actor)
         berth = member.berth
         if member.worker_id in self._ended:
             return
@@ -104,7 +151,7 @@ class Pools:
         if self._groups[berth.group]:
             self._free[member.pool].append(berth)
             return
-        del self._groups[berth.group]
+        del self._groups[berth.group], self._noted[berth.group]
         self._free[member.pool] = [free for free in self._free[member.pool] if free.group != berth.group]
         remove_placement_group(berth.group)
 
@@ -113,6 +160,7 @@ class Pools:
         for group in self._groups:
             remove_placement_group(group)
         self._groups.clear()
+        self._noted.clear()
 
     async def _reserve(self, pool: Pool, count: int, together: int) -> list[Berth]:
         """Bundles that members left behind, then new ones."""
@@ -122,7 +170,10 @@ class Pools:
         config = self._config(pool)
         bundle = _bundle(config)
         sizes = group_sizes(missing, missing if config.strategy.startswith("STRICT") else together)
-        groups = [placement_group([bundle] * size, strategy=config.strategy) for size in sizes]
+        groups = [
+            placement_group([bundle] * size, strategy=config.strategy, name=self._keeper.group_name(uuid.uuid4().hex))
+            for size in sizes
+        ]
         self._waiting[pool] += missing
         try:
             for group in groups:
@@ -138,17 +189,20 @@ class Pools:
             self._waiting[pool] -= missing
         for group, size in zip(groups, sizes, strict=True):
             self._groups[group] = 0
+            self._noted[group] = NotedGroup(group=group.id.hex(), pool=pool, size=size)
             berths += [Berth(group, index) for index in range(size)]
         for berth in berths:
             self._groups[berth.group] += 1
         return berths
 
-    def _start_in(self, berth: Berth, pool: Pool) -> Member:
+    def _start_in(self, berth: Berth, pool: Pool, number: int) -> Member:
         config = self._config(pool)
-        worker_id = WorkerId(f"{pool}-{next(self._numbers[pool])}")
+        worker_id = WorkerId(f"{pool}-{number}")
         options = {
             "name": worker_id,
             "namespace": self._plan.config.ray.namespace,
+            # It goes on without the controller's process; see `cluster.tether`.
+            "lifetime": "detached",
             "num_cpus": config.num_cpus,
             "num_gpus": config.num_gpus,
             "resources": config.resources,
@@ -164,6 +218,32 @@ class Pools:
     def _config(self, pool: Pool) -> PoolConfig:
         config: PoolConfig = getattr(self._plan.config.pools, pool)
         return config
+
+
+class Gone:
+    """In place of an actor that there is no more: whatever it is asked fails as with one whose process has died."""
+
+    def __getattr__(self, name: str) -> Gone:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return self
+
+    async def remote(self, *args: object, **kwargs: object) -> Any:
+        raise ray.exceptions.RayActorError
+
+
+def find(name: str, namespace: str) -> Any:
+    """An actor by its name, or `Gone`."""
+    try:
+        return ray.get_actor(name, namespace=namespace)
+    except ValueError:
+        return Gone()
+
+
+def kill(actor: Any) -> None:
+    """At once, whatever it does. Idempotent."""
+    if not isinstance(actor, Gone):
+        ray.kill(actor)
 
 
 def group_sizes(count: int, together: int) -> list[int]:

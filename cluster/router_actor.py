@@ -12,6 +12,7 @@ from cluster.fault_points import FaultCalls
 from cluster.plan import ServingPlan
 from cluster.prospects import prospects
 from cluster.signals import Prospect
+from cluster.tether import Tether
 from octet import faults
 from octet.ids import Epoch, WorkerId
 from router.proposal import Proposal, make_proposal
@@ -28,8 +29,9 @@ _FRESH_S = 5.0
 class Router(FaultCalls):
     """An async Ray actor. `watch` whenever members have joined or left."""
 
-    def __init__(self, plan: ServingPlan) -> None:
+    def __init__(self, plan: ServingPlan, controller: Any = None) -> None:
         faults.allow(plan.config.chaos.enabled)
+        self._tether = Tether(controller)
         self._config = plan.config.telemetry
         self._plan = plan
         self._service = RouterService(plan.routing, plan.model.num_experts_per_tok, self._config, time.monotonic())

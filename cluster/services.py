@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cluster.frontend_actor import FrontendActor
 from cluster.plan import ServingPlan
 from cluster.pool_actors import node_id
-from cluster.pools import TASK_EVENTS, call
+from cluster.pools import TASK_EVENTS, Gone, call, find, kill
 from cluster.router_actor import Router
 from octet.errors import UnavailableError
 from octet.ids import WorkerId
@@ -28,11 +28,15 @@ _START_S = 60.0
 class Services:
     """Belongs to the controller's event loop."""
 
-    def __init__(self, plan: ServingPlan, controller: Any) -> None:
-        self._plan, self._controller = plan, controller
-        self._port: int | None = None
-        self.frontend = self._start_frontend()
-        self.router = self._start_router()
+    def __init__(self, plan: ServingPlan, controller: Any, port: int | None = None) -> None:
+        """
+        Args:
+            port: where the frontend of a controller before this one listens: what it has started serves on.
+        """
+        self._plan, self._controller, self._port = plan, controller, port
+        namespace = plan.config.ray.namespace
+        self.frontend = self._start_frontend() if port is None else find(FRONTEND, namespace)
+        self.router = self._start_router() if port is None else find(ROUTER, namespace)
 
     def all(self) -> list[Any]:
         return [self.router, self.frontend]
@@ -49,6 +53,18 @@ class Services:
         mailbox, self._port = listening
         return mailbox
 
+    async def mailbox(self) -> str | None:
+        """Of a frontend that was found; None if it serves nobody, and has to be replaced."""
+        try:
+            found: str | None = await call(FRONTEND, self.frontend.mailbox.remote(), _ANSWER_S)
+        except UnavailableError:
+            return None
+        if found is None:
+            # Whoever started it did not come to the end of it.
+            self._bury(self.frontend)
+            self.frontend = Gone()
+        return found
+
     async def replace_frontend(self) -> str:
         """Start another one on the port of the one that is lost. Returns: its mailbox.
 
@@ -59,7 +75,7 @@ class Services:
         try:
             listening: tuple[str, int] = await call(FRONTEND, frontend.listen.remote(self._port), _START_S)
         except BaseException:
-            ray.kill(frontend)
+            kill(frontend)
             raise
         self.frontend = frontend
         return listening[0]
@@ -78,22 +94,24 @@ class Services:
     def close(self) -> None:
         """Kill both."""
         for service in self.all():
-            ray.kill(service)
+            kill(service)
 
     def _bury(self, service: Any) -> None:
         """One killed from outside keeps its name until then, in Ray or in what this process remembers of it."""
-        ray.kill(service)
+        kill(service)
 
     def _start_frontend(self) -> Any:
         return self._start(FrontendActor, FRONTEND, FRONTEND, self._plan, self._controller)
 
     def _start_router(self) -> Any:
-        return self._start(Router, ROUTER, self._plan)
+        return self._start(Router, ROUTER, self._plan, self._controller)
 
     def _start(self, cls: type, name: str, *args: Any) -> Any:
         options = {
             "name": name,
             "namespace": self._plan.config.ray.namespace,
+            # They go on without the controller's process; see `cluster.tether`.
+            "lifetime": "detached",
             "num_cpus": 0,
             "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id(), soft=False),
             "max_concurrency": 1000,

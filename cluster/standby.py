@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable, Sequence
 
 from cluster.members import POOLS, Pool
 from cluster.membership import Membership
@@ -23,9 +24,16 @@ class Standby:
         self._plan, self._pools, self._membership = plan, pools, membership
         self._ready: dict[Pool, list[Member]] = {pool: [] for pool in POOLS}
         self._filling = asyncio.Lock()
+        self.note: Callable[[], None] = lambda: None
+        """Called when what another controller needs to know has changed."""
 
     def all(self) -> list[Member]:
         return [member for members in self._ready.values() for member in members]
+
+    def take_over(self, members: Sequence[Member]) -> None:
+        """These are ready; of a controller that takes the place of another."""
+        for member in members:
+            self._ready[member.pool].append(member)
 
     async def fill(self) -> None:
         """Start as many as each pool's config asks for. Where Ray has no room for them, there are fewer."""
@@ -35,6 +43,7 @@ class Standby:
                 if missing := wanted - len(self._ready[pool]):
                     try:
                         self._ready[pool] += await self.start(pool, missing)
+                        self.note()
                     except OctetError as error:
                         _log.warning("no %s process on standby: %s", pool, error)
 
@@ -43,6 +52,8 @@ class Standby:
         taken: list[Member] = []
         while self._ready[pool] and len(taken) < count:
             member = self._ready[pool].pop(0)
+            # What joins is on standby no more, however far it comes.
+            self.note()
             try:
                 await call(member.worker_id, member.actor.status.remote(), _ANSWER_S)
             except OctetError as error:

@@ -1,0 +1,76 @@
+"""Where the controller's journal is kept: with Ray's GCS, which lives as long as any actor of the cluster can be found.
+
+One small value for each cluster, written whole. The controller is the only one that writes it, one at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import ray
+from ray.experimental import internal_kv
+from ray.util import list_named_actors, placement_group_table, remove_placement_group
+from ray.util.placement_group import PlacementGroup
+
+from cluster.members import POOLS
+
+_log = logging.getLogger(__name__)
+
+_SPACE = b"octet"
+_OURS = frozenset({*POOLS, "frontend", "router"})
+"""How names of actors begin."""
+
+
+class Keeper:
+    """Of one cluster."""
+
+    def __init__(self, namespace: str) -> None:
+        self._namespace, self._key = namespace, f"controller/{namespace}".encode()
+
+    def write(self, packed: bytes) -> None:
+        """In place of what was there; a millisecond."""
+        internal_kv._internal_kv_put(self._key, packed, overwrite=True, namespace=_SPACE)
+
+    def read(self) -> bytes | None:
+        found: bytes | None = internal_kv._internal_kv_get(self._key, namespace=_SPACE)
+        return found
+
+    def erase(self) -> None:
+        internal_kv._internal_kv_del(self._key, namespace=_SPACE)
+
+    def group_name(self, unique: str) -> str:
+        """Of a placement group, so that it is known whose it is."""
+        return f"octet/{self._namespace}/{unique}"
+
+    def actors(self) -> set[str]:
+        """Names of this cluster's living members and services."""
+        found = list_named_actors(all_namespaces=True)
+        names = {actor["name"] for actor in found if actor["namespace"] == self._namespace}
+        return {name for name in names if name.partition("-")[0] in _OURS}
+
+    def groups(self) -> set[str]:
+        """Ids of this cluster's placement groups, placed or not."""
+        prefix = self.group_name("")
+        found = placement_group_table().items()
+        return {group for group, info in found if info["name"].startswith(prefix) and info["state"] != "REMOVED"}
+
+    def sweep(self, actors: frozenset[str] = frozenset(), groups: frozenset[str] = frozenset()) -> set[str]:
+        """Kill all actors but these, and the controller, and remove all placement groups but these.
+
+        Returns: names of the actors that were killed.
+        """
+        strangers = self.actors() - actors
+        for name in strangers:
+            try:
+                ray.kill(ray.get_actor(name, namespace=self._namespace))
+            except ValueError:
+                # It has ended by itself meanwhile.
+                continue
+        for group in self.groups() - groups:
+            remove_placement_group(group_of(group))
+        return strangers
+
+
+def group_of(group: str) -> PlacementGroup:
+    """By its id in hexadecimal."""
+    return PlacementGroup(ray.PlacementGroupID.from_hex(group))
