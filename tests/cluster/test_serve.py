@@ -15,8 +15,10 @@ from typing import Any
 
 from ray.cluster_utils import Cluster
 
+from cluster.fault_points import pid_of
+from cluster.inventory import inventory
 from octet.client import Client
-from tests.clusters import DECODE_PLACES, OBJECT_STORE_BYTES
+from tests.clusters import DECODE_PLACES, OBJECT_STORE_BYTES, wait_until
 
 _START_S = 180.0
 _OCTET = str(pathlib.Path(sys.executable).parent / "octet")
@@ -114,6 +116,21 @@ def test_serve_joins_a_ray_cluster_and_ctrl_c_leaves_it_running(nodes: Cluster) 
         assert hosts["experts"] == {node.node_id}
         assert not hosts["decode"] & hosts["experts"]
         assert all(node.all_processes for node in nodes.list_all_nodes())
+
+
+def test_serve_that_is_killed_leaves_nothing_on_the_ray_that_it_joined(nodes: Cluster, ray_session: None) -> None:
+    namespace = "octet-killed"
+    before = inventory(namespace)
+    with _serving("--address", nodes.address, "--experts", "1", "--set", f"ray.namespace={namespace}") as serving:
+        process, address = serving
+        with Client(address, timeout_s=60) as client:
+            pids = {member.pid for pool in client.status().pools for member in pool.members}
+        pids |= {pid_of(namespace, name) for name in ("controller", "frontend-0", "router")}
+        assert len(_alive(pids)) == 6
+        process.kill()
+        wait_until(lambda: not _alive(pids), 60, "nothing lives on")
+        # Ray hears of the last of them a little later.
+        wait_until(lambda: inventory(namespace) == before, 30, "nothing is reserved, or known to Ray")
 
 
 @contextlib.contextmanager

@@ -30,7 +30,8 @@ def groups(monkeypatch: pytest.MonkeyPatch) -> list[Group]:
     """All that are not removed."""
     made: list[Group] = []
 
-    def make(bundles: list[dict[str, float]], strategy: str) -> Any:
+    def make(bundles: list[dict[str, float]], strategy: str, name: str) -> Any:
+        assert "octet" in name, "it is known whose it is"
         made.append(Group(bundles))
         return made[-1]
 

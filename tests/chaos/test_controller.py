@@ -1,0 +1,57 @@
+"""The controller's process is killed: streams do not notice, and another one goes on with what it knew."""
+
+from __future__ import annotations
+
+import pytest
+
+from cluster.fault_points import arm, pid_of
+from cluster.inventory import inventory
+from octet.client import CallError, Client
+from octet.faults import Fault
+from ops.chaos.schedule import Kill
+from tests.chaos.conftest import Chaos
+from tests.clusters import members, wait_until
+
+
+def test_streams_do_not_notice_and_the_next_controller_recovers_and_scales(chaos: Chaos) -> None:
+    before = chaos.status()
+    verdict = chaos.run(Kill(at_s=0.3, target="controller"), Kill(at_s=0.9, target="experts"), complete=True)
+    assert verdict.violations == ()
+    status = chaos.status()
+    assert all(status.epoch >= before.epoch for _ in (0,))
+    kinds = [(change.kind, change.succeeded) for change in status.changes[len(before.changes) :]]
+    assert kinds[:2] == [("recovery", True), ("recovery", True)], status.changes
+    assert "the controller" in status.changes[len(before.changes)].reason
+    # Members keep their ids and processes, ids are given once.
+    kept = members(before, "decode")
+    assert {name: member.pid for name, member in members(status, "decode").items()} == {
+        name: member.pid for name, member in kept.items()
+    }
+    with Client(chaos.cluster.address, timeout_s=120) as client:
+        client.scale(experts=2)
+        assert len(members(client.status(), "experts")) == 2
+        client.scale(experts=3)
+        assert len(members(client.status(), "experts")) == 3
+
+
+@pytest.mark.parametrize("point", ["change.prepared", "change.adopted"])
+def test_a_change_under_way_is_brought_to_its_end_or_given_up(chaos: Chaos, point: str) -> None:
+    wait_until(chaos.whole, 120, "every pool has its size")
+    namespace = chaos.cluster.plan.config.ray.namespace
+    epoch, pid = chaos.status().epoch, pid_of(namespace, "controller")
+    arm(namespace, "controller", Fault(point=point, action="kill"))
+    with Client(chaos.cluster.address, timeout_s=120) as client:
+        with pytest.raises(CallError, match=r"UNAVAILABLE.*the controller was lost and replaced"):
+            client.scale(experts=4)
+        verdict = chaos.run()
+        assert verdict.violations == ()
+        status = client.status()
+        assert pid_of(namespace, "controller") != pid
+        if point == "change.adopted":
+            assert len(members(status, "experts")) == 4
+            assert status.epoch > epoch
+            client.scale(experts=3)
+        assert len(members(client.status(), "experts")) == 3
+    wait_until(chaos.whole, 60, "nothing is under way")
+    held, known = inventory(namespace), {m.worker_id for pool in chaos.status().pools for m in pool.members}
+    assert held.actors - known == {"controller", "frontend-0", "router"}
