@@ -29,7 +29,7 @@ _PROMPTS = (
     "The river was wide, and",
 )
 _NEW_TOKENS, _TIMEOUT_S = 160, 120.0
-_VICTIMS: tuple[Target, ...] = ("experts", "decode", "prefill", "router")
+_VICTIMS: tuple[Target, ...] = ("experts", "decode", "prefill", "router", "controller")
 _PAUSE_S, _REFRESH_S = 2.0, 0.1
 _SHOWN = 70
 

@@ -18,20 +18,19 @@ def test_streams_do_not_notice_and_the_next_controller_recovers_and_scales(chaos
     verdict = chaos.run(Kill(at_s=0.3, target="controller"), Kill(at_s=0.9, target="experts"), complete=True)
     assert verdict.violations == ()
     status = chaos.status()
-    assert all(status.epoch >= before.epoch for _ in (0,))
+    assert status.epoch > before.epoch
+    print(
+        f"another controller answered {verdict.history.faults[0].until_s - verdict.history.faults[0].at_s:.2f} s later"
+    )
     kinds = [(change.kind, change.succeeded) for change in status.changes[len(before.changes) :]]
     assert kinds[:2] == [("recovery", True), ("recovery", True)], status.changes
     assert "the controller" in status.changes[len(before.changes)].reason
-    # Members keep their ids and processes, ids are given once.
-    kept = members(before, "decode")
-    assert {name: member.pid for name, member in members(status, "decode").items()} == {
-        name: member.pid for name, member in kept.items()
-    }
+    kept = {name: member.pid for name, member in members(before, "decode").items()}
+    assert {name: member.pid for name, member in members(status, "decode").items()} == kept
     with Client(chaos.cluster.address, timeout_s=120) as client:
-        client.scale(experts=2)
-        assert len(members(client.status(), "experts")) == 2
-        client.scale(experts=3)
-        assert len(members(client.status(), "experts")) == 3
+        for size in (2, 3):
+            client.scale(experts=size)
+            assert len(members(client.status(), "experts")) == size
 
 
 @pytest.mark.parametrize("point", ["change.prepared", "change.adopted"])
