@@ -64,6 +64,8 @@ class Estate:
         self.changes.standby.take_over([found[one.worker_id] for one in journal.standby])
         self.changes.num_redundant = journal.num_redundant
         self.changes.log.take_over(journal.changes)
+        # Until this controller has dealt with it: it may be lost as well.
+        self.changes.log.under_way = journal.under_way
         known = frozenset({*noted, FRONTEND, ROUTER})
         return {WorkerId(name) for name in self.keeper.sweep(known, frozenset(group.group for group in groups))}
 

@@ -125,7 +125,8 @@ def _start_controller(plan: ServingPlan) -> Any:
                 namespace=namespace,
                 num_cpus=0,
                 scheduling_strategy=here,
-                max_concurrency=1000,
+                # Every member holds one call open.
+                max_concurrency=10_000,
                 # Its process is replaced, and ends with this one. No call is made twice without its caller.
                 max_restarts=-1,
                 max_task_retries=0,
