@@ -62,6 +62,55 @@ def test_strangers_that_knock_are_turned_away() -> None:
     assert LanePort(ends[1], layout, EPOCH, PATIENT_S).receive() is None
 
 
+def test_silent_strangers_hold_up_no_member(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.wire._KNOCK_S", 10 * CONNECT_S)
+    store, name = GroupStore.host(HOST, CONNECT_S, SECRET), uuid.uuid4().hex
+    joined = GroupStore.join(store.address, CONNECT_S, SECRET)
+    with ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as closing:
+        host = pool.submit(Wire.join, store, name, HOST_SIDE, HOST, CONNECT_S, PATIENT_S)
+        port = int(joined.look_up(name, CONNECT_S).split(b" ")[1])
+        # More than may wait at once.
+        strangers = [closing.enter_context(socket.create_connection((HOST, port))) for _ in range(150)]
+        assert len(strangers[-1].recv(32, socket.MSG_WAITALL)) == 32
+        guest = Wire.join(joined, name, GUEST_SIDE, HOST, CONNECT_S, PATIENT_S)
+        assert host.result().fd != guest.fd
+    assert 22 <= store.num_refused <= 23
+
+
+def test_a_stranger_that_says_little_by_little_is_turned_away_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.wire._KNOCK_S", 0.3)
+    store, name = GroupStore.host(HOST, CONNECT_S, SECRET), uuid.uuid4().hex
+    joined = GroupStore.join(store.address, CONNECT_S, SECRET)
+    with ThreadPoolExecutor(1) as pool:
+        host = pool.submit(Wire.join, store, name, HOST_SIDE, HOST, 1.5, PATIENT_S)
+        port = int(joined.look_up(name, CONNECT_S).split(b" ")[1])
+        with socket.create_connection((HOST, port)) as stranger, contextlib.suppress(ConnectionError):
+            for _ in range(63):
+                stranger.sendall(b"x")
+                time.sleep(0.1)
+            pytest.fail("it was listened to for six seconds")
+        with pytest.raises(LaneTimeoutError, match="nobody joined"):
+            host.result()
+    assert store.num_refused == 1
+
+
+def test_a_host_that_says_little_by_little_is_given_up_in_time() -> None:
+    store, name = GroupStore.host(HOST, CONNECT_S, SECRET), uuid.uuid4().hex
+    with ThreadPoolExecutor(1) as pool, socket.create_server((HOST, 0)) as listener:
+        store.publish(name, f"{HOST} {listener.getsockname()[1]}".encode())
+        guest = pool.submit(Wire.join, store, name, GUEST_SIDE, HOST, 0.5, PATIENT_S)
+        connection, _ = listener.accept()
+        with connection:
+            started_s = time.monotonic()
+            while not guest.done() and time.monotonic() - started_s < 5:
+                with contextlib.suppress(ConnectionError):
+                    connection.sendall(b"x")
+                time.sleep(0.2)
+            assert guest.done()
+            with pytest.raises(LaneTimeoutError):
+                guest.result()
+
+
 def test_whoever_hands_a_proof_back_is_turned_away() -> None:
     """It opens a connection of its own to a host, and lets the host answer the challenge of another connection."""
     store, name = GroupStore.host(HOST, CONNECT_S, SECRET), uuid.uuid4().hex
