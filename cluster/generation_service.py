@@ -10,9 +10,9 @@ from cluster.chunks import concatenate, to_chunk
 from cluster.frontend import Frontend
 from cluster.record import Reader
 from cluster.status_codes import Context, abort
-from cluster.validation import GenerateSpec, chat_messages, check_ids, parse_request, require_tokenizer
+from cluster.validation import GenerateSpec, check_ids, input_ids, parse_request, require_tokenizer
 from model.config import ARCHITECTURE
-from octet.errors import OctetError, RequestError, SlowReaderError
+from octet.errors import OctetError, SlowReaderError
 from octet.ids import RequestId
 from octet.metadata import REQUEST_ID
 from octet.v1 import octet_pb2 as pb
@@ -67,11 +67,9 @@ class GenerationService(rpc.GenerationServicer):
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         async with _errors_as_status(context):
             tokenizer = require_tokenizer(self._frontend.tokenizer, request.WhichOneof("input") or "input")
-            if request.WhichOneof("input") == "chat":
-                return pb.TokenizeResponse(token_ids=tokenizer.apply_chat_template(chat_messages(request.chat)))
-            if request.WhichOneof("input") == "text":
-                return pb.TokenizeResponse(token_ids=tokenizer.encode(request.text))
-            raise RequestError("input", "nothing", "one of text, chat")
+            if request.ByteSize() <= _LONG_BYTES:
+                return pb.TokenizeResponse(token_ids=input_ids(request, tokenizer))
+            return pb.TokenizeResponse(token_ids=await asyncio.to_thread(input_ids, request, tokenizer))
         raise AssertionError("an error is raised again as a status")
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from ray.exceptions import ActorUnavailableError
 
 from cluster.change_record import ChangeRecord
 from cluster.cluster_status import ClusterStatus
 from cluster.frontend import Frontend
-from cluster.members import POOLS, MemberStatus, Pool
+from cluster.members import POOLS, MemberStatus
 from cluster.pools import call
 from cluster.status_decisions import add_decisions
 from cluster.status_telemetry import add_telemetry
-from octet.errors import RequestError, UnavailableError
+from cluster.validation import status_window_s, wanted_sizes
+from octet.errors import UnavailableError
 from octet.messages import WorkerLoad
 from octet.v1 import octet_pb2 as pb
 from router.proposal import Proposal
@@ -38,8 +39,8 @@ class ControllerOperations:
         self._started_s = time.monotonic()
 
     async def status(self, request: pb.GetStatusRequest) -> pb.GetStatusResponse:
-        """Raises: UnavailableError if the controller does not answer."""
-        status = await self._status(request.window_s or None)
+        """Raises: RequestError, or UnavailableError if the controller does not answer."""
+        status = await self._status(status_window_s(request))
         totals = self._frontend.totals
         members = [member for pool in status.members.values() for member in pool]
         answer = pb.GetStatusResponse(
@@ -87,10 +88,7 @@ class ControllerOperations:
 
     async def scale(self, request: pb.ScaleRequest) -> pb.ScaleResponse:
         """Raises: OctetError."""
-        for wanted in request.sizes:
-            if wanted.pool not in POOLS:
-                raise RequestError("sizes.pool", repr(wanted.pool), f"one of {', '.join(POOLS)}")
-        sizes = {cast("Pool", wanted.pool): wanted.size for wanted in request.sizes}
+        sizes = wanted_sizes(request)
         await _change_by(self._controller.scale.remote(sizes))
         status = await self._status()
         return pb.ScaleResponse(

@@ -9,6 +9,7 @@ import secrets
 import time
 import uuid
 
+from cluster.members import POOLS, Pool
 from model.config import GenerationDefaults, ModelConfig
 from model.tokenizer import Tokenizer
 from octet.config import OctetConfig
@@ -19,6 +20,7 @@ from octet.request import Output, Sampling, Stopping
 from octet.v1 import octet_pb2 as pb
 
 _MAX_ID_BYTES = 256
+_MAX_POOL_SIZE = 2**14
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,11 +110,42 @@ def chat_messages(chat: pb.Chat) -> list[tuple[str, str]]:
     return [(message.role, message.content) for message in chat.messages]
 
 
+def wanted_sizes(request: pb.ScaleRequest) -> dict[Pool, int]:
+    """Raises: RequestError."""
+    sizes: dict[Pool, int] = {}
+    for index, wanted in enumerate(request.sizes):
+        if wanted.pool not in POOLS:
+            raise RequestError(f"sizes[{index}].pool", repr(wanted.pool), f"one of {', '.join(POOLS)}")
+        if wanted.pool in sizes:
+            raise RequestError(f"sizes[{index}].pool", f"'{wanted.pool}' once more", "each pool once")
+        if wanted.size > _MAX_POOL_SIZE:
+            raise RequestError(f"sizes[{index}].size", wanted.size, f"at most {_MAX_POOL_SIZE} members")
+        sizes[wanted.pool] = wanted.size
+    return sizes
+
+
+def status_window_s(request: pb.GetStatusRequest) -> float | None:
+    """None is all that there is. Raises: RequestError."""
+    if not math.isfinite(request.window_s) or request.window_s < 0:
+        raise RequestError("window_s", f"{request.window_s:g}", "a number of seconds, or 0 for all")
+    return request.window_s or None
+
+
 def require_tokenizer(tokenizer: Tokenizer | None, field: str) -> Tokenizer:
     """Raises: RequestError."""
     if tokenizer is None:
         raise RequestError(field, "text", "token_ids", "this checkpoint has no tokenizer")
     return tokenizer
+
+
+def input_ids(request: pb.TokenizeRequest, tokenizer: Tokenizer) -> list[int]:
+    """Raises: RequestError."""
+    kind = request.WhichOneof("input")
+    if kind == "chat":
+        return tokenizer.apply_chat_template(chat_messages(request.chat))
+    if kind == "text":
+        return tokenizer.encode(request.text)
+    raise RequestError("input", "nothing", "one of text, chat")
 
 
 def check_ids(token_ids: list[int], field: str, vocab_size: int) -> None:

@@ -221,6 +221,10 @@ def _read_weight_map(path: pathlib.Path) -> dict[str, str]:
 
 def _scan_file(model_dir: pathlib.Path, file: str) -> dict[str, TensorInfo]:
     """The file's tensors, in the order of their bytes."""
+    path = model_dir / file
+    # Whoever opens a pipe waits for somebody to write to it.
+    if path.exists() and not path.is_file():
+        raise CheckpointError(file, "", "something that is no file", "a readable safetensors file")
     try:
         with _open(model_dir / file) as opened:
             return {

@@ -14,6 +14,10 @@ ARCHITECTURE = "Glm4MoeForCausalLM"
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 
+_MAX_INTEGER = 2**31 - 1
+_MAX_EXPERTS = 2**17
+"""Over all layers. Each tensor's name is made before the files are looked at."""
+_MAX_LAYERS = 2**12
 _MAX_FILE_BYTES = 256 * 2**20
 
 
@@ -218,13 +222,19 @@ def _read_eos(model_dir: pathlib.Path, fields: _Fields) -> tuple[int, ...]:
         value = source.raw.get("eos_token_id")
         values = [] if value is None else value if isinstance(value, list) else [value]
         for token_id in values:
-            if not isinstance(token_id, int) or isinstance(token_id, bool):
+            if type(token_id) is not int or not 0 <= token_id <= _MAX_INTEGER:
                 raise source.error("eos_token_id", value, "a token id or a list of them")
             ids[token_id] = None
     return tuple(ids)
 
 
 def _check_shapes(config: ModelConfig, fields: _Fields) -> None:
+    num_layers = config.num_hidden_layers + config.num_nextn_predict_layers
+    if num_layers > _MAX_LAYERS:
+        raise fields.error("num_hidden_layers", num_layers, f"at most {_MAX_LAYERS} layers, with those for drafting")
+    if num_layers * config.n_routed_experts > _MAX_EXPERTS:
+        found = f"{config.n_routed_experts} in each of {num_layers} layers"
+        raise fields.error("n_routed_experts", found, f"at most {_MAX_EXPERTS} experts over all layers")
     if config.num_attention_heads % config.num_key_value_heads:
         raise fields.error(
             "num_key_value_heads", config.num_key_value_heads, f"a divisor of {config.num_attention_heads} query heads"
@@ -300,6 +310,8 @@ class _Fields:
         value = self._get(field, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
             raise self.error(field, repr(value), f"an integer ≥ {minimum}")
+        if value > _MAX_INTEGER:
+            raise self.error(field, repr(value), f"an integer of at most {_MAX_INTEGER}")
         return value
 
     def number(self, field: str, *, default: float | None = None, positive: bool = False) -> float:

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import pydantic
-import yaml
 
 from octet.autoscaler_config import AutoscalerConfig, PoolScalingConfig
 from octet.config_node import ConfigNode
 from octet.errors import ConfigError
+from octet.safe_yaml import MAX_YAML_BYTES, YamlError, load_yaml
 
 
 class ModelConfig(ConfigNode):
@@ -343,10 +343,13 @@ def load_config(file: pathlib.Path | None = None, overrides: Sequence[str] = ())
 
 def _read_yaml(file: pathlib.Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(file.read_text())
+        with file.open("rb") as opened:
+            content = opened.read(MAX_YAML_BYTES + 1)
     except OSError as error:
         raise ConfigError(str(file), error.strerror, "a readable YAML file") from error
-    except yaml.YAMLError as error:
+    try:
+        tree = load_yaml(content)
+    except YamlError as error:
         raise ConfigError(str(file), f"invalid YAML ({error})", "a YAML mapping") from error
     if tree is None:
         return {}
@@ -357,7 +360,7 @@ def _read_yaml(file: pathlib.Path) -> dict[str, Any]:
 
 def _set(tree: dict[str, Any], override: str) -> None:
     path, separator, text = override.partition("=")
-    if not separator or not path:
+    if not separator or not all(path.split(".")):
         raise ConfigError("--set", repr(override), "section.field=value")
     *parents, leaf = path.split(".")
     node = tree
@@ -368,8 +371,8 @@ def _set(tree: dict[str, Any], override: str) -> None:
             raise ConfigError(path, f"a value at '{parent}'", "a section there")
         node = child
     try:
-        node[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        node[leaf] = load_yaml(text)
+    except YamlError as error:
         raise ConfigError(path, repr(text), "a YAML value") from error
 
 
@@ -377,8 +380,8 @@ def _reject_unknown_keys(tree: dict[str, Any], cls: type[pydantic.BaseModel], pr
     for key, value in tree.items():
         field = cls.model_fields.get(str(key))
         if field is None:
-            near = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0)
-            raise ConfigError(f"{prefix}{key}", "an unknown name", f"one of {', '.join(cls.model_fields)}",
+            near = difflib.get_close_matches(str(key)[:100], cls.model_fields, n=1, cutoff=0)
+            raise ConfigError(f"{prefix}{key}" or "''", "an unknown name", f"one of {', '.join(cls.model_fields)}",
                               f"did you mean '{prefix}{near[0]}'?")  # fmt: skip
         if isinstance(field.annotation, type) and issubclass(field.annotation, pydantic.BaseModel):
             if value is None:
