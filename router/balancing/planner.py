@@ -88,7 +88,8 @@ def plan(
             held_LS, tuple(layers or range(len(loads_LE))), loads_LE.shape[1], topology.num_shards, version=1
         )
         return Rebalance(placement, (), f"a first placement, of balancedness {level:.4f}")
-    if np.array_equal(held_LS, current.physical_to_logical):
+    # Other shards may have as many slots in all.
+    if current.num_shards == topology.num_shards and np.array_equal(held_LS, current.physical_to_logical):
         return Rebalance(current, (), f"no move pays: balancedness stays {level:.4f}")
     placement = from_physical(
         held_LS, current.layers, current.num_experts, topology.num_shards, version=current.version + 1

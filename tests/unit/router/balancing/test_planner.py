@@ -165,6 +165,14 @@ def test_a_shard_that_drains_keeps_nothing_and_no_expert_is_lost(case: Case, dat
     assert all(math.isinf(move.gain) for move in result.moves), "only what would be lost moves"
 
 
+def test_other_shards_are_another_placement_though_every_slot_holds_the_same() -> None:
+    loads_LE = np.zeros((1, 4))
+    before = plan(loads_LE, Topology(slots=(6, 0)), Budget(), None).placement
+    after = plan(loads_LE, Topology(slots=(4, 0, 4)), Budget(max_moves=0), before).placement
+    assert after.physical_to_logical.tolist() == before.physical_to_logical.tolist()
+    assert (after.num_shards, after.version) == (3, before.version + 1)
+
+
 @pytest.mark.parametrize("num_shards", [1, 3, 7, 12])
 def test_shards_need_divide_nothing(num_shards: int) -> None:
     loads_LE = np.random.default_rng().random((2, 160))
