@@ -34,7 +34,7 @@ LOSE = (Kill(at_s=0.5, target="experts", which=0),)
         ("prefill", "combine", 1, ()),
         ("decode", "adopt", 0, SHRINK),
         # A second loss while the first one is dealt with.
-        ("experts", "prepare", 0, LOSE),
+        pytest.param("experts", "prepare", 0, LOSE, marks=pytest.mark.long),
         ("prefill", "adopt", 0, LOSE),
     ],
 )

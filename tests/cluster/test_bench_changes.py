@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import pathlib
 
+import pytest
+
 from ops.bench.changes.command import ChangesOptions, bench_random_changes
 
 
+@pytest.mark.long
 def test_random_changes_leave_nothing_behind(ray_session: None, tmp_path: pathlib.Path) -> None:
     file = tmp_path / "random.json"
     options = ChangesOptions(kinds=(), streams=2, prompts=2, prompt_tokens=12, new_tokens=40)

@@ -99,7 +99,7 @@ def test_a_size_that_cannot_be_is_refused_with_the_reason(
 
 
 def test_a_pool_of_another_name_is_a_bad_request(small: RunningCluster) -> None:
-    with Client(small.address, timeout_s=60) as client, pytest.raises(CallError, match=r"sizes\.pool") as refused:
+    with Client(small.address, timeout_s=60) as client, pytest.raises(CallError, match=r"sizes\[0\]\.pool") as refused:
         client.scale(routers=2)
     assert refused.value.code == grpc.StatusCode.INVALID_ARGUMENT
 

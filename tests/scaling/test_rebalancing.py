@@ -38,14 +38,15 @@ def test_a_dry_run_only_says_what_would_move(cluster: RunningCluster, answers: A
         assert planned.placement_version == before.placement_version == client.status().placement_version
 
 
-def test_tokens_stay_the_same_while_experts_move_every_second_for_a_minute(
-    cluster: RunningCluster, answers: Answers
+@pytest.mark.parametrize("seconds", [20, pytest.param(60, marks=pytest.mark.long)])
+def test_tokens_stay_the_same_while_experts_move_every_second(
+    seconds: int, cluster: RunningCluster, answers: Answers
 ) -> None:
     num_moved, num_changes = 0, 0
     with Client(cluster.address, timeout_s=60) as client, Traffic(cluster.address, answers, num_users=16) as traffic:
         traffic.flow()
         version = client.status().placement_version
-        end_s = time.monotonic() + 60
+        end_s = time.monotonic() + seconds
         while time.monotonic() < end_s:
             next_s = time.monotonic() + 1
             moved = client.rebalance()
@@ -58,4 +59,4 @@ def test_tokens_stay_the_same_while_experts_move_every_second_for_a_minute(
         assert all(change.succeeded for change in status.changes)
         # Sixteen experts and five replicas, on two layers: what has moved on is held nowhere else any more.
         assert sum(shard.num_held for shard in members(status, "experts").values()) <= 2 * 21
-    assert num_changes >= 10, f"{num_moved} experts moved in {num_changes} changes: too few to show anything"
+    assert num_changes >= seconds / 6, f"{num_moved} experts moved in {num_changes} changes: too few to show anything"
