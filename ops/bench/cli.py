@@ -167,11 +167,13 @@ def bench_linear() -> None:
 
 
 @bench.command("balance")
-def bench_balance() -> None:
+def bench_balance(
+    plot: Annotated[pathlib.Path | None, typer.Option(help="Draw it, as a PNG; needs matplotlib.")] = None,
+) -> None:
     """How level the balancer, and the choice of replicas per batch, make the loads of a large model, and how fast."""
     from ops.bench.balance import bench_balance as run
 
-    run()
+    run(plot)
 
 
 @bench.command("telemetry")

@@ -14,18 +14,18 @@ from octet.errors import ConfigError
 from ops.bench.load import Outcome
 from ops.bench.summary import Percentiles, Summary
 
-_INK, _MUTED, _GRID = "#1f2933", "#6b7785", "#e4e8ec"
-_BLUE, _TEAL, _AMBER, _RED = "#2f6fb0", "#2a9d8f", "#c77d0a", "#c0392b"
+INK, MUTED, GRID = "#1f2933", "#6b7785", "#e4e8ec"
+BLUE, TEAL, AMBER, RED = "#2f6fb0", "#2a9d8f", "#c77d0a", "#c0392b"
 STYLE: Any = {
     "font.size": 9.5,
-    "text.color": _INK,
-    "axes.labelcolor": _MUTED,
-    "axes.edgecolor": _GRID,
+    "text.color": INK,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": GRID,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.color": _GRID,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
+    "grid.color": GRID,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
@@ -87,27 +87,27 @@ def _distribution(
     _title(axis, title)
     axis.set(xlabel="ms", ylabel=f"% of {of_what} within", ylim=(0, 104))
     if not values_s:
-        axis.text(0.5, 0.5, "nothing to show", ha="center", color=_MUTED, transform=axis.transAxes)
+        axis.text(0.5, 0.5, "nothing to show", ha="center", color=MUTED, transform=axis.transAxes)
         return
     x_ms = np.sort(np.asarray(values_s)) * 1000
     share = np.arange(1, len(x_ms) + 1) * 100 / len(x_ms)
-    axis.step([0, *x_ms], [0, *share], where="post", color=_BLUE, linewidth=2)
-    axis.fill_between([0, *x_ms], [0, *share], step="post", color=_BLUE, alpha=0.08, linewidth=0)
+    axis.step([0, *x_ms], [0, *share], where="post", color=BLUE, linewidth=2)
+    axis.fill_between([0, *x_ms], [0, *share], step="post", color=BLUE, alpha=0.08, linewidth=0)
     right = float(x_ms[-1]) * 1.08
     lines = []
     for name, value_s, height in (("p50", marks.p50, 50), ("p95", marks.p95, 95), ("p99", marks.p99, 99)):
-        axis.plot(value_s * 1000, height, "o", color=_BLUE, markersize=5, clip_on=False)
+        axis.plot(value_s * 1000, height, "o", color=BLUE, markersize=5, clip_on=False)
         lines.append(f"{name} {value_s * 1000:>9,.1f}")
     axis.text(
         0.97, 0.06, "\n".join(lines), ha="right", va="bottom", family="monospace", transform=axis.transAxes,
-        bbox={"facecolor": "white", "edgecolor": _GRID, "boxstyle": "round,pad=0.5"},
+        bbox={"facecolor": "white", "edgecolor": GRID, "boxstyle": "round,pad=0.5"},
     )  # fmt: skip
     if slo_s is not None and slo_s * 1000 <= right * 1.5:
         right = max(right, slo_s * 1080)
-        axis.axvline(slo_s * 1000, color=_AMBER, linestyle="--", linewidth=1.4)
+        axis.axvline(slo_s * 1000, color=AMBER, linestyle="--", linewidth=1.4)
         axis.annotate(
             f"SLO {slo_s * 1000:,.0f}", (slo_s * 1000, 65), xytext=(-4, 0), textcoords="offset points", rotation=90,
-            ha="right", va="center", color=_AMBER,
+            ha="right", va="center", color=AMBER,
         )  # fmt: skip
     axis.set_xlim(0, right)
 
@@ -116,10 +116,10 @@ def _throughput(axis: Any, outcomes: Sequence[Outcome], duration_s: float) -> No
     edges_s = np.linspace(0, duration_s, _BINS + 1)
     times_s = [outcome.sent_s + time_s for outcome in outcomes for time_s in outcome.token_times_s]
     rates = np.histogram(times_s, edges_s)[0] / (duration_s / _BINS)
-    axis.stairs(rates, edges_s, fill=True, color=_TEAL, alpha=0.25)
-    axis.stairs(rates, edges_s, color=_TEAL, linewidth=1.6)
+    axis.stairs(rates, edges_s, fill=True, color=TEAL, alpha=0.25)
+    axis.stairs(rates, edges_s, color=TEAL, linewidth=1.6)
     mean = len(times_s) / duration_s
-    axis.axhline(mean, color=_INK, linewidth=1, linestyle=":")
+    axis.axhline(mean, color=INK, linewidth=1, linestyle=":")
     _title(axis, f"Tokens generated per second (dotted: the mean, {mean:,.1f})")
     axis.set(ylabel="tokens/s", xlim=(0, duration_s), ylim=(0, None))
 
@@ -135,12 +135,12 @@ def _under_way(axis: Any, outcomes: Sequence[Outcome], duration_s: float) -> Non
         waiting += _between(times_s, outcome.sent_s, first_s)
         streaming += _between(times_s, first_s, end_s)
     axis.stackplot(
-        times_s, streaming, waiting, labels=["receiving tokens", "before the first token"], colors=[_TEAL, _AMBER],
+        times_s, streaming, waiting, labels=["receiving tokens", "before the first token"], colors=[TEAL, AMBER],
         alpha=0.45, linewidth=0,
     )  # fmt: skip
     failed_s = [outcome.sent_s + outcome.end_s for outcome in outcomes if outcome.error]
     if failed_s:
-        axis.plot(failed_s, np.zeros(len(failed_s)), "x", color=_RED, clip_on=False, label="failed")
+        axis.plot(failed_s, np.zeros(len(failed_s)), "x", color=RED, clip_on=False, label="failed")
     axis.set(xlabel="seconds", ylabel="requests", ylim=(0, None))
     axis.yaxis.get_major_locator().set_params(integer=True)
     axis.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2, frameon=False, ncols=3, fontsize=9)
@@ -151,4 +151,4 @@ def _between(times_s: npt.NDArray[np.float64], start_s: float, end_s: float) -> 
 
 
 def _title(axis: Any, text: str) -> None:
-    axis.set_title(text, loc="left", fontsize=10.5, fontweight="bold", color=_INK)
+    axis.set_title(text, loc="left", fontsize=10.5, fontweight="bold", color=INK)

@@ -11,7 +11,7 @@ from ops.bench.plot import STYLE
 from ops.simulate.outcome import Result, Run
 
 _POOLS = {"prefill": "#c77d0a", "decode": "#2f6fb0", "experts": "#2a9d8f"}
-_INK, _RED = "#1f2933", "#c0392b"
+INK, RED = "#1f2933", "#c0392b"
 _BINS = 80
 
 
@@ -44,7 +44,7 @@ def draw_run(file: pathlib.Path, run: Run, result: Result) -> None:
 def _arrivals(axis: Any, run: Run, minutes: Any) -> None:
     _title(axis, "Requests that arrive, per second (mean of a minute)")
     rates = np.array([moment.arrivals_per_s for moment in run.moments])
-    axis.plot(minutes, np.convolve(rates, np.ones(6) / 6, mode="same"), color=_INK, linewidth=1.2)
+    axis.plot(minutes, np.convolve(rates, np.ones(6) / 6, mode="same"), color=INK, linewidth=1.2)
     axis.set_ylim(0, None)
 
 
@@ -64,7 +64,7 @@ def _load(axis: Any, run: Run, minutes: Any) -> None:
     axis.plot(minutes, [m.kv_occupancy for m in run.moments], color=_POOLS["decode"], linewidth=1.2, label="KV pages")
     axis.plot(minutes, [m.shard_busy for m in run.moments], color=_POOLS["experts"], linewidth=1.2, label="shards busy")
     axis.plot(
-        minutes, [m.balancedness for m in run.moments], color=_INK, linewidth=1, linestyle="--", label="balancedness"
+        minutes, [m.balancedness for m in run.moments], color=INK, linewidth=1, linestyle="--", label="balancedness"
     )
     axis.set_ylim(0, 1.03)
     axis.legend(loc="upper left", frameon=False, ncols=3, fontsize=9)
@@ -78,10 +78,10 @@ def _kept(axis: Any, run: Run) -> None:
     all_of_them, _ = np.histogram(at_min, edges)
     bad, _ = np.histogram(at_min[missed], edges)
     share = np.divide(100 * bad, all_of_them, out=np.zeros(_BINS), where=all_of_them > 0)
-    axis.stairs(share, edges, color=_RED, fill=True, alpha=0.6)
-    axis.axhline(1, color=_INK, linewidth=1, linestyle=":")
+    axis.stairs(share, edges, color=RED, fill=True, alpha=0.6)
+    axis.axhline(1, color=INK, linewidth=1, linestyle=":")
     axis.set_ylim(0, max(5.0, float(share.max()) * 1.1))
 
 
 def _title(axis: Any, text: str) -> None:
-    axis.set_title(text, loc="left", fontsize=10.5, fontweight="bold", color=_INK)
+    axis.set_title(text, loc="left", fontsize=10.5, fontweight="bold", color=INK)
