@@ -38,6 +38,7 @@ _log = logging.getLogger(__name__)
 
 _ANSWER_S = 10.0
 _STOP_S = 10.0
+_PRESENCE_S = 20.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -249,8 +250,9 @@ class Controller(FaultCalls):
         return self._plan, self._services.port
 
     async def presence(self) -> None:
-        """Never answered: it ends with this process, of which its callers want to hear."""
-        await asyncio.Event().wait()
+        """Answered late, and asked for again: a call that is open ends with this process, of which its callers want to
+        hear. Those of callers that are gone must come to an end, too."""
+        await asyncio.sleep(_PRESENCE_S)
 
     async def state(self) -> tuple[str, str]:
         """State and, where it is not READY, the reason."""
