@@ -75,7 +75,7 @@ def launch(config: OctetConfig, report: Report = lambda progress: None) -> Runni
     controller = None
     try:
         controller = _start_controller(plan)
-        port = _wait_for_start(controller, report)
+        port = _wait_for_start(plan, controller, report)
     except BaseException:
         if controller is not None:
             _abandon(plan, controller)
@@ -138,13 +138,22 @@ def _start_controller(plan: ServingPlan) -> Any:
         raise ConfigError("ray.namespace", repr(namespace), "one without an Octet cluster", str(error)) from error
 
 
-def _wait_for_start(controller: Any, report: Report) -> int:
+def _wait_for_start(plan: ServingPlan, controller: Any, report: Report) -> int:
     start = controller.start.remote()
+    # The controller has a deadline of its own, from when its process runs.
+    start_s = plan.config.ray.start_timeout_s + _ANSWER_S
+    deadline_s = time.monotonic() + start_s
     while True:
         done, _ = ray.wait([start], timeout=_POLL_S)
         if done:
             break
-        report(ray.get(controller.progress.remote(), timeout=_ANSWER_S))
+        if time.monotonic() > deadline_s:
+            raise StartupError(f"the cluster was not up within {start_s:g} s")
+        try:
+            report(ray.get(controller.progress.remote(), timeout=_ANSWER_S))
+        except ray.exceptions.GetTimeoutError:
+            # On a busy machine its process takes its time to start, and says nothing until then.
+            continue
     try:
         port: int = ray.get(start, timeout=_ANSWER_S)
     except ray.exceptions.RayTaskError as error:
