@@ -17,19 +17,21 @@ from cluster.decision_log import DecisionLog
 from cluster.estate import Estate
 from cluster.fault_points import FaultCalls
 from cluster.keeper import Keeper
+from cluster.member_status import member_status
 from cluster.members import POOLS, MemberStatus, Pool
 from cluster.membership import Membership
 from cluster.mending import Mending
 from cluster.plan import ServingPlan
 from cluster.pool_actors import node_id
 from cluster.pool_scaler import PoolScaler
-from cluster.pools import Member, Pools, call, call_all
+from cluster.pools import Member, Pools, call
 from cluster.recovery import Recovery
 from cluster.services import FRONTEND, Services, is_gone
 from cluster.slow_members import WINDOW_S, SlowMembers
+from cluster.start_progress import LOADING, StartProgress, start_progress
 from cluster.watch import Findings, Watch
 from octet import faults
-from octet.errors import OctetError, StartupError, UnavailableError
+from octet.errors import OctetError, StartupError
 from octet.ids import WorkerId
 from router.proposal import Proposal
 from router.telemetry_window import TelemetryWindow
@@ -39,27 +41,6 @@ _log = logging.getLogger(__name__)
 _ANSWER_S = 10.0
 _STOP_S = 10.0
 _PRESENCE_S = 20.0
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Loading:
-    """How far a member is with its tensors."""
-
-    worker_id: WorkerId
-    tensors_done: int
-    tensors_total: int
-    bytes_done: int
-    bytes_total: int
-    rate_bytes_s: float
-    eta_s: float | None
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class StartProgress:
-    """Where the start is."""
-
-    phase: str
-    loading: tuple[Loading, ...] = ()
 
 
 class Controller(FaultCalls):
@@ -117,7 +98,7 @@ class Controller(FaultCalls):
             self._starting += await pools.start(pool, self._sizes[pool], together=self._together(pool))
         self._phase = "starting the pools' processes"
         await membership.reach(self._starting)
-        self._phase = "loading weights"
+        self._phase = LOADING
         await membership.load(self._starting, self._plan.routing)
         self._phase = "connecting lanes"
         await membership.found(self._starting)
@@ -218,29 +199,7 @@ class Controller(FaultCalls):
 
     async def progress(self) -> StartProgress:
         """Where the start is."""
-        if self._phase != "loading weights":
-            return StartProgress(phase=self._phase)
-        members = self._starting
-        try:
-            snapshots = await call_all([(m, m.actor.progress.remote()) for m in members], _ANSWER_S)
-        except UnavailableError:
-            # One that is too busy to tell is no reason to give the start up; one that is gone fails its `load`.
-            return StartProgress(phase=self._phase)
-        return StartProgress(
-            phase=self._phase,
-            loading=tuple(
-                Loading(
-                    worker_id=member.worker_id,
-                    tensors_done=snapshot.tensors_done,
-                    tensors_total=snapshot.tensors_total,
-                    bytes_done=snapshot.bytes_done,
-                    bytes_total=snapshot.bytes_total,
-                    rate_bytes_s=snapshot.rate_bytes_s,
-                    eta_s=snapshot.eta_s,
-                )
-                for member, snapshot in zip(members, snapshots, strict=True)
-            ),
-        )
+        return await start_progress(self._phase, self._starting)
 
     async def serving(self) -> tuple[ServingPlan, int]:
         """What is served, and the gRPC port. Raises: StartupError before everything serves."""
@@ -457,17 +416,3 @@ class Controller(FaultCalls):
             _log.warning("the experts stay where they are: %s", error)
             return True
         return bool(proposal.transition.fills) and proposal.relative_gain >= config.min_gain
-
-
-async def member_status(member: Member) -> MemberStatus:
-    try:
-        status: MemberStatus = await asyncio.wait_for(member.actor.status.remote(), _ANSWER_S)
-    except ray.exceptions.RayActorError as error:
-        return _unknown(member, "FAILED", f"its process is gone ({type(error).__name__})")
-    except TimeoutError:
-        return _unknown(member, "SILENT", f"no answer within {_ANSWER_S} s")
-    return status
-
-
-def _unknown(member: Member, state: str, reason: str) -> MemberStatus:
-    return MemberStatus(worker_id=member.worker_id, node_id="", pid=0, state=state, reason=reason)

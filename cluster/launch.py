@@ -11,11 +11,12 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.controller import Controller, StartProgress
+from cluster.controller import Controller
 from cluster.inventory import CONTROLLER
 from cluster.keeper import Keeper
 from cluster.plan import ServingPlan
 from cluster.planning import make_plan
+from cluster.start_progress import StartProgress
 from octet.config import OctetConfig, load_config
 from octet.errors import ConfigError, OctetError, StartupError
 

@@ -14,10 +14,12 @@ from typing import Any
 import ray
 
 _RETRY_S = 1.0
+_ANSWER_S = 60.0
+"""The controller answers after a third of it."""
 
 
 class Tether:
-    """Holds a call of the controller open, which ends with its process; ends this process if no other one follows."""
+    """Holds calls of the controller open, one after the other; ends this process if none follows a lost controller."""
 
     def __init__(self, controller: Any) -> None:
         self._controller = controller
@@ -27,10 +29,10 @@ class Tether:
     def _hold(self) -> None:
         while True:
             try:
-                ray.get(self._controller.presence.remote())
+                ray.get(self._controller.presence.remote(), timeout=_ANSWER_S)
             except ray.exceptions.ActorDiedError:
                 # Nobody is left who could stop it in order, nor anybody to serve with.
                 os._exit(1)
             except ray.exceptions.RayError:
-                # Another one is on its way.
+                # It is busy or stopped, or another one is on its way.
                 time.sleep(_RETRY_S)

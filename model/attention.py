@@ -120,7 +120,7 @@ class Attention:
         group = num_q // num_kv
         own = self._cache.gather(index, kv_slots_T)
 
-        @torch.inference_mode()
+        @torch.inference_mode()  # Which is a thread's own.
         def compute(first: int, last: int) -> None:
             q_heads, kv_heads = slice(first * group, last * group), slice(first, last)
             out_TQD[:, q_heads] = self._attend_all(index, q_TQD[:, q_heads], own, span, kv_heads)

@@ -39,7 +39,7 @@ class Pulse:
         try:
             zmq.proxy(self._socket, self._socket)
         except zmq.ContextTerminated:
-            pass
+            pass  # `close`: it is how a proxy ends.
         finally:
             self._socket.close(linger=0)
 

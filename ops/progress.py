@@ -14,7 +14,7 @@ from rich.progress import (
 )
 from rich.progress import TaskID as RichTask
 
-from cluster.controller import StartProgress
+from cluster.start_progress import StartProgress
 
 
 class StartDisplay:
@@ -47,10 +47,10 @@ class StartDisplay:
 
     def show(self, progress: StartProgress) -> None:
         self._say(progress.phase)
-        for loading in progress.loading:
+        for name, loading in progress.loading.items():
             tensors = f"{loading.tensors_done}/{loading.tensors_total} tensors"
             if not self._live:
-                step = f"{loading.worker_id}: {tensors}"
+                step = f"{name}: {tensors}"
                 if step in self._said or not loading.tensors_done:
                     continue
                 self._said.add(step)
@@ -58,7 +58,6 @@ class StartDisplay:
                 mib, rate = loading.bytes_done / 2**20, loading.rate_bytes_s / 2**20
                 self._say(f"{step}, {mib:.1f} MiB, {rate:.1f} MiB/s{eta}")
                 continue
-            name = loading.worker_id
             if name not in self._tasks:
                 self._tasks[name] = self._bars.add_task(name, tensors=tensors)
             self._bars.update(
