@@ -36,7 +36,7 @@ class Contention(NamedTuple):
 
 
 def contend(
-    compute_s: Floats, way_s: Floats, peak_s: Floats, mean_s: Floats, frames: npt.NDArray[np.int64],
+    compute_s: Floats, way_s: Floats, peak_s: Floats, fullest_s: Floats, frames: npt.NDArray[np.int64],
     prefill: npt.NDArray[np.bool_], num_shards: int, cores: int,
 ) -> Contention:  # fmt: skip
     """The steady state of workers that go on as they do now.
@@ -45,14 +45,14 @@ def contend(
         compute_s: its own part, per layer and frame.
         way_s: of the frame, there and back.
         peak_s: the slowest shard's time for the frame.
-        mean_s: that of the shard that is full first, in the mean over layers.
+        fullest_s: that of the shard with the most to do over all layers, in the mean over them.
         frames: under way at once, 1 or 2.
         prefill: whether its frames are prefill frames.
         cores: shared by all; 0 if nothing is shared.
     """
     if len(compute_s) == 0:
         return Contention(0.0, 0.0, 1.0, 0.0, 0.0)
-    return Contention(*_solve(compute_s, way_s, peak_s, mean_s, frames, prefill, num_shards, cores))
+    return Contention(*_solve(compute_s, way_s, peak_s, fullest_s, frames, prefill, num_shards, cores))
 
 
 def layer_s(

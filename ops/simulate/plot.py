@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from ops.bench.plot import STYLE
+from ops.bench.plot import AMBER, BLUE, INK, RED, STYLE, TEAL
 from ops.simulate.outcome import Result, Run
 
-_POOLS = {"prefill": "#c77d0a", "decode": "#2f6fb0", "experts": "#2a9d8f"}
-INK, RED = "#1f2933", "#c0392b"
+_POOLS = {"prefill": AMBER, "decode": BLUE, "experts": TEAL}
 _BINS = 80
 
 

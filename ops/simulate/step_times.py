@@ -26,7 +26,7 @@ class _Layers(NamedTuple):
     compute_s: Floats
     way_s: Floats
     peak_s: Floats
-    mean_s: Floats
+    fullest_s: Floats
     """Of the shard with the most to do over all layers: it is full first."""
     frames: Ints
 
@@ -89,7 +89,7 @@ class StepTimes:
             compute_s=own_s / self._num_layers / frames,
             way_s=self._costs.exchange_fixed_s + self._costs.exchange_per_byte_s * num_bytes,
             peak_s=times.peak_s[per_frame],
-            mean_s=times.mean_s[per_frame] * self._experts.fullest,
+            fullest_s=times.mean_s[per_frame] * self._experts.fullest,
             frames=frames,
         )
 
