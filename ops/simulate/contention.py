@@ -37,7 +37,7 @@ class Contention(NamedTuple):
 
 def contend(
     compute_s: Floats, way_s: Floats, peak_s: Floats, fullest_s: Floats, frames: npt.NDArray[np.int64],
-    prefill: npt.NDArray[np.bool_], num_shards: int, cores: int,
+    prefill: npt.NDArray[np.bool_], num_shards: int, cores: int, worker_threads: int = 1,
 ) -> Contention:  # fmt: skip
     """The steady state of workers that go on as they do now.
 
@@ -49,10 +49,11 @@ def contend(
         frames: under way at once, 1 or 2.
         prefill: whether its frames are prefill frames.
         cores: shared by all; 0 if nothing is shared.
+        worker_threads: cores that a worker takes while it computes.
     """
     if len(compute_s) == 0:
         return Contention(0.0, 0.0, 1.0, 0.0, 0.0)
-    return Contention(*_solve(compute_s, way_s, peak_s, fullest_s, frames, prefill, num_shards, cores))
+    return Contention(*_solve(compute_s, way_s, peak_s, fullest_s, frames, prefill, num_shards, cores, worker_threads))
 
 
 def layer_s(
@@ -67,7 +68,9 @@ def layer_s(
 
 
 @_compile  # type: ignore[untyped-decorator]
-def _solve(compute: Any, way: Any, peak: Any, mean: Any, frames: Any, prefill: Any, num_shards: Any, cores: Any) -> Any:
+def _solve(
+    compute: Any, way: Any, peak: Any, mean: Any, frames: Any, prefill: Any, num_shards: Any, cores: Any, threads: Any
+) -> Any:
     num = len(compute)
     wait, rate = np.zeros(num), np.zeros(num)
     slowdown, busy, decode_busy = 1.0, 0.0, 0.0
@@ -106,7 +109,7 @@ def _solve(compute: Any, way: Any, peak: Any, mean: Any, frames: Any, prefill: A
             wait[i] += _DAMPING * (min(waits, worst * slowdown) - wait[i])
         if cores > 0:
             # Processes that would run at once, if each had a core, are given turns.
-            wanted = (at_work + min(busy, 1.0) * num_shards) / cores
+            wanted = (at_work * threads + min(busy, 1.0) * num_shards) / cores
             slowdown += _DAMPING * (max(1.0, wanted) - slowdown)
     waits_of = np.zeros(2)
     count = np.zeros(2)

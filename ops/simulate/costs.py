@@ -48,7 +48,9 @@ class Costs:
     slot_fill_s: float
     """To fill one slot of one layer on a shard that serves."""
     cores: int = 0
-    """All members share so many, each with one thread; 0 if each has a machine of its own."""
+    """All members share so many; 0 if each has a machine of its own."""
+    worker_threads: int = 1
+    """Cores that an attention worker takes while it computes, where they are shared; a shard takes one."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,6 +171,7 @@ def calibrated(costs: Costs, file: pathlib.Path, shape: Shape) -> Costs:
         reads_overlap=False,
         exchange_fixed_s=exchange["fixed_s"],
         exchange_per_byte_s=exchange["per_byte_s"],
+        worker_threads=report["rates"]["decode_worker"]["threads"],
     )
 
 

@@ -49,7 +49,9 @@ class StepTimes:
         decode, prefill = self._decode_layers(rows), self._prefill_layers(list(chunks))
         together = _Layers(*(np.concatenate(pair) for pair in zip(decode, prefill, strict=True)))
         is_prefill = np.arange(len(together.frames)) >= len(rows)
-        self.contention = contend(*together, is_prefill, self._experts.num_shards, self._costs.cores)
+        self.contention = contend(
+            *together, is_prefill, self._experts.num_shards, self._costs.cores, self._costs.worker_threads
+        )
         self.wait_share = {
             "prefill": self._wait_share(prefill, self.contention.prefill_wait_s),
             "decode": self._wait_share(decode, self.contention.decode_wait_s),

@@ -19,7 +19,7 @@ from octet.config import OctetConfig, load_config
 from ops.bench.checkpoints import BENCH, write_checkpoint
 from ops.bench.load import Arrival, closed_loop
 from ops.bench.summary import summarize
-from ops.simulate.costs import CPU, calibrated, from_rates
+from ops.simulate.costs import CPU, Costs, calibrated, from_rates
 from ops.simulate.expert_loads import drawn
 from ops.simulate.load import Request
 from ops.simulate.outcome import summarized
@@ -56,8 +56,9 @@ def bench_simulator(calibration: pathlib.Path, options: ValidationOptions, cores
         table.add_column(column, justify="left" if column == "pools" else "right")
     with tempfile.TemporaryDirectory() as scratch:
         write_checkpoint(pathlib.Path(scratch), BENCH)
+        worker_threads = _costs(scratch, calibration, cores).worker_threads
         for sizes in _SIZES:
-            config = _config(scratch, sizes)
+            config = _config(scratch, sizes, worker_threads)
             measured = asyncio.run(_measured(config, options))
             simulated = _simulated(config, sizes, scratch, calibration, options, cores)
             table.add_row(
@@ -74,11 +75,12 @@ def bench_simulator(calibration: pathlib.Path, options: ValidationOptions, cores
     console.print(f"prefill + decode + shards; measured: medians of {options.repeats}. Goal: within 0.80 to 1.20")
 
 
-def _config(model_dir: str, sizes: tuple[int, int, int]) -> OctetConfig:
+def _config(model_dir: str, sizes: tuple[int, int, int], worker_threads: int) -> OctetConfig:
+    """With as many threads as what the costs were measured with."""
     pools = dict(zip(("prefill", "decode", "experts"), sizes, strict=True))
     given: dict[str, object] = {"model.path": model_dir, "kv.memory_gib": 0.25, "frontend.port": 0}
     given |= {f"pools.{pool}.{field}": value for pool, size in pools.items() for field, value in
-              (("size", size), ("threads", 1))}  # fmt: skip
+              (("size", size), ("threads", 1 if pool == "experts" else worker_threads))}  # fmt: skip
     given["ray.namespace"] = f"octet-{uuid.uuid4().hex[:8]}"
     return load_config(overrides=[f"{field}={value}" for field, value in given.items()])
 
@@ -106,8 +108,7 @@ def _simulated(
     config: OctetConfig, sizes: tuple[int, int, int], model_dir: str, calibration: pathlib.Path,
     options: ValidationOptions, cores: int,
 ) -> Figures:  # fmt: skip
-    shape = shape_of(model_dir, 4)
-    costs = calibrated(from_rates(CPU, shape, shape.num_experts, cores), calibration, shape)
+    shape, costs = shape_of(model_dir, 4), _costs(model_dir, calibration, cores)
     loads = drawn(len(shape.moe_layers), shape.num_experts, shape.experts_per_token, np.random.default_rng(0), _ALPHA)
     one = Request(at_s=0.0, prompt_tokens=options.prompt_tokens, new_tokens=options.new_tokens, blocks=())
     pages = 10**6
@@ -133,3 +134,8 @@ def _simulated(
     ).run()
     result = summarized(run, 0.0)
     return Figures(tokens_per_s=result.tokens_per_s, tpot_s=result.tpot_s.p50)
+
+
+def _costs(model_dir: str, calibration: pathlib.Path, cores: int) -> Costs:
+    shape = shape_of(model_dir, 4)
+    return calibrated(from_rates(CPU, shape, shape.num_experts, cores), calibration, shape)

@@ -25,11 +25,13 @@ from router.trace.values import TraceHeader, TraceWindow
 from tests.unit.ops.simulate.toy import SHAPE, costs, poisson
 
 
-def contention(compute: list[float], peak: list[float], prefill: list[bool], cores: int = 0, shards: int = 1):  # type: ignore[no-untyped-def]
+def contention(
+    compute: list[float], peak: list[float], prefill: list[bool], cores: int = 0, shards: int = 1, threads: int = 1
+):  # type: ignore[no-untyped-def]
     num = len(compute)
     return contend(
         np.array(compute), np.zeros(num), np.array(peak), np.array(peak), np.ones(num, np.int64), np.array(prefill),
-        shards, cores,
+        shards, cores, threads,
     )  # fmt: skip
 
 
@@ -55,6 +57,12 @@ def test_many_workers_saturate_a_shard_and_no_more() -> None:
 def test_decode_frames_wait_less_than_prefill_frames() -> None:
     state = contention([0.2] * 6, [0.05] * 6, [False, True] * 3)
     assert 0 < state.decode_wait_s < state.prefill_wait_s
+
+
+def test_workers_that_take_two_cores_slow_everybody_down_where_cores_are_shared() -> None:
+    alone, shared = (contention([0.3] * 2, [0.1] * 2, [False] * 2, cores=2, threads=n).slowdown for n in (1, 2))
+    assert 1 <= alone < shared
+    assert contention([0.3] * 2, [0.1] * 2, [False] * 2, cores=0, threads=2).slowdown == 1
 
 
 def test_two_frames_under_way_hide_the_shorter_of_the_two_parts() -> None:
@@ -157,6 +165,7 @@ def test_what_was_measured_replaces_what_was_assumed(tmp_path: pathlib.Path) -> 
         "schema": "octet.breakdown/1",
         "pools": "1 prefill + 1 decode + 2 shards, threads {}",
         "model": {"moe_layers": 2, "experts": 8},
+        "rates": {"decode_worker": {"threads": 2}},
         "costs": {
             "attention": {"fixed_s": 0.01, "per_sequence_s": 0.002, "per_attended_s": 1e-6},
             "expert": {"fixed_s": 1e-4, "per_expert_s": 2e-4, "per_pair_s": 3e-5},
@@ -168,6 +177,7 @@ def test_what_was_measured_replaces_what_was_assumed(tmp_path: pathlib.Path) -> 
     file.write_text(json.dumps(report))
     cost = calibrated(from_rates(CPU, SHAPE, 4), file, SHAPE)
     assert cost.decode_per_sequence_s == 0.002
+    assert cost.worker_threads == 2
     assert cost.expert_per_read_s == 2e-4
     # Two MoE layers of two experts per token on two shards, and the rows there and back.
     assert cost.prefill_per_token_s == pytest.approx(0.001 - 2 * (2 / 2 * 3e-5 + 2 * 2 * 64 * 1e-9))
