@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from octet.errors import ConfigError
-from ops.simulate.contention import contend, layer_s
+from ops.simulate.contention import Contention, contend, layer_s
 from ops.simulate.costs import CPU, H100, calibrated, from_rates
 from ops.simulate.expert_loads import drawn, recorded
 from ops.simulate.load import day, enveloped, read_requests, stacked
@@ -27,7 +27,7 @@ from tests.unit.ops.simulate.toy import SHAPE, costs, poisson
 
 def contention(
     compute: list[float], peak: list[float], prefill: list[bool], cores: int = 0, shards: int = 1, threads: int = 1
-):  # type: ignore[no-untyped-def]
+) -> Contention:
     num = len(compute)
     return contend(
         np.array(compute), np.zeros(num), np.array(peak), np.array(peak), np.ones(num, np.int64), np.array(prefill),
