@@ -65,6 +65,9 @@ def parse_request(message: pb.GenerateRequest, limits: Limits, tokenizer: Tokeni
         raise RequestError("stopping.stop", "an empty string", "strings of at least one character")
     if len(message.request_id.encode()) > _MAX_ID_BYTES:
         raise RequestError("request_id", f"{len(message.request_id.encode())} bytes", f"at most {_MAX_ID_BYTES}")
+    if not (message.request_id.isascii() and message.request_id.isprintable()) or " " in message.request_id:
+        # It is told in the call's metadata, which takes nothing else.
+        raise RequestError("request_id", repr(message.request_id), "visible ASCII characters")
     received = _received(message, limits, n)
     request = PrefillRequest(
         request_id=RequestId(message.request_id or uuid.uuid4().hex),

@@ -14,9 +14,9 @@ from octet.messages import Abort, Evicted, Failed, Message, PrefillRequest, Step
 LOAD = WorkerLoad(kv_pages_total=64, kv_pages_free=64, running=0, waiting=0, tokens=0)
 
 
-def token_of(request_id: str, choice: int, index: int) -> int:
-    """A token is a function of the request and its position, as with a seed."""
-    return 100 + (hash((request_id, choice)) + 7 * index) % 800
+def token_of(request: str | int, choice: int, index: int) -> int:
+    """A token is a function of the request, by its id or its seed, and its position."""
+    return 100 + (hash((request, choice)) + 7 * index) % 800
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
@@ -67,7 +67,12 @@ class Worker:
 class Pools:
     """What the frontend's mailbox is connected to. Killed workers say what is on its way, and nothing more."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, seeded: bool = False) -> None:
+        """
+        Args:
+            seeded: tokens depend on the request's seed, not on its id.
+        """
+        self._seeded = seeded
         self.prefill: dict[WorkerId, Worker] = {}
         self.decode: dict[WorkerId, Worker] = {}
         self.reports: dict[WorkerId, deque[StepReport]] = defaultdict(deque)
@@ -82,7 +87,7 @@ class Pools:
             return
         request = worker.prompts.pop(0)
         index = request.num_tokens - request.num_prompt_tokens
-        events = [_token(request, choice, index) for choice in request.choices]
+        events = [self._token(request, choice, index) for choice in request.choices]
         going_on = tuple(event.choice for event in events if event.finish_reason is None)
         self._tell(worker, *events)
         if going_on:
@@ -97,7 +102,7 @@ class Pools:
             worker.sequences += [Sequence(request, choice, index + 1) for choice in choices]
         events = []
         for sequence in worker.sequences:
-            events.append(_token(sequence.request, sequence.choice, sequence.num_tokens))
+            events.append(self._token(sequence.request, sequence.choice, sequence.num_tokens))
             sequence.num_tokens += 1
         worker.sequences = [s for s, event in zip(worker.sequences, events, strict=True) if not event.finish_reason]
         self._tell(worker, *events)
@@ -136,6 +141,16 @@ class Pools:
                 StepReport(worker_id=worker.worker_id, epoch=Epoch(1), events=events, load=LOAD)
             )
 
+    def _token(self, request: PrefillRequest, choice: int, index: int) -> TokenEvent:
+        return TokenEvent(
+            request_id=RequestId(request.request_id),
+            choice=choice,
+            attempt=request.attempt,
+            index=index,
+            token_id=token_of(request.sampling.seed if self._seeded else request.request_id, choice, index),
+            finish_reason="length" if index + 1 == request.stopping.max_new_tokens else None,
+        )
+
 
 class PoolsMailbox:
     """A frontend's mailbox: what is sent is there at once, what is received comes when the test delivers it."""
@@ -163,14 +178,3 @@ class PoolsMailbox:
         return await self.inbound.get()
 
     def close(self) -> None: ...
-
-
-def _token(request: PrefillRequest, choice: int, index: int) -> TokenEvent:
-    return TokenEvent(
-        request_id=RequestId(request.request_id),
-        choice=choice,
-        attempt=request.attempt,
-        index=index,
-        token_id=token_of(request.request_id, choice, index),
-        finish_reason="length" if index + 1 == request.stopping.max_new_tokens else None,
-    )

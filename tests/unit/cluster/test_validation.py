@@ -100,7 +100,7 @@ def chat(*messages: tuple[str, str]) -> pb.Chat:
         (sampling(frequency_penalty=2.5), "sampling.frequency_penalty"),
         (sampling(frequency_penalty=-math.inf), "sampling.frequency_penalty"),
         (message(output=pb.Output(logprobs=6)), "output.logprobs"),
-        (message(request_id="é" * 129), "request_id"),
+        (message(request_id="e" * 257), "request_id"),
     ],
 )
 def test_a_wrong_request_names_its_field(limits: Limits, request_: pb.GenerateRequest, field: str) -> None:
@@ -138,7 +138,7 @@ def test_without_a_tokenizer_text_is_refused(limits: Limits, request_: pb.Genera
         sampling(temperature=100.0, top_p=1.0, min_p=1.0, repetition_penalty=100.0),
         sampling(temperature=0.0, min_p=0.0, presence_penalty=-2.0, frequency_penalty=2.0),
         message(output=pb.Output(logprobs=5, prompt_logprobs=True)),
-        message(request_id="é" * 128),
+        message(request_id="e" * 256),
     ],
 )
 def test_a_request_at_its_limits_is_accepted(limits: Limits, request_: pb.GenerateRequest) -> None:
@@ -278,3 +278,9 @@ def test_received_tokens_are_taken_by_choice(limits: Limits) -> None:
 def test_impossible_received_tokens_are_refused(limits: Limits, received: list[pb.TokenIds], field: str) -> None:
     with pytest.raises(RequestError, match=f"'{field}'"):
         parse(message(received=received), limits)
+
+
+@pytest.mark.parametrize("request_id", ["î", "a b", "a\n", "\x7f"])
+def test_an_id_that_metadata_cannot_tell_is_refused(limits: Limits, request_id: str) -> None:
+    with pytest.raises(RequestError, match="visible ASCII"):
+        parse(message(request_id=request_id), limits)
