@@ -63,7 +63,9 @@ class Tokenizer:
         content = read_bytes(file)
         try:
             inner = tokenizers.Tokenizer.from_buffer(content)
-        except Exception as error:  # The library raises ValueError for some faults and a bare Exception for others.
+        except BaseException as error:  # The library raises ValueError for some faults and a bare Exception for others.
+            if not _is_fault(error):
+                raise
             raise CheckpointError(TOKENIZER_FILE, "", error, "a file of the tokenizers library") from error
         inner.no_truncation()
         inner.no_padding()
@@ -105,7 +107,9 @@ class Tokenizer:
     def _encode(self, text: str, field: str, *, add_special_tokens: bool) -> list[int]:
         try:
             return list(self._inner.encode(text, add_special_tokens=add_special_tokens).ids)
-        except Exception as error:  # The library raises bare exceptions, too.
+        except BaseException as error:  # The library raises bare exceptions, too.
+            if not _is_fault(error):
+                raise
             raise RequestError(field, f"text that the model's tokenizer fails on ({error})", "Unicode text") from error
 
     def visible_token(self, token_id: int) -> str | None:
@@ -121,6 +125,11 @@ class Tokenizer:
             token = self.visible_token(token_id)
             known = self._bytes_by_id[token_id] = b"" if token is None else _byte_level_bytes(token)
         return known
+
+
+def _is_fault(error: BaseException) -> bool:
+    """Whether it is one of the library's own: what its Rust code panics at arrives as no Exception."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 class _ByteLevelDetokenizer:

@@ -314,6 +314,15 @@ def test_a_changed_tokenizer_works_or_is_a_typed_error(
     _used(directory, text, ids)
 
 
+def test_a_tokenizer_that_the_library_panics_at_is_a_typed_error(directory: pathlib.Path) -> None:
+    """A panic of its Rust code is a BaseException; found by 6,000 changed files."""
+    changed = json.loads(TOKENIZER)
+    changed["model"]["continuing_subword_prefix"] = "longer than what is merged"
+    write(directory, **{"tokenizer.json": changed})
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+        Tokenizer.open(directory)
+
+
 @given(cut=st.integers(0, len(TOKENIZER)), at=st.integers(0, len(TOKENIZER)), byte=st.integers(0, 255))
 def test_a_damaged_tokenizer_works_or_is_a_typed_error(directory: pathlib.Path, cut: int, at: int, byte: int) -> None:
     content = bytearray(TOKENIZER.encode())
