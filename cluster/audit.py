@@ -1,12 +1,14 @@
 """What a frontend commits, in its order, for whoever checks it afterwards: a file of JSON lines. Off unless configured.
 
-Each line is there before the next thing happens, so that a frontend that is killed leaves all that it did.
+Each line is there before the next thing happens, so that a frontend that is killed leaves all that it did. Where that
+cannot be, as on a full disk, the file ends with its last whole line, and requests go on.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import pathlib
 import time
@@ -14,6 +16,8 @@ from collections.abc import Iterable, Sequence
 
 from octet.ids import RequestId, WorkerId
 from octet.messages import TokenEvent
+
+_log = logging.getLogger(__name__)
 
 
 class Audit:
@@ -61,6 +65,14 @@ class Audit:
                 os.close(file)
 
     def _write(self, kind: str, **fields: object) -> None:
-        if self._file is not None:
-            line = json.dumps({"kind": kind, "at_s": time.time(), **fields}, separators=(",", ":"))
-            os.write(self._file, line.encode() + b"\n")
+        if self._file is None:
+            return
+        line = json.dumps({"kind": kind, "at_s": time.time(), **fields}, separators=(",", ":")).encode() + b"\n"
+        try:
+            written = os.write(self._file, line)
+            reason = "" if written == len(line) else "the file system is full"
+        except OSError as error:
+            reason = error.strerror or repr(error)
+        if reason:
+            _log.error("what is committed is not written down any more (chaos.audit_dir): %s", reason)
+            self.close()

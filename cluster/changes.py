@@ -11,7 +11,9 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 
+from cluster.asking import answer_of
 from cluster.change_log import ChangeLog
 from cluster.members import MemberStatus, Pool
 from cluster.membership import Membership
@@ -255,8 +257,10 @@ class Changes:
     async def tell_frontend(self) -> None:
         """Who serves, and who is given nothing new. One that is gone is replaced, and the next one told all of it."""
         prefill, decode = self._membership.mailboxes("prefill"), self._membership.mailboxes("decode")
-        told = self._services.frontend.set_workers.remote(prefill, decode, sorted(self._draining))
+        frontend, draining = self._services.frontend, sorted(self._draining)
         try:
+            # Who is told twice knows no more; who is not told sends requests to workers that have left.
+            told = answer_of(lambda: frontend.set_workers.remote(prefill, decode, draining))
             await call("the frontend", told, _ANSWER_S)
         except UnavailableError as error:
             _log.warning("who serves was not told: %s", error)
@@ -265,7 +269,8 @@ class Changes:
         """Who serves, and by what routing."""
         self._on_members(self._membership.all())
         actors = {member.worker_id: member.actor for member in self._membership.all()}
-        await call("the router", self._services.router.watch.remote(self._membership.routing, actors), _ANSWER_S)
+        router, routing = self._services.router, self._membership.routing
+        await call("the router", answer_of(lambda: router.watch.remote(routing, actors)), _ANSWER_S)
 
     async def _grow(self, pool: Pool, members: Sequence[Member]) -> None:
         try:
@@ -314,7 +319,7 @@ class Changes:
 
     async def _idle(self, members: Sequence[Member]) -> bool:
         statuses: list[MemberStatus] = await asyncio.gather(
-            *(call(member.worker_id, member.actor.status.remote(), _ANSWER_S) for member in members)
+            *(call(m.worker_id, answer_of(partial(m.actor.status.remote)), _ANSWER_S) for m in members)
         )
         loads = [status.load for status in statuses if status.load is not None]
         return all(load.running == load.waiting == load.leases == 0 for load in loads)
@@ -352,7 +357,6 @@ class Changes:
         leaving: Collection[WorkerId] = (),
         lost: Collection[WorkerId] = (),
     ) -> Proposal:
-        proposed = self._services.router.propose.remote(
-            self._membership.routing, epoch, self.num_redundant, tuple(joining), tuple(leaving), tuple(lost)
-        )
+        router, asked = self._services.router, (self._membership.routing, epoch, self.num_redundant)
+        proposed = answer_of(lambda: router.propose.remote(*asked, tuple(joining), tuple(leaving), tuple(lost)))
         return await call("the router", proposed, _PROPOSE_S)

@@ -6,6 +6,7 @@ import asyncio
 
 import ray
 
+from cluster.asking import answer_of
 from cluster.members import MemberStatus
 from cluster.pools import Member
 
@@ -15,7 +16,7 @@ _ANSWER_S = 10.0
 async def member_status(member: Member) -> MemberStatus:
     """FAILED where its process is gone, SILENT where it does not answer in time."""
     try:
-        status: MemberStatus = await asyncio.wait_for(member.actor.status.remote(), _ANSWER_S)
+        status: MemberStatus = await asyncio.wait_for(answer_of(lambda: member.actor.status.remote()), _ANSWER_S)
     except ray.exceptions.RayActorError as error:
         return _unknown(member, "FAILED", f"its process is gone ({type(error).__name__})")
     except TimeoutError:

@@ -14,8 +14,10 @@ import signal
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from functools import partial
 from typing import TypeVar
 
+from cluster.asking import answer_of
 from cluster.members import Endpoint, Pool, Role
 from cluster.plan import ServingPlan
 from cluster.pool_actors import node_id
@@ -302,7 +304,8 @@ class Membership:
 
     async def _meet_frontends(self, workers: Sequence[Member]) -> None:
         """Best effort: a worker that does not answer is dealt with when it is found lost."""
-        calls = [call(m.worker_id, m.actor.meet.remote(self._frontends), _MARGIN_S) for m in workers]
+        meets = [answer_of(partial(m.actor.meet.remote, self._frontends)) for m in workers]
+        calls = [call(m.worker_id, meet, _MARGIN_S) for m, meet in zip(workers, meets, strict=True)]
         for worker, outcome in zip(workers, await asyncio.gather(*calls, return_exceptions=True), strict=True):
             if isinstance(outcome, BaseException):
                 _log.warning("%s does not know the frontend: %s", worker.worker_id, outcome)

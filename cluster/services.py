@@ -12,6 +12,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.asking import answer_of
 from cluster.frontend_actor import FrontendActor
 from cluster.plan import ServingPlan
 from cluster.pool_actors import node_id
@@ -126,7 +127,7 @@ class Services:
 async def is_gone(service: Any) -> bool:
     """Whether the process is lost; one that is only slow is not."""
     try:
-        await asyncio.wait_for(service.ping.remote(), _ANSWER_S)
+        await asyncio.wait_for(answer_of(lambda: service.ping.remote()), _ANSWER_S)
     except ray.exceptions.RayActorError:
         return True
     except TimeoutError:

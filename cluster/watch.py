@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 
 import ray
 
+from cluster.asking import answer_of
 from cluster.members import Endpoint, MemberStatus, Pool
 from cluster.pools import Member
 from cluster.process import is_idle
@@ -123,7 +124,7 @@ class Watch:
 
     async def _death(self, member: Member) -> str:
         try:
-            await member.actor.lifeline.remote()
+            await answer_of(lambda: member.actor.lifeline.remote())
         except ray.exceptions.RayActorError as error:
             return f"its process is gone ({type(error).__name__})"
         except ray.exceptions.RayError as error:
@@ -137,7 +138,7 @@ class Watch:
         with_lane_s = whole_s = now_s()
         while True:
             try:
-                status: MemberStatus = await member.actor.status.remote()
+                status: MemberStatus = await answer_of(lambda: member.actor.status.remote())
             except ray.exceptions.RayError as error:
                 return f"its process is gone ({type(error).__name__})"
             self._silence.answered(member.worker_id)

@@ -45,7 +45,7 @@ def member(answer: Status, death: BaseException | None = None) -> Member:
 
 
 class Seen:
-    def __init__(self, most_without_lane_s: float = 0.1) -> None:
+    def __init__(self, most_without_lane_s: float = 0.1, timeout_s: float = 0.2) -> None:
         self.lost: asyncio.Queue[tuple[WorkerId, str]] = asyncio.Queue()
         self.stranded: asyncio.Queue[tuple[WorkerId, str]] = asyncio.Queue()
         self.severed: asyncio.Queue[tuple[WorkerId, WorkerId]] = asyncio.Queue()
@@ -54,7 +54,7 @@ class Seen:
             stranded=lambda *found: self.stranded.put_nowait(found),
             severed=lambda *found: self.severed.put_nowait(found),
         )
-        health = HealthConfig(beat_s=0.02, silent_s=0.1, period_s=0.02, timeout_s=0.2)
+        health = HealthConfig(beat_s=0.02, silent_s=0.1, period_s=0.02, timeout_s=timeout_s)
         self.watch = Watch(health, most_without_lane_s, findings)
 
 
@@ -89,6 +89,35 @@ async def test_a_member_that_serves_is_not_lost(seen: Seen) -> None:
     seen.watch.set([member(status("READY"))])
     await asyncio.sleep(0.5)
     assert seen.lost.empty()
+
+
+async def test_an_answer_that_ray_has_lost_is_asked_for_again() -> None:
+    asked, seen = 0, Seen(timeout_s=10)
+
+    async def every_third_time() -> MemberStatus:
+        nonlocal asked
+        asked += 1
+        if asked % 3:
+            raise ray.exceptions.ActorUnavailableError("an injected failure", None)
+        return await status("READY")()
+
+    seen.watch.set([member(every_third_time)])
+    await asyncio.sleep(0.6)
+    seen.watch.close()
+    assert asked > 3
+    assert seen.lost.empty()
+
+
+async def test_a_member_whose_answers_are_all_lost_is_lost() -> None:
+    seen = Seen(timeout_s=10)
+
+    async def unavailable() -> MemberStatus:
+        raise ray.exceptions.ActorUnavailableError("an injected failure", None)
+
+    seen.watch.set([member(unavailable)])
+    worker, reason = await asyncio.wait_for(seen.lost.get(), 10)
+    seen.watch.close()
+    assert (worker, "ActorUnavailableError" in reason) == (NAME, True)
 
 
 async def test_a_member_that_is_watched_no_more_may_stop(seen: Seen) -> None:
