@@ -152,8 +152,8 @@ def _wait_for_start(plan: ServingPlan, controller: Any, report: Report) -> int:
             raise StartupError(f"the cluster was not up within {start_s:g} s")
         try:
             report(ray.get(controller.progress.remote(), timeout=_ANSWER_S))
-        except ray.exceptions.GetTimeoutError:
-            # On a busy machine its process takes its time to start, and says nothing until then.
+        except (ray.exceptions.GetTimeoutError, ray.exceptions.ActorUnavailableError):
+            # On a busy machine its process takes its time to start, and says nothing until then; an answer may be lost.
             continue
     try:
         port: int = ray.get(start, timeout=_ANSWER_S)
