@@ -9,6 +9,7 @@ from grpc_reflection.v1alpha import reflection
 from cluster.cluster_service import ClusterService
 from cluster.generation_service import GenerationService
 from cluster.server_tls import server_credentials
+from cluster.unreadable import Unreadable
 from octet.config import FrontendConfig
 from octet.errors import ConfigError
 from octet.v1 import octet_pb2_grpc as rpc
@@ -24,6 +25,7 @@ class GrpcServer:
         limit = config.max_message_mib * 2**20
         self._config = config
         self._server = grpc.aio.server(
+            interceptors=[Unreadable()],
             options=[
                 # Two servers on one port would share its connections at random; the second must fail.
                 ("grpc.so_reuseport", 0),
