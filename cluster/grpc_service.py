@@ -35,7 +35,7 @@ class GrpcServer:
                 ("grpc.keepalive_timeout_ms", 10_000),
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
-            ]
+            ],
         )
         rpc.add_GenerationServicer_to_server(generation, self._server)
         rpc.add_ClusterServicer_to_server(cluster, self._server)
