@@ -158,6 +158,10 @@ class AttentionWorker:
         self._mailbox.disconnect(peers)
         self._peer_stores.forget(peers)
 
+    def give_up(self, shards: Sequence[WorkerId]) -> None:
+        """These shards are lost, and nobody may have heard of it: break what leads to them, so that no step waits."""
+        self._lanes.give_up(shards)
+
     def hand_over_to(self, heirs: Sequence[WorkerId]) -> None:
         """Of a decode worker: give every sequence to one of these, to all of which there is a channel."""
         engine = self._built.engine

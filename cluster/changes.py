@@ -181,11 +181,13 @@ class Changes:
                 # Whatever it still does, it does no more.
                 self._pools.end(member)
                 self._membership.fence(member)
+            shards = {member.worker_id for member in members if member.pool == "experts"}
+            if shards:
+                await self._membership.give_up(shards)
             workers = [member for member in members if member.pool != "experts"]
             if workers:
                 await self._membership.leave(workers)
                 await self.tell_frontend()
-            shards = {member.worker_id for member in members if member.pool == "experts"}
             if shards:
                 await self._go_on_without(shards)
             record.append(f"went on without {', '.join(sorted(lost))}")

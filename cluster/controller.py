@@ -208,10 +208,22 @@ class Controller(FaultCalls):
         assert self._services is not None
         return self._plan, self._services.port
 
-    async def presence(self) -> None:
+    async def presence(self, name: str = "") -> bool:
         """Answered late, and asked for again: a call that is open ends with this process, of which its callers want to
-        hear. Those of callers that are gone must come to an end, too."""
+        hear. Those of callers that are gone must come to an end, too.
+
+        Args:
+            name: of the member that asks.
+
+        Returns: whether it may go on. One that was ended and still asks has not heard of it.
+        """
+        if self._ended(name):
+            return False
         await asyncio.sleep(_PRESENCE_S)
+        return not self._ended(name)
+
+    def _ended(self, name: str) -> bool:
+        return self._pools is not None and name in self._pools.ended
 
     async def state(self) -> tuple[str, str]:
         """State and, where it is not READY, the reason."""
@@ -224,7 +236,8 @@ class Controller(FaultCalls):
         members: dict[str, list[MemberStatus]] = {pool: [] for pool in POOLS}
         known = self._membership.all() if self._membership is not None else []
         waiting = self._changes.standby.all() if self._changes is not None else []
-        answers = await asyncio.gather(*(member_status(member) for member in (*known, *waiting)))
+        parted = self._membership.unless_parted if self._membership is not None else None
+        answers = await asyncio.gather(*(member_status(member, parted) for member in (*known, *waiting)))
         for number, (member, status) in enumerate(zip((*known, *waiting), answers, strict=True)):
             shown = status if number < len(known) else dataclasses.replace(status, state="STANDBY")
             if self._slow is not None and (why := self._slow.slow.get(member.worker_id)):

@@ -31,6 +31,9 @@ class LaneBuilder(Protocol):
     def exchange(self, shards: Sequence[WorkerId]) -> Exchange:
         """The lane to these shards, all of which are linked."""
 
+    def give_up(self, shards: Sequence[WorkerId]) -> None:
+        """Let whoever waits for one of these shards get an error now. Any thread may call it."""
+
     def unlink(self, others_than: Sequence[WorkerId]) -> None:
         """Break the links to all other shards, and those that others have taken the place of."""
 
@@ -55,6 +58,11 @@ class WireLanes:
 
     def exchange(self, shards: Sequence[WorkerId]) -> Exchange:
         return LaneExchange([self._links[shard] for shard in shards])
+
+    def give_up(self, shards: Sequence[WorkerId]) -> None:
+        for shard in shards:
+            if shard in self._links:
+                self._links[shard].abort()
 
     def unlink(self, others_than: Sequence[WorkerId]) -> None:
         replaced, self._replaced = self._replaced, []
@@ -82,6 +90,10 @@ class NcclLanes:
     def exchange(self, shards: Sequence[WorkerId]) -> Exchange:
         assert self._lane is not None
         return self._lane
+
+    def give_up(self, shards: Sequence[WorkerId]) -> None:
+        # NCCL's own watch over its connections ends the communicator, with all of the lane.
+        return
 
     def unlink(self, others_than: Sequence[WorkerId]) -> None:
         if self._lane is not None and not others_than:

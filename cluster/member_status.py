@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 
 import ray
 
 from cluster.asking import answer_of
 from cluster.members import MemberStatus
 from cluster.pools import Member
+from octet.errors import UnavailableError
+from octet.ids import WorkerId
 
 _ANSWER_S = 10.0
+_Waiting = Callable[[WorkerId, Awaitable[MemberStatus]], Awaitable[MemberStatus]]
 
 
-async def member_status(member: Member) -> MemberStatus:
-    """FAILED where its process is gone, SILENT where it does not answer in time."""
+async def member_status(member: Member, unless_parted: _Waiting | None = None) -> MemberStatus:
+    """FAILED where its process is gone or it is lost meanwhile, SILENT where it does not answer in time.
+
+    Args:
+        unless_parted: see `Membership`.
+    """
+    asked = asyncio.wait_for(answer_of(lambda: member.actor.status.remote()), _ANSWER_S)
     try:
-        status: MemberStatus = await asyncio.wait_for(answer_of(lambda: member.actor.status.remote()), _ANSWER_S)
+        status = await (asked if unless_parted is None else unless_parted(member.worker_id, asked))
+    except UnavailableError as error:
+        return _unknown(member, "FAILED", str(error))
     except ray.exceptions.RayActorError as error:
         return _unknown(member, "FAILED", f"its process is gone ({type(error).__name__})")
     except TimeoutError:

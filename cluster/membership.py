@@ -61,6 +61,8 @@ class Membership:
         self._adopt_s = plan.config.lane.timeout_s + _MARGIN_S
         self._lost = asyncio.Event()
         self._gone: set[WorkerId] = set()
+        self._partings: dict[WorkerId, asyncio.Event] = {}
+        """Set when a member is lost whose answer somebody waits for."""
         self.routing = plan.routing
         self.adopting: tuple[Routing, tuple[Member, ...]] | None = None
         """What workers go over to now, and the shards that are members from then on: there is no way back."""
@@ -168,9 +170,11 @@ class Membership:
         """Let decode workers that leave give their sequences to those that stay. Raises: OctetError."""
         ids = {member.worker_id for member in leaving}
         heirs = [member for member in self.pool("decode") if member.worker_id not in ids]
-        await self._open_channels([(source, target) for source in leaving for target in heirs])
         named = [heir.worker_id for heir in heirs]
-        await call_all([(member, member.actor.hand_over_to.remote(named)) for member in leaving], self._lane_s)
+        self._heed_losses()
+        await self._unless_lost(self._open_channels([(source, target) for source in leaving for target in heirs]))
+        calls = [(member, member.actor.hand_over_to.remote(named)) for member in leaving]
+        await self._unless_lost(call_all(calls, self._lane_s))
 
     def fence(self, member: Member) -> None:
         """Kill a member's process by its pid, if it is on this node: one that hangs does not hear Ray."""
@@ -178,6 +182,33 @@ class Membership:
         if endpoint is not None and endpoint.node_id == node_id():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(endpoint.pid, signal.SIGKILL)
+
+    async def give_up(self, shards: Collection[WorkerId]) -> None:
+        """Let workers wait no longer for shards that are lost: of one that is cut off no connection breaks by itself.
+
+        Best effort.
+        """
+        named = sorted(shards)
+        calls = [self._ask(m, m.actor.give_up.remote(named), _MARGIN_S) for m in self._attention()]
+        await asyncio.gather(*calls, return_exceptions=True)
+
+    async def unless_parted(self, worker_id: WorkerId, work: Awaitable[_T]) -> _T:
+        """Await what depends on a member. Raises: UnavailableError as soon as it is lost.
+
+        Of a member that is cut off no call ends by itself, and the loss waits for whatever waits for it.
+        """
+        parting = self._partings.setdefault(worker_id, asyncio.Event())
+        if worker_id in self._gone:
+            parting.set()
+        working, parted = asyncio.ensure_future(work), asyncio.ensure_future(parting.wait())
+        try:
+            await asyncio.wait((working, parted), return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                return working.result()
+            raise UnavailableError(f"{worker_id} was lost meanwhile")
+        finally:
+            working.cancel()
+            parted.cancel()
 
     async def relink(self, worker: Member) -> None:
         """Form the lane of a worker anew, that has none though no shard is lost. Raises: OctetError."""
@@ -288,11 +319,13 @@ class Membership:
         """A member is lost: what is being prepared is given up, so that the loss can be dealt with."""
         self._gone.add(worker_id)
         self._lost.set()
+        self._partings.setdefault(worker_id, asyncio.Event()).set()
 
     def _heed_losses(self, known: Collection[WorkerId] = ()) -> None:
         """From here on, `_unless_lost` gives up; at once where a member is lost that nobody has dealt with yet."""
         self._lost.clear()
         self._gone &= self._members.keys()
+        self._partings = {key: parting for key, parting in self._partings.items() if key in self._members}
         if self._gone - set(known):
             self._lost.set()
 
@@ -305,7 +338,7 @@ class Membership:
     async def _meet_frontends(self, workers: Sequence[Member]) -> None:
         """Best effort: a worker that does not answer is dealt with when it is found lost."""
         meets = [answer_of(partial(m.actor.meet.remote, self._frontends)) for m in workers]
-        calls = [call(m.worker_id, meet, _MARGIN_S) for m, meet in zip(workers, meets, strict=True)]
+        calls = [self._ask(m, meet, _MARGIN_S) for m, meet in zip(workers, meets, strict=True)]
         for worker, outcome in zip(workers, await asyncio.gather(*calls, return_exceptions=True), strict=True):
             if isinstance(outcome, BaseException):
                 _log.warning("%s does not know the frontend: %s", worker.worker_id, outcome)
@@ -333,7 +366,7 @@ class Membership:
 
     async def _forget(self, gone: Collection[WorkerId]) -> None:
         """Best effort: a member that does not answer is dealt with when it is found lost."""
-        calls = [call(m.worker_id, m.actor.forget.remote(sorted(gone)), _MARGIN_S) for m in self.all()]
+        calls = [self._ask(m, m.actor.forget.remote(sorted(gone)), _MARGIN_S) for m in self.all()]
         await asyncio.gather(*calls, return_exceptions=True)
 
     async def _prepare(self, fills: Sequence[SlotFill], shards: dict[WorkerId, Member], attempt: str) -> None:
@@ -367,18 +400,24 @@ class Membership:
     async def _adopt(self, routing: Routing) -> None:
         """From here on there is no way back: a worker that does not follow would ask for what is retired."""
         workers = self._attention()
-        calls = [call(m.worker_id, m.actor.adopt.remote(routing), self._adopt_s) for m in workers]
+        calls = [self._ask(m, m.actor.adopt.remote(routing), self._adopt_s) for m in workers]
         for worker, outcome in zip(workers, await asyncio.gather(*calls, return_exceptions=True), strict=True):
             if isinstance(outcome, BaseException):
                 _log.warning("%s did not adopt placement %d: %s", worker.worker_id, routing.placement.version, outcome)
                 self.fence(worker)
+                if worker.worker_id in self._gone:
+                    continue
                 self._on_astray(worker.worker_id, f"it did not adopt placement {routing.placement.version}: {outcome}")
 
     async def _retire(self, shards: Sequence[Member], routing: Routing) -> None:
-        calls = [call(m.worker_id, m.actor.retire.remote(routing.held_by(m.worker_id)), self._lane_s) for m in shards]
+        calls = [self._ask(m, m.actor.retire.remote(routing.held_by(m.worker_id)), self._lane_s) for m in shards]
         for shard, outcome in zip(shards, await asyncio.gather(*calls, return_exceptions=True), strict=True):
             if isinstance(outcome, BaseException):
                 _log.warning("%s keeps slots that nobody asks for: %s", shard.worker_id, outcome)
+
+    async def _ask(self, member: Member, work: Awaitable[_T], timeout_s: float) -> _T:
+        """A call of a member. Raises: OctetError, also as soon as it is lost."""
+        return await self.unless_parted(member.worker_id, call(member.worker_id, work, timeout_s))
 
     async def _unless_lost(self, work: Awaitable[_T]) -> _T:
         """Raises: UnavailableError as soon as a member is lost."""

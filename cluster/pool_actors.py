@@ -42,7 +42,7 @@ class _AttentionActor(FaultCalls):
 
         host = ray.util.get_node_ip_address()
         self._worker = AttentionWorker(worker_id, self._role, plan, host, node_id(), report)
-        self._lifeline, self._tether = _Lifeline(), Tether(controller)
+        self._lifeline, self._tether = _Lifeline(), Tether(controller, worker_id)
 
     def lifeline(self) -> None:
         self._lifeline.hold()
@@ -70,6 +70,9 @@ class _AttentionActor(FaultCalls):
 
     def forget(self, peers: Sequence[WorkerId]) -> None:
         self._worker.forget(peers)
+
+    def give_up(self, shards: Sequence[WorkerId]) -> None:
+        self._worker.give_up(shards)
 
     def start(self, routing: Routing) -> None:
         self._worker.start(routing)
@@ -107,7 +110,7 @@ class ExpertShard(FaultCalls):
 
         faults.allow(plan.config.chaos.enabled)
         self._worker = ShardWorker(worker_id, plan, ray.util.get_node_ip_address(), node_id())
-        self._lifeline, self._tether = _Lifeline(), Tether(controller)
+        self._lifeline, self._tether = _Lifeline(), Tether(controller, worker_id)
 
     def lifeline(self) -> None:
         self._lifeline.hold()

@@ -7,7 +7,7 @@ import collections
 import dataclasses
 import logging
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
 from typing import Any, TypeVar
 
 import ray
@@ -102,6 +102,11 @@ class Pools:
         # Before anybody has them: ids are given once, whichever controller gives them.
         self.note()
         return [self._start_in(berth, pool, first + number) for number, berth in enumerate(berths)]
+
+    @property
+    def ended(self) -> Set[WorkerId]:
+        """Members whose processes were told to end."""
+        return self._ended
 
     @property
     def numbers(self) -> Mapping[Pool, int]:

@@ -19,17 +19,23 @@ _ANSWER_S = 60.0
 
 
 class Tether:
-    """Holds calls of the controller open, one after the other; ends this process if none follows a lost controller."""
+    """Holds calls of the controller open, one after the other; ends this process if none follows a lost controller,
+    or if the controller has ended it, of which a process that is cut off does not hear in time."""
 
-    def __init__(self, controller: Any) -> None:
-        self._controller = controller
+    def __init__(self, controller: Any, name: str = "") -> None:
+        """
+        Args:
+            name: the member's id; a service has none.
+        """
+        self._controller, self._name = controller, name
         if controller is not None:
             threading.Thread(target=self._hold, name="tether", daemon=True).start()
 
     def _hold(self) -> None:
         while True:
             try:
-                ray.get(self._controller.presence.remote(), timeout=_ANSWER_S)
+                if not ray.get(self._controller.presence.remote(self._name), timeout=_ANSWER_S):
+                    os._exit(1)
             except ray.exceptions.ActorDiedError:
                 # Nobody is left who could stop it in order, nor anybody to serve with.
                 os._exit(1)

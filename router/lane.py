@@ -117,6 +117,10 @@ class Link:
         finally:
             self._wire.abort()
 
+    def abort(self) -> None:
+        """Break the connection without a word: whoever waits on it gets an error now. Any thread may call it."""
+        self._wire.abort()
+
     def _wait(self, number: int) -> None:
         """Until the reply of this number has come. Raises: LaneError."""
         timeout_s = self._wire.timeout_s

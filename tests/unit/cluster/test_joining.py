@@ -131,3 +131,36 @@ async def test_whoever_joins_while_the_frontend_is_replaced_knows_the_new_one() 
     newcomer.may_go_on.set()
     await asyncio.wait_for(joining, PATIENT_S)
     assert newcomer.mailboxes[FRONTEND] == "tcp://h:9"
+
+
+async def test_nobody_waits_for_the_answer_of_a_worker_that_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one whose host is cut off no call ends by itself, and its loss is dealt with after the change under way."""
+    monkeypatch.setattr("cluster.membership.node_id", lambda: "another")
+    astray: list[WorkerId] = []
+    prefill, decode = Played("prefill-0"), Played("decode-0", hangs_at=("adopt", "forget"))
+    shards = [member("experts", Played(shard)) for shard in PLAN.routing.shards]
+    membership = Membership(PLAN, {}, lambda worker_id, reason: astray.append(worker_id))
+    workers = [member("prefill", prefill), member("decode", decode)]
+    await membership.reach([*shards, *workers])
+    await membership.found([*shards, *workers])
+
+    async def propose(epoch: Epoch) -> Transition:
+        return Transition(target=membership.routing, fills=(), gain=0.0, reason="for a test")
+
+    routing = asyncio.create_task(membership.reroute(propose))
+    await asyncio.wait_for(decode.asked_in_vain.wait(), PATIENT_S)
+    membership.interrupt(WorkerId("decode-0"))
+    await soon(routing)
+    assert "adopt" in prefill.calls
+    assert astray == [], "why it is lost is known already"
+    # Neither is it waited for while another one leaves.
+    await asyncio.wait_for(membership.leave([workers[0]]), PATIENT_S)
+
+
+async def test_workers_give_up_lost_shards_before_they_forget_lost_workers() -> None:
+    """Their steps wait for a shard that is cut off, and nothing else lets them end."""
+    prefill = Played("prefill-0")
+    membership = await serving(member("experts", Played("experts-0")), member("prefill", prefill))
+    membership.interrupt(WorkerId("experts-0"))
+    await asyncio.wait_for(membership.give_up({WorkerId("experts-0")}), PATIENT_S)
+    assert prefill.calls[-1] == "give_up"

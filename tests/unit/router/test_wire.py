@@ -153,6 +153,22 @@ def test_a_host_that_cannot_prove_itself_is_not_believed() -> None:
                 guest.result()
 
 
+def test_a_step_that_waits_for_a_shard_that_is_cut_off_ends_when_it_is_given_up() -> None:
+    """Nothing comes of it, and no end of the connection either."""
+    layout = FrameLayout(hidden_size=8, experts_per_token=2, max_rows=2, dtype=torch.float32)
+    worker, _shard = form_pair(PATIENT_S)
+    link = Link(worker, layout, EPOCH)
+    exchange = LaneExchange([link])
+    x_TH = torch.randn(layout.max_rows, layout.hidden_size)
+    with ThreadPoolExecutor(1) as pool, within(MARGIN_S):
+        step = pool.submit(exchange.receive, exchange.send(0, x_TH, PlanByShard((_everything(layout),))), x_TH)
+        with pytest.raises(TimeoutError):
+            step.result(0.1)
+        link.abort()
+        with pytest.raises(LaneError, match="given the wire up"):
+            step.result()
+
+
 def test_long_frames_hold_up_neither_end_before_it_has_to_wait() -> None:
     worker, shard = form_pair(PATIENT_S)
     exchange, port = LaneExchange([Link(worker, LONG, EPOCH)]), LanePort(shard, LONG, EPOCH, PATIENT_S)
