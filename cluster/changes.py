@@ -207,7 +207,12 @@ class Changes:
         if under_way or gone or membership.adopting is not None:
             end = "is brought to its end" if membership.adopting is not None else "is given up"
             record.append(f"the {under_way or 'change'} under way {end}")
-            await membership.settle(gone)
+            left = await membership.settle(gone)
+            self._on_members(membership.all())
+            for shard in left:
+                # It was to leave, or was lost, and the controller that would have ended it is gone.
+                self._pools.end(shard)
+                record.append(f"{shard.worker_id} is ended")
         await self.tell_frontend()
         with contextlib.suppress(UnavailableError):
             # A router service that is gone is replaced, and the next one told all of it.

@@ -281,7 +281,7 @@ class Membership:
         self.next_epoch = next_epoch
         self._since_s = dict.fromkeys(self._members, time.monotonic())
 
-    async def settle(self, gone: Collection[WorkerId]) -> None:
+    async def settle(self, gone: Collection[WorkerId]) -> list[Member]:
         """Come to the end of what was begun by another controller, or back to before it.
 
         What workers may have adopted already is adopted by all of them: every shard in it is linked and filled. Before
@@ -289,13 +289,18 @@ class Membership:
 
         Args:
             gone: who was to join and does not.
+
+        Returns: shards that are members no longer, and whose processes nobody has ended.
         """
+        shards = self.pool("experts")
         routing = self.routing if self.adopting is None else self.adopting[0]
         await self._adopt(routing)
         if self.adopting is not None:
             self._go_over()
         await self._retire(self.pool("experts"), self.routing)
-        await self._forget(gone)
+        left = [shard for shard in shards if shard.worker_id not in self]
+        await self._forget({*gone, *(shard.worker_id for shard in left)})
+        return left
 
     def _go_over(self) -> None:
         """Everybody has adopted it."""

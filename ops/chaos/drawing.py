@@ -24,15 +24,28 @@ _STEPS: tuple[tuple[str, Target, bool], ...] = (
     ("adopt", "decode", True),
     ("adopt", "prefill", True),
     ("retire", "experts", True),
+    ("commit", "frontend", False),
+    ("change.linked", "controller", True),
+    ("change.prepared", "controller", True),
+    ("change.adopted", "controller", True),
 )
 """Named steps, and whether they are reached only while the cluster changes."""
-_PASSES = {("dispatch", "decode"): 40, ("combine", "decode"): 40, ("serve", "experts"): 80, ("sampled", "decode"): 20}
+SERVICES: tuple[Target, ...] = ("router", "frontend", "controller")
+"""Those outside the pools."""
+_POOLS: tuple[PoolName, ...] = ("prefill", "decode", "experts")
+_PASSES = {
+    ("dispatch", "decode"): 40,
+    ("combine", "decode"): 40,
+    ("serve", "experts"): 80,
+    ("sampled", "decode"): 20,
+    ("commit", "frontend"): 80,
+}
 """Within which the fault strikes, where steps are frequent; elsewhere it does at one of the first two."""
 _LONGEST_STOP_S, _LONGEST_DELAY_S = 1.5, 0.5
 
 
 def draw_schedule(
-    seed: int, duration_s: float = DURATION_S, services: Sequence[Target] = ("router",), num_faults: int | None = None
+    seed: int, duration_s: float = DURATION_S, services: Sequence[Target] = SERVICES, num_faults: int | None = None
 ) -> Schedule:
     """Faults at random times and at named steps, at most one kill of a member in a second.
 
@@ -50,7 +63,7 @@ def draw_schedule(
 
 
 def _draw_fault(draw: random.Random, at_s: float, services: Sequence[Target]) -> list[Event]:
-    pool: PoolName = draw.choice(("prefill", "decode", "experts"))
+    pool: PoolName = draw.choice(_POOLS)
     which = draw.randrange(4)
     match draw.choice(("kill", "kill", "kill service", "stop", "stop", "step", "step", "step", "step", "change")):
         case "kill":
@@ -61,7 +74,8 @@ def _draw_fault(draw: random.Random, at_s: float, services: Sequence[Target]) ->
             return [Stop(at_s=at_s, target=pool, which=which, for_s=round(draw.uniform(0.1, _LONGEST_STOP_S), 2))]
         case "change":
             return [_draw_change(draw, at_s)]
-    point, target, changing = draw.choice(_STEPS)
+    steps = [step for step in _STEPS if step[1] in _POOLS or step[1] in services]
+    point, target, changing = draw.choice(steps)
     action: Action = draw.choice(
         ("kill", "stop", "delay", "raise") if point == "prepare" else ("kill", "stop", "delay")
     )

@@ -13,6 +13,8 @@ SHRINK = (Scale(at_s=0.5, pool="experts", by=-1),)
 GROW = (Scale(at_s=0.5, pool="experts", by=1),)
 JOIN = (Scale(at_s=0.5, pool="decode", by=1),)
 LOSE = (Kill(at_s=0.5, target="experts", which=0),)
+SEEDS = (*range(18), 26, 31)
+"""The last two kill the controller, one of them within a change."""
 
 
 @pytest.mark.parametrize(
@@ -53,6 +55,6 @@ def test_a_process_may_die_at_a_named_step(
 
 @pytest.mark.timeout(600)
 def test_twenty_random_schedules_violate_nothing_and_leave_the_cluster_as_it_was(chaos: Chaos) -> None:
-    verdicts = chaos.run_all([draw_schedule(seed, duration_s=1.0, num_faults=1) for seed in range(20)])
+    verdicts = chaos.run_all([draw_schedule(seed, duration_s=1.0, num_faults=1) for seed in SEEDS])
     assert [(v.schedule.name, v.violations) for v in verdicts if v.violations] == []
     assert sum(fault.fired for verdict in verdicts for fault in verdict.history.faults) >= 15

@@ -14,6 +14,8 @@ from cluster.pools import Member
 from cluster.services import FRONTEND
 from octet.errors import UnavailableError
 from octet.ids import Epoch, WorkerId
+from router.placement import place_evenly
+from router.routing import Routing
 from router.transition import Transition
 from tests.unit.cluster.played import PATIENT_S, PLAN, soon
 
@@ -157,10 +159,28 @@ async def test_nobody_waits_for_the_answer_of_a_worker_that_is_lost(monkeypatch:
     await asyncio.wait_for(membership.leave([workers[0]]), PATIENT_S)
 
 
-async def test_workers_give_up_lost_shards_before_they_forget_lost_workers() -> None:
-    """Their steps wait for a shard that is cut off, and nothing else lets them end."""
+async def test_workers_are_told_to_give_up_a_shard_that_is_lost() -> None:
+    """Their steps wait for one that is cut off, and nothing else lets them end."""
     prefill = Played("prefill-0")
     membership = await serving(member("experts", Played("experts-0")), member("prefill", prefill))
     membership.interrupt(WorkerId("experts-0"))
     await asyncio.wait_for(membership.give_up({WorkerId("experts-0")}), PATIENT_S)
     assert prefill.calls[-1] == "give_up"
+
+
+async def test_a_shard_that_was_to_leave_is_named_to_the_controller_that_ends_the_change() -> None:
+    """The one before had brought everybody to the routing without it, and did not live to end its process."""
+    actors = {shard: Played(shard) for shard in PLAN.routing.shards}
+    leaving, decode = PLAN.routing.shards[-1], Played("decode-0")
+    members = [member("experts", actor) for actor in actors.values()]
+    before = await serving(*members, member("decode", decode))
+    endpoints = [before.endpoint(one.worker_id) for one in before.all()]
+    following = Membership(PLAN, {})
+    following.take_over(before.all(), [endpoint for endpoint in endpoints if endpoint], before.next_epoch)
+    shards = tuple(shard for shard in PLAN.routing.shards if shard != leaving)
+    placement = place_evenly(PLAN.routing.placement.layers, PLAN.model.n_routed_experts, len(shards), 9)
+    following.adopting = Routing(epoch=Epoch(9), shards=shards, placement=placement), ()
+    left = await asyncio.wait_for(following.settle(set()), PATIENT_S)
+    assert [one.worker_id for one in left] == [leaving]
+    assert leaving not in following
+    assert decode.calls[-2:] == ["adopt", "forget"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
@@ -15,8 +15,10 @@ from ops.chaos.drawing import draw_schedule
 from ops.chaos.schedule import (
     Arm,
     Kill,
+    PoolName,
     Schedule,
     Stop,
+    Target,
     dump_schedule,
     load_schedule,
     parse_schedule,
@@ -31,17 +33,17 @@ def test_the_same_seed_is_the_same_schedule(seed: int, duration_s: float) -> Non
     assert all(0 <= event.at_s <= duration_s for event in schedule.events)
 
 
-def test_seeds_draw_every_kind_of_fault_and_every_step_of_members() -> None:
+def test_seeds_draw_every_kind_of_fault_everybody_and_every_step() -> None:
     events = [event for seed in range(400) for event in draw_schedule(seed).events]
     assert {event.do for event in events} == {"kill", "stop", "arm", "scale", "rebalance"}
-    assert {event.target for event in events if isinstance(event, Kill)} == {"prefill", "decode", "experts", "router"}
-    members = {point for point, where in POINTS.items() if set(where) & {"prefill", "decode", "experts"}}
-    assert {event.point for event in events if isinstance(event, Arm)} == members
+    assert {event.target for event in events if isinstance(event, Kill)} == set(get_args(Target))
+    assert {event.point for event in events if isinstance(event, Arm)} == POINTS.keys()
 
 
 def test_services_are_hit_only_where_they_are_named() -> None:
-    events = [event for seed in range(100) for event in draw_schedule(seed, services=()).events]
-    assert all(event.target != "router" for event in events if isinstance(event, Kill))
+    events = [event for seed in range(200) for event in draw_schedule(seed, services=("router",)).events]
+    assert {event.target for event in events if isinstance(event, Kill)} == {*get_args(PoolName), "router"}
+    assert {event.target for event in events if isinstance(event, Arm)} == set(get_args(PoolName))
 
 
 @pytest.mark.parametrize("name", ["a.json", "b.yaml"])
