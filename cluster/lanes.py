@@ -44,7 +44,7 @@ class WireLanes:
     def __init__(self, worker_id: WorkerId, role: Role, plan: ServingPlan, store: GroupStore, host: str) -> None:
         self._worker_id, self._role, self._plan, self._store, self._host = worker_id, role, plan, store, host
         self._links: dict[WorkerId, Link] = {}
-        self._replaced: list[Link] = []
+        self._replaced: list[tuple[WorkerId, Link]] = []
         """In use until the next adoption."""
 
     def link(self, shards: Sequence[WorkerId], epoch: Epoch) -> None:
@@ -53,19 +53,19 @@ class WireLanes:
             # A connection of its own to the store: to wait there for a shard that has died holds up nobody else.
             wire = _wire(self._store.another(), name, WORKER, self._plan, self._host)
             if shard in self._links:
-                self._replaced.append(self._links[shard])
+                self._replaced.append((shard, self._links[shard]))
             self._links[shard] = Link(wire, frame_layout(self._role, self._plan), epoch)
 
     def exchange(self, shards: Sequence[WorkerId]) -> Exchange:
         return LaneExchange([self._links[shard] for shard in shards])
 
     def give_up(self, shards: Sequence[WorkerId]) -> None:
-        for shard in shards:
-            if shard in self._links:
-                self._links[shard].abort()
+        for shard, link in [*self._replaced, *self._links.items()]:
+            if shard in shards:
+                link.abort()
 
     def unlink(self, others_than: Sequence[WorkerId]) -> None:
-        replaced, self._replaced = self._replaced, []
+        replaced, self._replaced = [link for _, link in self._replaced], []
         for link in [*replaced, *(self._links.pop(shard) for shard in self._links.keys() - set(others_than))]:
             link.close()
 
