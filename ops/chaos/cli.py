@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
+import secrets
 from typing import Annotated
 
 import typer
@@ -25,6 +27,9 @@ def run(
         list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Of the cluster's config.")
     ] = None,
     settle: Annotated[bool, typer.Option("--settle", help="Wait after each schedule for all that was lost.")] = False,
+    hosts: Annotated[
+        int, typer.Option(min=1, max=2, help="2: the cluster is on two, in network namespaces; takes root.")
+    ] = 1,
     against: Annotated[
         str | None,
         typer.Option(
@@ -36,6 +41,9 @@ def run(
     html_file: Annotated[pathlib.Path | None, typer.Option("--html", help="Draw the timeline in this file.")] = None,
 ) -> None:
     """Run schedules of faults under load. Exit code 1 if a client saw, or the cluster kept, what it should not."""
+    if hosts == 2:
+        # Ray reads them when it is imported. Who only joins shows no token unless it is told to.
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     from ops.chaos.command import Against, ChaosOptions, run_chaos, schedules_of
     from ops.chaos.questions import Asked
     from ops.chaos.run import Load
@@ -46,6 +54,7 @@ def run(
         asked=Asked(new_tokens=new_tokens),
         overrides=tuple(overrides or ()),
         against=None if against is None else Against(ray_address=address, namespace=against),
+        two_hosts=hosts == 2,
         each_complete=settle,
     )
     raise typer.Exit(run_chaos(model_dir, options, json_file, html_file))

@@ -7,15 +7,16 @@ import itertools
 import math
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from octet.client import CallError
-from octet.errors import OctetError
+from octet.errors import ConfigError, OctetError
 from octet.faults import Fault
+from ops.chaos.cable import Cable
 from ops.chaos.history import Injected
 from ops.chaos.observe import state_of
-from ops.chaos.schedule import Arm, Event, Kill, Rebalance, Scale, Schedule, Stop
-from ops.chaos.stage import Stage, signal_to
+from ops.chaos.schedule import Arm, Cut, Event, Kill, Rebalance, Scale, Schedule, Slow, Stop
+from ops.chaos.stage import Stage, ids_of, signal_to
 
 _POLL_S = 0.02
 _PATIENCE_S = 8.0
@@ -24,6 +25,8 @@ _CHANGE_PATIENCE_S = 45.0
 """The same at a step of a change, which may wait for processes to start."""
 _CHANGE_S = 120.0
 _TURN_S = 1.5
+_GHOST_S = 90.0
+"""How long the process of a member that was lost with its host may be there after the host is back."""
 _OF_CHANGES = ("link", "prepare", "adopt", "retire", "change.linked", "change.prepared", "change.adopted")
 """Steps that everybody reaches who takes part; others are reached by who has work."""
 
@@ -81,6 +84,10 @@ async def _play(stage: Stage, event: Event, armed: asyncio.Event, over: asyncio.
             case Rebalance():
                 moves = len((await stage.client.rebalance(timeout_s=_CHANGE_S)).moves)
                 return _done(event, at_s, "rebalance", note=f"{moves} moves")
+            case Cut():
+                return await _cut(stage, event)
+            case Slow():
+                return await _slow(stage, event)
     except OctetError as error:
         # What others do to the cluster may let this fail: the cluster says so, and is as it was.
         return _done(event, at_s, event.kind, fired=False, note=str(error))
@@ -196,6 +203,52 @@ async def _scale(stage: Stage, event: Scale) -> Injected:
     except CallError as error:
         return _done(event, at_s, f"{event.pool} → {size}", fired=False, note=str(error))
     return _done(event, at_s, f"{event.pool} → {size}")
+
+
+async def _cut(stage: Stage, event: Cut) -> Injected:
+    cable, far = _cable(stage), await stage.far_members()
+    at_s = time.time()
+    cable.cut(event.way)
+    if event.for_s is None:
+        # Nobody on the other host is of any use from now on.
+        well = await stage.without(far)
+        return _done(event, at_s, event.kind, note=_lost(far) if well else "it was never done without the other host")
+    await asyncio.sleep(event.for_s)
+    cable.mend()
+    healed_s = time.time()
+    present = ids_of(await stage.status())
+    lost = {name: pid for name, pid in far.items() if name not in present}
+    for pid in lost.values():
+        # What is left of them there ends, as soon as it hears.
+        await _seen(lambda pid=pid: not state_of(pid), time.monotonic() + _GHOST_S)  # type: ignore[misc]
+    ghosts = [name for name, pid in lost.items() if state_of(pid)]
+    note = _lost(lost) + (f"; {', '.join(ghosts)} did not end" if ghosts else "")
+    ended = f"; their processes ended {time.time() - healed_s:.1f} s after the cut did" if lost and not ghosts else ""
+    return _done(event, at_s, f"{event.kind} for {event.for_s:g} s", note=note + ended)
+
+
+async def _slow(stage: Stage, event: Slow) -> Injected:
+    cable, far = _cable(stage), await stage.far_members()
+    at_s = time.time()
+    if event.mbit_per_s is not None:
+        cable.throttle(event.mbit_per_s)
+    if event.delay_s:
+        cable.delay(event.delay_s)
+    await asyncio.sleep(event.for_s)
+    cable.mend()
+    present = ids_of(await stage.status())
+    return _done(event, at_s, f"{event.kind} for {event.for_s:g} s", note=_lost(far.keys() - present))
+
+
+def _cable(stage: Stage) -> Cable:
+    """Raises: ConfigError."""
+    if stage.cable is None:
+        raise ConfigError("events", "a fault of the cable between hosts", "a cluster on two of them", "--hosts 2")
+    return stage.cable
+
+
+def _lost(names: Iterable[str]) -> str:
+    return f"{', '.join(sorted(names)) or 'nobody'} was lost"
 
 
 def _done(event: Event, at_s: float, what: str, fired: bool = True, note: str = "") -> Injected:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import pathlib
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from cluster.inventory import Inventory
 from octet.v1 import octet_pb2 as pb
@@ -62,13 +62,31 @@ _LISTENING = "0A"
 
 def num_ports(pids: Collection[int]) -> int:
     """TCP sockets on which these processes listen."""
-    listening = set()
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        for line in pathlib.Path(table).read_text().splitlines()[1:]:
+    hosts = {host: pid for pid in pids if (host := _network(pid))}
+    listening = {inode for pid in hosts.values() for inode in _listening(pid)}
+    return sum(link in listening for pid in pids for link in _links(pid))
+
+
+def _network(pid: int) -> str:
+    """The network namespace of a process, each of which has sockets of its own; empty if it is gone."""
+    try:
+        return str(pathlib.Path(f"/proc/{pid}/ns/net").readlink())
+    except OSError:
+        return ""
+
+
+def _listening(pid: int) -> Iterator[str]:
+    """In the network namespace of this process."""
+    for table in ("tcp", "tcp6"):
+        try:
+            lines = pathlib.Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]
+        except OSError:
+            # It has just ended.
+            continue
+        for line in lines:
             fields = line.split()
             if fields[3] == _LISTENING:
-                listening.add(f"socket:[{fields[9]}]")
-    return sum(link in listening for pid in pids for link in _links(pid))
+                yield f"socket:[{fields[9]}]"
 
 
 def _links(pid: int) -> list[str]:

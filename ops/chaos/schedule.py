@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pathlib
 from typing import Annotated, Any, Literal, TypeAlias
@@ -11,6 +12,7 @@ import yaml
 
 from octet.errors import ConfigError
 from octet.faults import POINTS, Action
+from ops.chaos.cable import Way
 
 PoolName = Literal["prefill", "decode", "experts"]
 Target = Literal["prefill", "decode", "experts", "router", "frontend", "controller"]
@@ -102,7 +104,39 @@ class Rebalance(_Event):
         return "rebalance"
 
 
-Event: TypeAlias = Annotated[Kill | Stop | Arm | Scale | Rebalance, pydantic.Field(discriminator="do")]
+class Cut(_Event):
+    """Packets between two hosts vanish, and nobody is told. Takes `--hosts 2`."""
+
+    do: Literal["cut"] = "cut"
+    way: Way = "both"
+    for_s: float | None = pydantic.Field(None, gt=0)
+    """For good where it is not given."""
+
+    @property
+    def kind(self) -> str:
+        return "cut" if self.way == "both" else f"cut {self.way}"
+
+
+class Slow(_Event):
+    """Packets between two hosts take their time, in either direction. Takes `--hosts 2`."""
+
+    do: Literal["slow"] = "slow"
+    delay_s: float = pydantic.Field(0.0, ge=0)
+    mbit_per_s: float | None = pydantic.Field(None, gt=0)
+    for_s: float = pydantic.Field(gt=0)
+
+    @pydantic.model_validator(mode="after")
+    def _it_is_slow_in_one_way(self) -> Slow:
+        if bool(self.delay_s) == (self.mbit_per_s is not None):
+            raise ValueError("one of delay_s and mbit_per_s")
+        return self
+
+    @property
+    def kind(self) -> str:
+        return f"delay {self.delay_s * 1e3:g} ms" if self.delay_s else f"throttle {self.mbit_per_s:g} Mbit/s"
+
+
+Event: TypeAlias = Annotated[Kill | Stop | Arm | Scale | Rebalance | Cut | Slow, pydantic.Field(discriminator="do")]
 
 
 class Schedule(pydantic.BaseModel):
@@ -112,6 +146,14 @@ class Schedule(pydantic.BaseModel):
     duration_s: float = pydantic.Field(DURATION_S, gt=0)
     """Of the load, at least; it goes on until every fault is over."""
     events: tuple[Event, ...] = ()
+
+    @pydantic.model_validator(mode="after")
+    def _one_thing_at_a_time_happens_between_hosts(self) -> Schedule:
+        of_cable = sorted((e for e in self.events if isinstance(e, Cut | Slow)), key=lambda event: event.at_s)
+        for earlier, later in itertools.pairwise(of_cable):
+            if earlier.for_s is None or later.at_s < earlier.at_s + earlier.for_s:
+                raise ValueError(f"{later.kind} at {later.at_s} s begins before {earlier.kind} is over")
+        return self
 
     @pydantic.model_validator(mode="after")
     def _events_are_within_the_load(self) -> Schedule:

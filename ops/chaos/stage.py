@@ -18,6 +18,7 @@ from octet.errors import UnavailableError
 from octet.faults import Fault, Struck
 from octet.v1 import octet_pb2 as pb
 from ops.bench.changes.leftovers import actor_processes
+from ops.chaos.cable import Cable
 from ops.chaos.checker import baseline
 from ops.chaos.commits import AuditTrail
 from ops.chaos.history import Facts
@@ -32,12 +33,13 @@ SERVICES = {"frontend": "frontend-0", "controller": "controller", "router": "rou
 class Stage:
     """Of a cluster whose processes run below this one, or at least on this machine. Belongs to one event loop."""
 
-    def __init__(self, plan: ServingPlan, address: str, client: AsyncClient) -> None:
+    def __init__(self, plan: ServingPlan, address: str, client: AsyncClient, cable: Cable | None = None) -> None:
         """
         Args:
             plan: with `chaos.enabled`, and an `audit_dir` on this machine.
+            cable: to the other host, where there is one.
         """
-        self.plan, self.address, self.client = plan, address, client
+        self.plan, self.address, self.client, self.cable = plan, address, client, cable
         self.namespace = plan.config.ray.namespace
         self.sizes: dict[str, int] = {
             "prefill": plan.config.pools.prefill.size,
@@ -64,6 +66,12 @@ class Stage:
         status = await self.status()
         found = [m.worker_id for p in status.pools if p.name == pool for m in p.members if _serves(m)]
         return sorted(found, key=lambda worker_id: int(worker_id.rpartition("-")[2]))
+
+    async def far_members(self) -> dict[str, int]:
+        """Pids by id of the members that serve on the other host."""
+        there = set(self.cable.processes("far")) if self.cable is not None else set()
+        members = [member for pool in (await self.status()).pools for member in pool.members if _serves(member)]
+        return {member.worker_id: member.pid for member in members if member.pid in there}
 
     async def name_of(self, target: str, which: int, deadly: bool) -> str:
         """The actor that is meant: a service, or a member.

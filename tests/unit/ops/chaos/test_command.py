@@ -7,9 +7,9 @@ import pathlib
 import pytest
 
 from octet.errors import ConfigError
-from ops.chaos.command import schedules_of
+from ops.chaos.command import Against, ChaosOptions, schedules_of
 from ops.chaos.drawing import draw_schedule
-from ops.chaos.schedule import dump_schedule
+from ops.chaos.schedule import Cut, Schedule, dump_schedule
 
 
 def test_seeds_are_counted_up_from_the_first() -> None:
@@ -27,3 +27,12 @@ def test_files_are_taken_in_their_order(tmp_path: pathlib.Path) -> None:
 def test_it_takes_either_files_or_a_seed(files: tuple[pathlib.Path, ...], seed: int | None) -> None:
     with pytest.raises(ConfigError, match="--schedule"):
         schedules_of(files, seed, 1, 4.0)
+
+
+def test_a_cut_between_hosts_takes_hosts_and_those_a_cluster_of_their_own() -> None:
+    cutting = (Schedule(events=(Cut(at_s=1.0),)),)
+    ChaosOptions(schedules=cutting, two_hosts=True).check()
+    with pytest.raises(ConfigError, match="--hosts 2"):
+        ChaosOptions(schedules=cutting).check()
+    with pytest.raises(ConfigError, match="--against"):
+        ChaosOptions(schedules=cutting, two_hosts=True, against=Against(ray_address="auto", namespace="octet")).check()

@@ -78,6 +78,9 @@ def test_a_schedule_in_yaml(tmp_path: pathlib.Path) -> None:
         ({"at_s": 1, "do": "kill", "target": "gpu"}, r"events.0.kill.target"),
         ({"at_s": 1, "do": "kill", "target": "decode", "force": 9}, r"events.0.kill.force"),
         ({"at_s": 1, "do": "stop", "target": "decode"}, r"events.0.stop.for_s"),
+        ({"at_s": 1, "do": "cut", "way": "sideways"}, r"events.0.cut.way"),
+        ({"at_s": 1, "do": "slow", "delay_s": 0.05}, r"events.0.slow.for_s"),
+        ({"at_s": 1, "do": "slow", "for_s": 1, "delay_s": 0.05, "mbit_per_s": 1}, "one of delay_s and mbit_per_s"),
         ({"at_s": 1, "do": "arm", "target": "decode", "point": "nowhere"}, "no step 'nowhere'"),
         ({"at_s": 1, "do": "arm", "target": "decode", "point": "serve"}, "a step of experts, not of decode"),
     ],
@@ -85,6 +88,14 @@ def test_a_schedule_in_yaml(tmp_path: pathlib.Path) -> None:
 def test_what_is_wrong_is_named(event: dict[str, Any], field: str) -> None:
     with pytest.raises(ConfigError, match=field):
         parse_schedule({"duration_s": 4, "events": [event]})
+
+
+def test_two_things_at_a_time_do_not_happen_between_hosts() -> None:
+    slow = {"at_s": 3, "do": "slow", "mbit_per_s": 8, "for_s": 1}
+    assert parse_schedule({"duration_s": 4, "events": [{"at_s": 1, "do": "cut", "for_s": 2}, slow]})
+    for cut in ({"at_s": 1, "do": "cut", "for_s": 2.5}, {"at_s": 1, "do": "cut"}):
+        with pytest.raises(ConfigError, match=r"begins before cut is over"):
+            parse_schedule({"duration_s": 4, "events": [slow, cut]})
 
 
 @pytest.mark.parametrize("text", ["- 1\n- 2\n", "events: [", "just words"])
