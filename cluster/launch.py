@@ -17,6 +17,7 @@ from cluster.keeper import Keeper
 from cluster.plan import ServingPlan
 from cluster.planning import make_plan
 from cluster.start_progress import StartProgress
+from cluster.worker_start import runtime_env
 from octet.config import OctetConfig, load_config
 from octet.errors import ConfigError, OctetError, StartupError
 
@@ -132,6 +133,7 @@ def _start_controller(plan: ServingPlan) -> Any:
                 max_restarts=-1,
                 max_task_retries=0,
                 enable_task_events=False,
+                runtime_env=runtime_env(plan.config),
             )
             .remote(plan)
         )

@@ -19,6 +19,7 @@ from cluster.keeper import Keeper, group_of
 from cluster.members import POOLS, Pool
 from cluster.plan import ServingPlan
 from cluster.pool_actors import DecodeWorker, ExpertShard, PrefillWorker
+from cluster.worker_start import runtime_env
 from octet.config import PoolConfig
 from octet.errors import OctetError, StartupError, UnavailableError
 from octet.ids import WorkerId
@@ -216,6 +217,7 @@ class Pools:
             ),
             "max_concurrency": _CONCURRENCY,
             "enable_task_events": TASK_EVENTS,
+            "runtime_env": runtime_env(self._plan.config),
         }
         actor: Any = ray.remote(_CLASSES[pool]).options(**options).remote(worker_id, self._plan, self._controller)
         return Member(worker_id=worker_id, pool=pool, actor=actor, berth=berth)

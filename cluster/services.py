@@ -18,6 +18,7 @@ from cluster.plan import ServingPlan
 from cluster.pool_actors import node_id
 from cluster.pools import TASK_EVENTS, Gone, call, find, kill
 from cluster.router_actor import Router
+from cluster.worker_start import runtime_env
 from octet.errors import UnavailableError
 from octet.ids import WorkerId
 
@@ -117,6 +118,7 @@ class Services:
             "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id(), soft=False),
             "max_concurrency": 1000,
             "enable_task_events": TASK_EVENTS,
+            "runtime_env": runtime_env(self._plan.config),
         }
         try:
             return ray.remote(cls).options(**options).remote(*args)

@@ -1,0 +1,144 @@
+"""A fork server becomes what it is asked for, and whoever finds none does without."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from cluster import fork_client
+
+IDLE_S = 1.0
+_TELL = """
+import json, os, pathlib, sys
+print(json.dumps({
+    "name": __name__, "argv": sys.argv, "cwd": str(pathlib.Path.cwd()), "env": os.environ.get("ASKED"),
+    "preloaded": "colorsys" in sys.modules, "path": sys.path, "priority": os.getpriority(os.PRIO_PROCESS, 0),
+    "pid": os.getpid(), "session": os.getsid(0), "drawn": __import__("random").random(),
+}))
+if "wait" in sys.argv:
+    __import__("time").sleep(60)
+"""
+
+
+@pytest.fixture
+def script(tmp_path: pathlib.Path) -> pathlib.Path:
+    path = tmp_path / "tell.py"
+    path.write_text(_TELL)
+    return path
+
+
+@pytest.fixture
+def server(tmp_path: pathlib.Path, script: pathlib.Path) -> Iterator[subprocess.Popen[bytes]]:
+    """One that has imported `colorsys`, which nothing else does."""
+    path = fork_client.address(arguments(script))
+    program = (
+        "import pathlib, sys; from cluster.fork_server import run; run(pathlib.Path(sys.argv[1]), ['colorsys'], 1.0)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program, str(path)])
+    deadline_s = time.monotonic() + 30
+    while not path.exists():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+    yield process
+    process.kill()
+    process.wait()
+
+
+def arguments(script: pathlib.Path, *more: str) -> list[str]:
+    return [str(script), f"--object-store-name={script.parent}/plasma_store", *more]
+
+
+def start(script: pathlib.Path, *more: str, **env: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-I", "-S", fork_client.__file__, *arguments(script, *more)],
+        env=dict(os.environ) | env,
+        cwd=script.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def told(script: pathlib.Path, *more: str, **env: str) -> dict[str, object]:
+    out, error = start(script, *more, **env).communicate(timeout=60)
+    assert error == ""
+    answer: dict[str, object] = json.loads(out)
+    return answer
+
+
+def test_a_worker_is_what_python_would_have_made_of_it(server: subprocess.Popen[bytes], script: pathlib.Path) -> None:
+    first, second = (told(script, "--number", n, ASKED=n, PYTHONPATH=f"/somewhere/{n}") for n in "12")
+    for number, one in zip("12", (first, second), strict=True):
+        assert one["name"] == "__main__"
+        assert one["argv"] == arguments(script, "--number", number)
+        assert one["cwd"] == str(script.parent)
+        assert one["env"] == number
+        assert f"/somewhere/{number}" in one["path"]  # type: ignore[operator]
+        assert one["preloaded"]
+        assert one["session"] == one["pid"] != server.pid
+        assert one["priority"] == os.getpriority(os.PRIO_PROCESS, 0)
+    # Two forks of one process draw different numbers.
+    assert first["drawn"] != second["drawn"]
+
+
+def test_it_ends_when_it_has_no_child_any_more_and_not_before(
+    server: subprocess.Popen[bytes], script: pathlib.Path
+) -> None:
+    with start(script, "wait") as waiting:
+        assert waiting.stdout is not None
+        pid = json.loads(waiting.stdout.readline())["pid"]
+    with pytest.raises(subprocess.TimeoutExpired):
+        server.wait(3 * IDLE_S)
+    os.kill(pid, signal.SIGKILL)
+    # Nothing of the worker is left for anybody to find.
+    time.sleep(0.2)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    assert server.wait(10) == 0
+    assert not fork_client.address(arguments(script)).exists()
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [b"", b"\0\0", b"\0\0\0\0", b"\xff\xff\xff\xff", b"\0\0\0\2{}", b"\0\0\0\1[", b"\0\0\0\4true"],
+)
+def test_a_request_that_makes_no_sense_harms_nobody(
+    server: subprocess.Popen[bytes], script: pathlib.Path, request_bytes: bytes
+) -> None:
+    with socket.socket(socket.AF_UNIX) as stranger:
+        stranger.connect(str(fork_client.address(arguments(script))))
+        with contextlib.suppress(BrokenPipeError):
+            stranger.sendall(request_bytes)
+    assert told(script)["preloaded"]
+
+
+def test_where_no_server_can_be_a_worker_starts_by_itself(script: pathlib.Path) -> None:
+    # Beside a socket whose folder there is not, there can be none.
+    process = subprocess.run(
+        [sys.executable, "-I", "-S", fork_client.__file__, str(script), "--object-store-name=/nowhere/plasma_store"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert "starts by itself" in process.stderr
+    assert not json.loads(process.stdout)["preloaded"]
+
+
+def test_a_server_of_somebody_else_is_not_asked(server: subprocess.Popen[bytes], script: pathlib.Path) -> None:
+    if os.getuid() != 0:
+        pytest.skip("only root can give a socket away")
+    os.chown(fork_client.address(arguments(script)), 12345, -1)
+    out, error = start(script).communicate(timeout=60)
+    assert "somebody else's" in error
+    assert not json.loads(out)["preloaded"]
