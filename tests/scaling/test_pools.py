@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 import pytest
 
+from cluster.fault_points import pid_of
 from cluster.launch import RunningCluster
 from octet.client import CallError, Client
 from tests.clusters import Start, Traffic, at_baseline, members, settled, wait_until
@@ -45,6 +46,7 @@ def test_an_attention_pool_grows_and_shrinks(small: RunningCluster, answers: Ans
         client.scale(**{pool: 2})
         (added,) = set(members(client.status(), pool)) - first
         wait_until(lambda: members(client.status(), pool)[added].tokens > 0, 60, "the new worker computes tokens")
+        assert is_a_fork(small, added)
         client.scale(**{pool: 1})
         assert set(members(client.status(), pool)) == first
         traffic.flow()
@@ -67,6 +69,13 @@ def test_a_decode_worker_that_leaves_hands_its_running_sequences_over(small: Run
         # Every prompt was computed once: nothing that was generated had to be computed again.
         assert computed_tokens(client) - before == sum(map(len, prompts))
         wait_until(lambda: at_baseline(client.status()), 30, "pages back to baseline")
+
+
+def is_a_fork(cluster: RunningCluster, worker_id: str) -> bool:
+    """Of a process that has imported what members need."""
+    pid = pid_of(cluster.plan.config.ray.namespace, worker_id)
+    parent = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
+    return b"cluster.fork_server" in pathlib.Path(f"/proc/{parent}/cmdline").read_bytes()
 
 
 def running(client: Client) -> list[int]:
