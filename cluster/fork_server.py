@@ -163,6 +163,8 @@ def run(path: pathlib.Path, preloaded: Sequence[str] = PRELOADED, idle_s: float 
     """Returns when nobody needs a server any more; in a child, never."""
     # Those who come while modules are imported wait.
     server = ForkServer(path, idle_s)
+    # NumPy's library for matrices, of which we have no use, starts one for each core.
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
     for module in preloaded:
         # What there is not on this machine (numba, where there are GPUs) is left to those who need it.
         with contextlib.suppress(ImportError):

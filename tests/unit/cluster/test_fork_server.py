@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 
@@ -142,3 +143,10 @@ def test_a_server_of_somebody_else_is_not_asked(server: subprocess.Popen[bytes],
     out, error = start(script).communicate(timeout=60)
     assert "somebody else's" in error
     assert not json.loads(out)["preloaded"]
+
+
+def test_what_members_need_starts_no_thread() -> None:
+    program = "import pathlib, sys; from cluster.fork_server import run; run(pathlib.Path(sys.argv[1]), idle_s=0.0)"
+    with tempfile.TemporaryDirectory() as scratch:
+        env = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+        subprocess.run([sys.executable, "-c", program, f"{scratch}/fork"], env=env, timeout=120, check=True)
