@@ -22,8 +22,9 @@ import sys
 import time
 from collections.abc import Sequence
 
-ANSWER_S = 60.0
-"""For the server's imports, on a machine on which many processes start."""
+ANSWER_S = 30.0
+"""For the server's imports, on a machine on which many processes start. Ray gives up a worker after 60 s, in which it
+has to start by itself if need be."""
 LENGTH_BYTES = 4
 _STORE = "--object-store-name="
 
@@ -38,15 +39,17 @@ def main() -> None:
 
 
 def address(worker: Sequence[str]) -> pathlib.Path:
-    """Where the server of a worker's raylet listens: beside Ray's own sockets, and no longer than theirs.
+    """Where a server for such a worker listens: beside Ray's own sockets.
 
-    One per raylet, since workers inherit its limits and namespaces; and per installation of Octet.
+    Ray reads its settings, of which a worker's job and raylet are two, from the environment when it is imported: a
+    server can only become workers that have the same. And there is one for each installation of Octet.
     """
     stores = [argument.removeprefix(_STORE) for argument in worker if argument.startswith(_STORE)]
     if not stores:
         raise FileNotFoundError(f"no {_STORE}… among the worker's arguments")
-    ours = hashlib.sha256(__file__.encode()).hexdigest()[:4]
-    return pathlib.Path(stores[0]).with_name(f"fork{os.environ.get('RAY_RAYLET_PID', '')}-{ours}")
+    settings = sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith("RAY_"))
+    kind = hashlib.sha256("\0".join([__file__, *settings]).encode()).hexdigest()[:12]
+    return pathlib.Path(stores[0]).with_name(f"fork-{kind}")
 
 
 def ask(path: pathlib.Path, worker: Sequence[str]) -> int:

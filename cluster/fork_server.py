@@ -4,9 +4,9 @@ To import torch, and to load what numba has compiled, takes four seconds of a co
 takes milliseconds, and shares the memory. Where processes start beside those that serve, that is what a start costs
 the running streams.
 
-The first worker starts it (`cluster.fork_client`). There is one for each raylet, which ends by itself when it has had
-no child for a while. It answers processes of its own user only. No thread is ever started in it, since a fork has only
-the one that forked.
+The first worker starts it (`cluster.fork_client`). There is one for each job on each raylet, which ends by itself when
+it has had no child for a while. It answers processes of its own user only. No thread is ever started in it, since a
+fork has only the one that forked.
 """
 
 from __future__ import annotations
@@ -107,11 +107,10 @@ class ForkServer:
 
     def _reap(self, *signalled: object) -> None:
         """At once: whoever waits for the end of a member looks for its pid."""
-        while self._children:
-            pid, _ = os.waitpid(-1, os.WNOHANG)
-            if pid == 0:
-                return
-            self._children.discard(pid)
+        # Another child may end meanwhile, and be reaped by a call of this within this one.
+        with contextlib.suppress(ChildProcessError):
+            while (pid := os.waitpid(-1, os.WNOHANG)[0]) != 0:
+                self._children.discard(pid)
 
 
 def receive(connection: socket.socket) -> dict[str, Any]:

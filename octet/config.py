@@ -249,9 +249,8 @@ class RayConfig(ConfigNode):
     """Actors of one Octet cluster share a namespace; two clusters on one Ray need two."""
     start_timeout_s: float = pydantic.Field(300.0, gt=0)
     """Deadline for placing, loading and connecting every pool."""
-    fork_workers: bool = False
-    """On each node, processes are forks of one that has imported everything, and start faster; false has each start by
-    itself. Not for a Ray on which other drivers start Octet, too: see docs/cluster.md."""
+    fork_workers: bool = True
+    """On each node, processes are forks of one that has imported everything; false has each start by itself."""
 
 
 class OctetConfig(ConfigNode):

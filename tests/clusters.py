@@ -104,8 +104,6 @@ def _starter(running: list[RunningCluster]) -> Start:
 
     def start_one(*overrides: str) -> RunningCluster:
         names = [f"ray.namespace=octet-{uuid.uuid4().hex[:8]}", "frontend.port=0", "kv.memory_gib=0.05"]
-        # Most of what these tests take is the start of processes.
-        names.append("ray.fork_workers=true")
         cluster = launch(load_config(overrides=[*names, *overrides]))
         running.append(cluster)
         return cluster

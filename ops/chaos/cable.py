@@ -11,6 +11,7 @@ import ctypes
 import os
 import pathlib
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -100,7 +101,8 @@ class Cable:
         line = [sys.executable, "-m", "ops.chaos.delay_line", *devices, f"{delay_s}"]
         self._line = subprocess.Popen([*self.command("near"), *line], stdout=subprocess.PIPE)
         assert self._line.stdout is not None
-        if self._line.stdout.readline().strip() != b"ready":
+        said = select.select([self._line.stdout], [], [], _READY_S)[0]
+        if not said or self._line.stdout.readline().strip() != b"ready":
             raise ConfigError("the cable", "no TUN devices", "a kernel with /dev/net/tun")
         _run("ip", "-n", self._names["near"], "link", "set", devices[1], "netns", self._names["far"])
         for host, device in zip(HOSTS, devices, strict=True):

@@ -17,6 +17,7 @@ from ray.cluster_utils import Cluster
 
 from cluster.fault_points import pid_of
 from cluster.inventory import inventory
+from cluster.launch import RunningCluster
 from octet.client import Client
 from tests.clusters import DECODE_PLACES, OBJECT_STORE_BYTES, wait_until
 
@@ -99,7 +100,8 @@ def test_a_bad_flag_ends_with_one_line_and_exit_code_1() -> None:
     assert "did you mean 'pools.prefill'?" in " ".join(done.stderr.split())
 
 
-def test_serve_joins_a_ray_cluster_and_ctrl_c_leaves_it_running(nodes: Cluster) -> None:
+def test_serve_joins_a_ray_cluster_and_ctrl_c_leaves_it_running(nodes: Cluster, embedded: RunningCluster) -> None:
+    """Beside a cluster of another driver, which does not notice."""
     with _another(nodes) as node:
         flags = [
             "--set",
@@ -116,6 +118,8 @@ def test_serve_joins_a_ray_cluster_and_ctrl_c_leaves_it_running(nodes: Cluster) 
         assert hosts["experts"] == {node.node_id}
         assert not hosts["decode"] & hosts["experts"]
         assert all(node.all_processes for node in nodes.list_all_nodes())
+    with Client(embedded.address, timeout_s=60) as client:
+        assert client.status().state == "READY"
 
 
 def test_serve_that_is_killed_leaves_nothing_on_the_ray_that_it_joined(nodes: Cluster, ray_session: None) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections import defaultdict, deque
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Coroutine, Mapping
+from typing import Any
 
 from octet.errors import UnavailableError
 from octet.ids import Epoch, RequestId, WorkerId
@@ -28,6 +29,16 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
     def time(self) -> float:
         return self.now_s
+
+    def do(self, action: Coroutine[Any, Any, None]) -> None:
+        """Then let everything run that can."""
+
+        async def act() -> None:
+            await action
+            for _ in range(10):
+                await asyncio.sleep(0)
+
+        self.run_until_complete(act())
 
 
 @dataclasses.dataclass(slots=True)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
 from contextlib import AbstractContextManager
-from typing import Any, cast
+from typing import cast
 
 import pytest
 from hypothesis import settings
@@ -77,22 +76,12 @@ class Machine(RuleBasedStateMachine):
         self.draining: set[WorkerId] = set()
         self.clients: list[Client] = []
         self.left: list[Client] = []
-        self.do(self.start())
+        self.loop.do(self.start())
 
     async def start(self) -> None:
         self.mailbox = PoolsMailbox(self.pools)
         self.frontend = Frontend(FRONTEND, PLAN, None, cast(AsyncMailbox, self.mailbox))
         self.frontend.serve({}, {})
-
-    def do(self, action: Coroutine[Any, Any, None]) -> None:
-        """Then let everything run that can."""
-
-        async def act() -> None:
-            await action
-            for _ in range(10):
-                await asyncio.sleep(0)
-
-        self.loop.run_until_complete(act())
 
     def pick(self, pool: dict[WorkerId, Worker], data: st.DataObject) -> Worker:
         return pool[data.draw(st.sampled_from(sorted(pool)))]
@@ -127,7 +116,7 @@ class Machine(RuleBasedStateMachine):
             prefill, decode = (dict.fromkeys(pool, "nowhere") for pool in (self.pools.prefill, self.pools.decode))
             self.frontend.set_workers(prefill, decode, self.draining)
 
-        self.do(act())
+        self.loop.do(act())
 
     @precondition(lambda self: self.pools.prefill)
     @rule(data=st.data())
@@ -160,7 +149,7 @@ class Machine(RuleBasedStateMachine):
         """A worker's next report, also one of a worker that is gone."""
         waiting = sorted(worker_id for worker_id, reports in self.pools.reports.items() if reports)
         if waiting:
-            self.do(self._deliver(data.draw(st.sampled_from(waiting)), 1 + twice))
+            self.loop.do(self._deliver(data.draw(st.sampled_from(waiting)), 1 + twice))
 
     async def _deliver(self, worker_id: WorkerId, times: int = 1) -> None:
         report = self.pools.reports[worker_id].popleft()
@@ -179,7 +168,7 @@ class Machine(RuleBasedStateMachine):
             resumable=resumable,
         )
         self.num_requests += 1
-        self.do(self._ask(request))
+        self.loop.do(self._ask(request))
 
     async def _ask(self, request: pb.GenerateRequest) -> None:
         spec = parse_request(request, self.frontend.limits, None)
@@ -191,7 +180,7 @@ class Machine(RuleBasedStateMachine):
         """The same request, while it is live or finished."""
         client = data.draw(st.sampled_from(self.clients))
         if client.error is None:
-            self.do(self._ask(client.request))
+            self.loop.do(self._ask(client.request))
 
     @precondition(lambda self: self.clients)
     @rule(data=st.data())
@@ -203,7 +192,7 @@ class Machine(RuleBasedStateMachine):
         async def act() -> None:
             client.task.cancel()
 
-        self.do(act())
+        self.loop.do(act())
 
     @precondition(lambda self: self.left)
     @rule(data=st.data())
@@ -215,12 +204,12 @@ class Machine(RuleBasedStateMachine):
             opening = self.frontend.resume(RequestId(client.request.request_id), client.places)
             self.clients.append(Client(client.request, opening, client.places))
 
-        self.do(act())
+        self.loop.do(act())
 
     @rule(seconds=st.sampled_from([0.2, 3.0, GRACE_S]))
     def wait(self, seconds: float) -> None:
         self.loop.now_s += seconds
-        self.do(asyncio.sleep(0))
+        self.loop.do(asyncio.sleep(0))
 
     # What must hold.
 
@@ -248,7 +237,7 @@ class Machine(RuleBasedStateMachine):
                 self.pools.step_decode(worker)
             for worker_id, reports in list(self.pools.reports.items()):
                 for _ in range(len(reports)):
-                    self.do(self._deliver(worker_id))
+                    self.loop.do(self._deliver(worker_id))
         assert self.frontend.num_live == 0
         assert self.frontend.totals.failed == 0
         for client in self.clients:

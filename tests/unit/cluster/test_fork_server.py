@@ -145,6 +145,16 @@ def test_a_server_of_somebody_else_is_not_asked(server: subprocess.Popen[bytes],
     assert not json.loads(out)["preloaded"]
 
 
+def test_workers_of_which_ray_is_told_other_things_are_not_forks_of_one_process(
+    script: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_JOB_ID", "01000000")
+    first = fork_client.address(arguments(script))
+    assert fork_client.address(arguments(script, "--another")) == first
+    monkeypatch.setenv("RAY_JOB_ID", "02000000")
+    assert fork_client.address(arguments(script)) != first
+
+
 def test_what_members_need_starts_no_thread() -> None:
     program = "import pathlib, sys; from cluster.fork_server import run; run(pathlib.Path(sys.argv[1]), idle_s=0.0)"
     with tempfile.TemporaryDirectory() as scratch:

@@ -7,7 +7,6 @@ request id never mixes the answers of two bodies, and nothing is left. `--hypoth
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
 from typing import Any, cast
 
 import grpc
@@ -183,7 +182,7 @@ class Machine(RuleBasedStateMachine):
         self.calls: list[Call] = []
         self.bodies: dict[str, pb.GenerateRequest] = {}
         """By id: the body that was accepted last."""
-        self.do(self.start())
+        self.loop.do(self.start())
 
     async def start(self) -> None:
         self.mailbox = PoolsMailbox(self.pools)
@@ -191,16 +190,6 @@ class Machine(RuleBasedStateMachine):
         self.service = GenerationService(self.frontend, "model", 0, STALL_S)
         self.frontend.serve({}, {})
         self.publish(True)
-
-    def do(self, action: Coroutine[Any, Any, None]) -> None:
-        """Then let everything run that can."""
-
-        async def act() -> None:
-            await action
-            for _ in range(10):
-                await asyncio.sleep(0)
-
-        self.loop.run_until_complete(act())
 
     def publish(self, there: bool) -> None:
         """Whether the cluster has workers. Those that come again are the same processes."""
@@ -264,7 +253,7 @@ class Machine(RuleBasedStateMachine):
             call.length = request.stopping.max_new_tokens
             self.calls.append(call)
 
-        self.do(act())
+        self.loop.do(act())
         accepted = self.calls[-1].request_id
         if accepted:
             assert accepted == (request.request_id or accepted)
@@ -284,7 +273,7 @@ class Machine(RuleBasedStateMachine):
                 call.seed, call.length = body.sampling.seed, body.stopping.max_new_tokens
             self.calls.append(call)
 
-        self.do(act())
+        self.loop.do(act())
 
     @rule(data=st.data(), known=st.booleans(), request_id=REQUEST_IDS)
     def abort(self, data: st.DataObject, known: bool, request_id: str) -> None:
@@ -296,7 +285,7 @@ class Machine(RuleBasedStateMachine):
             response = await self.service.Abort(pb.AbortRequest(request_id=request_id), cast(Any, context))
             assert response == pb.AbortResponse()
 
-        self.do(act())
+        self.loop.do(act())
 
     @precondition(lambda self: self.calls)
     @rule(data=st.data())
@@ -306,7 +295,7 @@ class Machine(RuleBasedStateMachine):
         async def act() -> None:
             call.leave()
 
-        self.do(act())
+        self.loop.do(act())
 
     @precondition(lambda self: self.calls)
     @rule(data=st.data())
@@ -319,7 +308,7 @@ class Machine(RuleBasedStateMachine):
             else:
                 reads.set()
 
-        self.do(act())
+        self.loop.do(act())
 
     # Workers and time.
 
@@ -328,7 +317,7 @@ class Machine(RuleBasedStateMachine):
         async def act() -> None:
             self.publish(there)
 
-        self.do(act())
+        self.loop.do(act())
 
     @rule(steps=st.integers(1, 4))
     def work(self, steps: int) -> None:
@@ -337,13 +326,13 @@ class Machine(RuleBasedStateMachine):
                 self.pools.step_prefill(prefill)
             for decode in self.pools.decode.values():
                 self.pools.step_decode(decode)
-            self.do(self._deliver())
+            self.loop.do(self._deliver())
 
     @rule()
     def fail(self) -> None:
         for worker in (*self.pools.prefill.values(), *self.pools.decode.values()):
             self.pools.fail(worker)
-        self.do(self._deliver())
+        self.loop.do(self._deliver())
 
     async def _deliver(self) -> None:
         for reports in self.pools.reports.values():
@@ -354,7 +343,7 @@ class Machine(RuleBasedStateMachine):
     def wait(self, seconds: float) -> None:
         """gRPC itself cancels a handler whose call is past its deadline."""
         self.loop.now_s += seconds
-        self.do(asyncio.sleep(0))
+        self.loop.do(asyncio.sleep(0))
 
         async def act() -> None:
             for call in self.calls:
@@ -362,7 +351,7 @@ class Machine(RuleBasedStateMachine):
                 if deadline_s is not None and deadline_s <= self.loop.now_s and not call.task.done():
                     call.leave()
 
-        self.do(act())
+        self.loop.do(act())
 
     # What must hold.
 
@@ -389,7 +378,7 @@ class Machine(RuleBasedStateMachine):
             for call in self.calls:
                 call.context.reads.set()
 
-        self.do(read())
+        self.loop.do(read())
         for _ in range(80):
             self.work(1)
             self.wait(1.0)
