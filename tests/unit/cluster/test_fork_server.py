@@ -24,7 +24,7 @@ import json, os, pathlib, sys
 print(json.dumps({
     "name": __name__, "argv": sys.argv, "cwd": str(pathlib.Path.cwd()), "env": os.environ.get("ASKED"),
     "preloaded": "colorsys" in sys.modules, "path": sys.path, "priority": os.getpriority(os.PRIO_PROCESS, 0),
-    "pid": os.getpid(), "session": os.getsid(0), "drawn": __import__("random").random(),
+    "pid": os.getpid(), "group": os.getpgid(0), "drawn": __import__("random").random(),
 }))
 if "wait" in sys.argv:
     __import__("time").sleep(60)
@@ -86,7 +86,7 @@ def test_a_worker_is_what_python_would_have_made_of_it(server: subprocess.Popen[
         assert one["env"] == number
         assert f"/somewhere/{number}" in one["path"]  # type: ignore[operator]
         assert one["preloaded"]
-        assert one["session"] == one["pid"] != server.pid
+        assert one["group"] == one["pid"] != server.pid
         assert one["priority"] == os.getpriority(os.PRIO_PROCESS, 0)
     # Two forks of one process draw different numbers.
     assert first["drawn"] != second["drawn"]
