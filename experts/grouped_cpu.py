@@ -54,7 +54,7 @@ def grouped_swiglu(
         weights: `[U, K]`.
         gate_up: `[S, 2 · ceil(I / 16), H, 16]`, the gate's panels first.
         down: `[S, ceil(H / 16), I, 16]`.
-        y: `[U, H]`, overwritten.
+        y: `[U, H]`, added to.
     """
     num_rows, top_k = slots.shape
     num_slots, hidden = last_slot - first_slot, x.shape[1]
@@ -77,7 +77,6 @@ def grouped_swiglu(
     x_of, y_of = np.empty((room, hidden), np.float32), np.empty((room, hidden), np.float32)
     h_of = np.empty((room, gate_up.shape[1] * PANEL), np.float32)
     activated = np.empty((room, down.shape[2]), np.float32)
-    y[:] = 0
     for slot in range(num_slots):
         for first in range(begins[slot], begins[slot + 1], ROWS):
             n = min(ROWS, begins[slot + 1] - first)
@@ -94,8 +93,9 @@ def grouped_swiglu(
     "i8(f4[:,::1], i4[:,::1], f4[:,::1], b1[::1], i8[::1], f4[:,:,:,::1], f4[:,:,:,::1], f4[:,::1])"
 )
 def serve_rows(x: Any, slots: Any, weights: Any, held: Any, counts: Any, gate_up: Any, down: Any, y: Any) -> Any:
-    """`count_rows`, and if it returned -1, `grouped_swiglu` over all slots."""
+    """`count_rows`, and if it returned -1, `grouped_swiglu` over all slots; `y` is overwritten."""
     missing = count_rows(slots, held, counts)
     if missing < 0:
+        y[:] = 0
         grouped_swiglu(x, slots, weights, gate_up, down, 0, len(held), y)
     return missing

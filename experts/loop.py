@@ -1,7 +1,8 @@
 """The shard's worker loop: every lane is received by a thread of its own, and they take turns at computing.
 
-Decode frames go first: a prefill frame can delay them by one frame at most. The thread that received a frame computes
-it and replies: handing it to another thread would cost as much as a small frame takes.
+Decode frames go first. On a CPU a prefill frame lets them pass between experts, so that one delays them by a few
+milliseconds, however long it is. The thread that received a frame computes it and replies: handing it to another thread
+would cost as much as a small frame takes.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class LaneEnd(Protocol):
 
 
 class ShardLoop:
-    """Serves lanes until they close. One frame is computed at a time."""
+    """Serves lanes until they close. One frame is computed at a time, but for those that let others pass."""
 
     def __init__(self, shard: ExpertShard) -> None:
         self._shard = shard
@@ -98,8 +99,9 @@ class ShardLoop:
                 self._turns.take(priority)
                 try:
                     begun_s = time.perf_counter()
-                    self._answer(lane, call)
-                    noted = (len(call.rows.x_UH), begun_s - received_s, time.perf_counter() - begun_s)
+                    aside_s = self._answer(lane, call, priority)
+                    took_s = time.perf_counter() - begun_s
+                    noted = (len(call.rows.x_UH), begun_s - received_s + aside_s, took_s - aside_s)
                     self._total.note(*noted)
                     meter.note(*noted)
                 finally:
@@ -115,16 +117,24 @@ class ShardLoop:
                 del self._lanes[name]
                 self._meters.pop(name, None)
 
-    def _answer(self, lane: LaneEnd, call: LaneCall) -> None:
+    def _answer(self, lane: LaneEnd, call: LaneCall, priority: int) -> float:
+        """Returns: seconds for which others were let pass."""
+        aside_s = 0.0
+
+        def pause() -> None:
+            nonlocal aside_s
+            aside_s += self._turns.step_aside(priority)
+
         try:
             reach("serve")
-            y_UH = self._shard.serve(call.layer, call.rows, call.room_UH)
+            y_UH = self._shard.serve(call.layer, call.rows, call.room_UH, pause)
         except Exception as error:
             # The attention worker must hear of any fault, or its step would wait for the deadline.
             _log.exception("a call for layer %d failed", call.layer)
             lane.refuse(call, error)
         else:
             lane.reply(call, y_UH)
+        return aside_s
 
 
 class _Turns:
@@ -133,7 +143,7 @@ class _Turns:
     def __init__(self) -> None:
         self._guard = threading.Lock()
         self._waiting: list[tuple[int, int, threading.Lock]] = []
-        self._order = itertools.count()
+        self._order = itertools.count(1)
         self._taken = False
 
     @property
@@ -150,6 +160,23 @@ class _Turns:
             heapq.heappush(self._waiting, (priority, next(self._order), turn))
         # Whoever holds the turn computes one frame, which is bounded by the lane's largest.
         turn.acquire()
+
+    def step_aside(self, priority: int) -> float:
+        """Let those of lower numbers pass who wait; to be called by whoever has the turn.
+
+        Returns: seconds for which it was away.
+        """
+        with self._guard:
+            if not self._waiting or self._waiting[0][0] >= priority:
+                return 0.0
+            turn = threading.Lock()
+            turn.acquire()
+            # Before its equals: they wait for the turn that it has begun.
+            heapq.heappush(self._waiting, (priority, 0, turn))
+            heapq.heappop(self._waiting)[2].release()
+        left_s = time.perf_counter()
+        turn.acquire()
+        return time.perf_counter() - left_s
 
     def give(self) -> None:
         with self._guard:

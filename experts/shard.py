@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -12,6 +13,9 @@ from experts.grouped import count_slots, grouped_cpu, grouped_swiglu
 from experts.slots import EMPTY, ExpertSlots
 from model.threads import in_parts, num_threads
 from octet.errors import ExpertMissingError
+
+_PIECE_OPERATIONS = 2**27
+"""Multiplications and additions between two pauses: about two milliseconds of a core."""
 
 
 class Rows(Protocol):
@@ -41,11 +45,18 @@ class ExpertShard:
             # Compiled now, or loaded from where it was compiled before, so that no request waits for it.
             grouped_cpu()
 
-    def serve(self, layer: int, rows: Rows, room_UH: torch.Tensor | None = None) -> torch.Tensor:
+    def serve(
+        self,
+        layer: int,
+        rows: Rows,
+        room_UH: torch.Tensor | None = None,
+        pause: Callable[[], object] = lambda: None,
+    ) -> torch.Tensor:
         """The weighted sums `[U, H]` in the dtype of the rows.
 
         Args:
             room_UH: where they may be written and returned.
+            pause: called again and again within a long computation on a CPU; meanwhile other rows may be served.
 
         Raises: ExpertMissingError if a row asks for a slot that holds no expert.
         """
@@ -53,7 +64,7 @@ class ExpertShard:
             raise ExpertMissingError(f"layer {layer}: this shard holds layers {sorted(self._counts)}")
         if self._slots.packed:
             y_UH = torch.empty_like(rows.x_UH) if room_UH is None else room_UH
-            self._compute_packed(layer, rows, y_UH)
+            self._compute_packed(layer, rows, y_UH, pause)
         else:
             y_UH = self._compute_stacked(layer, rows)
         self.num_rows += len(y_UH)
@@ -76,33 +87,54 @@ class ExpertShard:
         np.add.at(counts_E, held_S[held_S != EMPTY], self._counts[layer][held_S != EMPTY])
         return counts_E
 
-    def _compute_packed(self, layer: int, rows: Rows, y_UH: torch.Tensor) -> None:
+    def _compute_packed(self, layer: int, rows: Rows, y_UH: torch.Tensor, pause: Callable[[], object]) -> None:
         holds_S = self._slots.holds[layer]
         counts_S = np.zeros(len(holds_S), dtype=np.int64)
         gate_up, down = self._slots.arrays[layer]
+        x, slots, weights = rows.arrays
         y = y_UH.numpy()
-        if num_threads() == 1:
-            missing = grouped_cpu().serve_rows(*rows.arrays, holds_S, counts_S, gate_up, down, y)
+        operations = 2 * (gate_up.size + down.size) // max(1, len(holds_S))
+        if num_threads() == 1 and slots.size * operations <= _PIECE_OPERATIONS:
+            # One call: many frames of a decode step take no longer than a few calls do.
+            missing = grouped_cpu().serve_rows(x, slots, weights, holds_S, counts_S, gate_up, down, y)
             if missing >= 0:
                 raise self._missing(layer, missing)
             self._note(layer, counts_S)
             return
-        missing = grouped_cpu().count_rows(rows.arrays[1], holds_S, counts_S)
+        missing = grouped_cpu().count_rows(slots, holds_S, counts_S)
         if missing >= 0:
             raise self._missing(layer, missing)
         self._note(layer, counts_S)
+        y[:] = 0
+        for begin, end in _pieces(counts_S, _PIECE_OPERATIONS * num_threads() // operations):
+            if begin > 0:
+                pause()
+            self._add_slots(rows, gate_up, down, begin, end, int(counts_S[begin:end].sum()) * operations, y)
+
+    @staticmethod
+    def _add_slots(
+        rows: Rows,
+        gate_up: npt.NDArray[np.float32],
+        down: npt.NDArray[np.float32],
+        begin: int,
+        end: int,
+        num_operations: int,
+        y: npt.NDArray[np.float32],
+    ) -> None:
+        """Add what the slots `begin … end - 1` contribute, on as many threads as it is worth."""
+        if num_threads() == 1:
+            grouped_cpu().grouped_swiglu(*rows.arrays, gate_up, down, begin, end, y)
+            return
         parts: dict[int, npt.NDArray[np.float32]] = {}
 
-        def compute(first_slot: int, last_slot: int) -> None:
-            part = parts[first_slot] = np.empty_like(y)
-            grouped_cpu().grouped_swiglu(*rows.arrays, gate_up, down, first_slot, last_slot, part)
+        def compute(first: int, last: int) -> None:
+            part = parts[first] = np.zeros_like(y)
+            grouped_cpu().grouped_swiglu(*rows.arrays, gate_up, down, begin + first, begin + last, part)
 
-        expert_numbers = (gate_up.size + down.size) // max(1, len(holds_S))
-        # Slots are filled from the first on, so that those behind the last one held are no thread's share.
-        num_used = len(holds_S) - int(holds_S[::-1].argmax())
-        in_parts(compute, num_used, 2 * int((rows.arrays[1] >= 0).sum()) * expert_numbers, parts_per_thread=2)
+        in_parts(compute, end - begin, num_operations, parts_per_thread=2)
         # In the order of the slots, whichever thread was first.
-        np.sum([parts[first] for first in sorted(parts)], axis=0, out=y)
+        for first in sorted(parts):
+            y += parts[first]
 
     @torch.inference_mode()
     def _compute_stacked(self, layer: int, rows: Rows) -> torch.Tensor:
@@ -122,3 +154,16 @@ class ExpertShard:
 
     def _missing(self, layer: int, slot: int) -> ExpertMissingError:
         return ExpertMissingError(f"layer {layer}: no expert in slot {slot} of {len(self._slots.holds[layer])}")
+
+
+def _pieces(counts_S: npt.NDArray[np.int64], most_rows: int) -> Iterator[tuple[int, int]]:
+    """Consecutive slots that are asked for by about so many rows together, from the first to the last one asked for."""
+    begin, num_rows = 0, 0
+    for slot in np.flatnonzero(counts_S).tolist():
+        count = int(counts_S[slot])
+        if num_rows > 0 and num_rows + count > most_rows:
+            yield begin, slot
+            begin, num_rows = slot, 0
+        num_rows += count
+    if num_rows > 0:
+        yield begin, slot + 1

@@ -31,9 +31,10 @@ def grouped(
     x_UH: torch.Tensor, slots_UK: torch.Tensor, weights_UK: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
 ) -> tuple[torch.Tensor, list[int]]:
     y_UH, counts_S = torch.full_like(x_UH, torch.nan), np.zeros(len(gate_up), np.int64)
-    assert grouped_cpu().count_rows(slots_UK.numpy(), np.ones(len(gate_up), bool), counts_S) == -1
-    arguments = (x_UH, slots_UK, weights_UK, *packed(gate_up, down))
-    grouped_cpu().grouped_swiglu(*(x.numpy() for x in arguments), 0, len(gate_up), y_UH.numpy())
+    rows, panels = (x_UH, slots_UK, weights_UK), packed(gate_up, down)
+    held_and_counts = (np.ones(len(gate_up), bool), counts_S)
+    arguments = (*(x.numpy() for x in rows), *held_and_counts, *(x.numpy() for x in panels), y_UH.numpy())
+    assert grouped_cpu().serve_rows(*arguments) == -1
     return y_UH, counts_S.tolist()
 
 

@@ -4,6 +4,7 @@ import logging
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -27,11 +28,21 @@ class FakeShard:
         self.at_work = threading.Event()
         self.may_go_on = threading.Event()
         self.may_go_on.set()
+        self.num_pauses = 0
 
-    def serve(self, layer: int, rows: Rows, room_UH: torch.Tensor | None = None) -> torch.Tensor:
+    def serve(
+        self,
+        layer: int,
+        rows: Rows,
+        room_UH: torch.Tensor | None = None,
+        pause: Callable[[], object] = lambda: None,
+    ) -> torch.Tensor:
         self.served.append(layer)
         self.at_work.set()
         assert self.may_go_on.wait(PATIENT_S)
+        for _ in range(self.num_pauses):
+            pause()
+            self.served.append(layer)
         if layer < 0:
             raise ExpertMissingError(f"layer {layer} is not here")
         return rows.x_UH * layer
@@ -116,11 +127,11 @@ def test_a_lane_that_wakes_displaces_nobody(loop: ShardLoop, shard: FakeShard) -
     policies: list[int] = []
     served = shard.serve
 
-    def serve(layer: int, rows: Rows, room_UH: torch.Tensor | None = None) -> torch.Tensor:
+    def serve(layer: int, rows: Rows, *rest: Any) -> torch.Tensor:
         policies.append(os.sched_getscheduler(0))
-        return served(layer, rows, room_UH)
+        return served(layer, rows, *rest)
 
-    shard.serve = serve  # type: ignore[method-assign]
+    shard.serve = serve  # type: ignore[assignment]
     before, lane = os.sched_getscheduler(0), FakeLane(11)
     loop.add("decode-0", lane, DECODE_FIRST)
     lane.answers.get(timeout=PATIENT_S)
@@ -137,6 +148,45 @@ def test_lanes_of_equal_priority_take_turns_in_order_of_arrival(loop: ShardLoop,
     shard.may_go_on.set()
     until(lambda: len(shard.served) == 4)
     assert shard.served == [1, 2, 3, 4]
+
+
+def test_a_prefill_frame_lets_decode_frames_pass_and_goes_on_before_its_equals(
+    loop: ShardLoop, shard: FakeShard
+) -> None:
+    shard.may_go_on.clear()
+    shard.num_pauses = 2
+    lanes = {"prefill-0": FakeLane(1), "prefill-1": FakeLane(2), "decode-0": FakeLane(11), "decode-1": FakeLane(12)}
+    for number, (name, lane) in enumerate(lanes.items()):
+        loop.add(name, lane, DECODE_FIRST if name.startswith("decode") else PREFILL_AFTER)
+        until(lambda number=number: loop.num_waiting == number)  # type: ignore[misc]
+        assert shard.at_work.wait(PATIENT_S)
+    shard.may_go_on.set()
+    until(lambda: len(shard.served) == 12)
+    assert shard.served == [1, *[11] * 3, *[12] * 3, 1, 1, *[2] * 3]
+
+
+def test_time_for_which_others_pass_is_waiting_and_not_work() -> None:
+    decode, prefill = FakeLane(), FakeLane(1)
+
+    class Shard(FakeShard):
+        def serve(self, layer: int, rows: Rows, room_UH: Any = None, pause: Any = None) -> torch.Tensor:
+            if layer == 11:
+                time.sleep(0.2)
+            else:
+                decode.ask(11)
+                until(lambda: serving.num_waiting == 1)
+                pause()
+            return super().serve(layer, rows)
+
+    serving = ShardLoop(cast(ExpertShard, Shard()))
+    serving.add("decode-0", decode, DECODE_FIRST)
+    serving.add("prefill-0", prefill, PREFILL_AFTER)
+    prefill.answers.get(timeout=PATIENT_S)
+    until(lambda: serving.counters()[0].frames == 2)
+    by_lane = serving.counters()[1]
+    assert by_lane["prefill-0"].wait_s >= 0.2 > by_lane["prefill-0"].busy_s
+    assert by_lane["decode-0"].busy_s >= 0.2
+    serving.close(PATIENT_S)
 
 
 def test_an_answer_goes_back_on_the_lane_that_asked(loop: ShardLoop) -> None:
@@ -258,7 +308,7 @@ def test_closing_closes_every_lane(shard: FakeShard) -> None:
 
 def test_it_serves_real_lanes_of_several_attention_workers() -> None:
     class Scaling:
-        def serve(self, layer: int, rows: Any, room_UH: Any) -> torch.Tensor:
+        def serve(self, layer: int, rows: Any, *_: Any) -> torch.Tensor:
             return Scale(0)(layer, rows)
 
     loop = ShardLoop(cast(ExpertShard, Scaling()))

@@ -88,6 +88,24 @@ def test_the_answer_has_the_dtype_of_the_rows(shard: ExpertShard, dtype: torch.d
     assert shard.serve(2, asking_for([0, 2], dtype=dtype)).dtype == dtype
 
 
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_a_long_computation_pauses_and_meanwhile_others_are_served(
+    checkpoint: Checkpoint, num_threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = ExpertShard(ExpertSlots(checkpoint, HELD, torch.float32, torch.device("cpu")))
+    long, short = asking_for(*[[0, 2], [1, -1], [2, 1]] * 8), asking_for([1, 0])
+    whole, other = shard.serve(2, long), shard.serve(2, short)
+    monkeypatch.setattr("experts.shard._PIECE_OPERATIONS", 4 * HIDDEN_SIZE * 8)
+    monkeypatch.setattr("experts.shard.num_threads", lambda: num_threads)
+    others: list[torch.Tensor] = []
+    pieces = shard.serve(2, long, None, lambda: others.append(shard.serve(2, short)))
+    assert len(others) == 2
+    torch.testing.assert_close(pieces, whole, rtol=0, atol=0)
+    for found in others:
+        torch.testing.assert_close(found, other, rtol=0, atol=0)
+    assert shard.counts()[2].sum() == 2 * 40 + 3 * 2
+
+
 def test_an_empty_slot_is_an_error_and_never_zeros(shard: ExpertShard, dtype: torch.dtype) -> None:
     with pytest.raises(ExpertMissingError, match=r"layer 1: no expert in slot 1 of 3"):
         shard.serve(1, asking_for([0, 2], [-1, 1], dtype=dtype))
