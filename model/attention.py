@@ -6,6 +6,10 @@ Shapes: `T` tokens, `H` hidden, `Q` and `N` query and KV heads, `G = Q / N`, `D`
 
 from __future__ import annotations
 
+import functools
+import importlib
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 
@@ -13,10 +17,9 @@ from model.batch import Batch, DecodeSpans, PrefillSpan
 from model.blockwise import attend, merge
 from model.config import ModelConfig
 from model.kv_cache import KvCache
-from model.linear import linear
+from model.linear import linear, packs
 from model.norm import fused_kernels, rms_norm
 from model.rotary import RotaryEmbedding
-from model.threads import in_parts
 from model.weights import LayerWeights
 
 BLOCK_TOKENS = 1024
@@ -30,6 +33,9 @@ class Attention:
     def __init__(self, config: ModelConfig, cache: KvCache, rotary: RotaryEmbedding) -> None:
         self._config, self._cache, self._rotary = config, cache, rotary
         self._scale = config.head_dim**-0.5
+        if packs(cache.dtype, cache.device):
+            # Compiled now, or loaded from where it was compiled before, so that no request waits for it.
+            prefill_cpu()
 
     def __call__(
         self,
@@ -49,8 +55,14 @@ class Attention:
             out_TQD = torch.empty_like(q_TQD)
             num_sequences = batch.decode.pages_BP.shape[0]
             out_TQD[:num_sequences] = self._decode(index, q_TQD[:num_sequences], batch.decode)
-        for span in batch.prefill:
-            self._prefill(index, q_TQD[span.rows], batch.kv_slots_T[span.rows], span, out_TQD[span.rows])
+        if batch.prefill_table is not None and fused_kernels(q_TQD) is not None:
+            caches, page_size = self._cache.of_layer(index), self._cache.page_size
+            prefill_cpu().prefill_attention(
+                q_TQD, *caches, batch.kv_slots_T, batch.prefill_table, page_size, self._scale, out_TQD
+            )
+        else:
+            for span in batch.prefill:
+                self._prefill(index, q_TQD[span.rows], batch.kv_slots_T[span.rows], span, out_TQD[span.rows])
         return linear(out_TQD.flatten(1), layer.o)
 
     def write(
@@ -114,38 +126,20 @@ class Attention:
     def _prefill(
         self, index: int, q_TQD: torch.Tensor, kv_slots_T: torch.Tensor, span: PrefillSpan, out_TQD: torch.Tensor
     ) -> None:
-        """Many queries of one sequence, on a CPU a few heads at a time."""
-        num_tokens, num_q, head_dim = q_TQD.shape
-        num_kv = self._config.num_key_value_heads
-        group = num_q // num_kv
-        own = self._cache.gather(index, kv_slots_T)
-
-        @torch.inference_mode()  # Which is a thread's own.
-        def compute(first: int, last: int) -> None:
-            q_heads, kv_heads = slice(first * group, last * group), slice(first, last)
-            out_TQD[:, q_heads] = self._attend_all(index, q_TQD[:, q_heads], own, span, kv_heads)
-
-        if q_TQD.device.type == "cpu":
-            in_parts(compute, num_kv, 4 * num_tokens * (span.start + num_tokens // 2) * num_q * head_dim)
-        else:
-            compute(0, num_kv)
-
-    def _attend_all(
-        self,
-        index: int,
-        q_TQD: torch.Tensor,
-        own: tuple[torch.Tensor, torch.Tensor],
-        span: PrefillSpan,
-        kv_heads: slice,
-    ) -> torch.Tensor:
-        """Queries of some heads: causal among themselves, then block by block over what lies before them."""
-        k_TND, v_TND = own
-        part = attend(q_TQD, k_TND[:, kv_heads], v_TND[:, kv_heads], causal=True, scale=self._scale)
+        """Many queries of one sequence: causal among themselves, then block by block over what lies before them."""
+        k_TND, v_TND = self._cache.gather(index, kv_slots_T)
+        part = attend(q_TQD, k_TND, v_TND, causal=True, scale=self._scale)
         page_size = self._cache.page_size
         pages_per_block = max(1, BLOCK_TOKENS // page_size)
         for first in range(0, len(span.pages), pages_per_block):
             k_1SND, v_1SND = self._cache.gather_pages(index, span.pages[None, first : first + pages_per_block])
             num_tokens = min(span.start - first * page_size, k_1SND.shape[1])
-            k_SND, v_SND = k_1SND[0, :num_tokens, kv_heads], v_1SND[0, :num_tokens, kv_heads]
+            k_SND, v_SND = k_1SND[0, :num_tokens], v_1SND[0, :num_tokens]
             part = merge(part, attend(q_TQD, k_SND, v_SND, causal=False, scale=self._scale))
-        return part.out_TQD.to(q_TQD.dtype)
+        out_TQD[:] = part.out_TQD
+
+
+@functools.cache
+def prefill_cpu() -> ModuleType:
+    # Imported here, so that GPU workers do without numba.
+    return importlib.import_module("model.prefill_cpu")

@@ -38,6 +38,8 @@ class Batch:
     kv_slots_T: torch.Tensor
     """The flat KV slot that each token writes."""
     prefill: tuple[PrefillSpan, ...]
+    prefill_table: PrefillTable | None
+    """All of `prefill` for one compiled call; None if there is none."""
     decode: DecodeSpans | None
     """The tokens of all spans that attend by token, together; they come first in T."""
 
@@ -50,6 +52,16 @@ class PrefillSpan:
     start: int
     pages: torch.Tensor
     """The page table of positions 0..start."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillTable:
+    """Prefill spans `S` as numbers."""
+
+    bounds_S3: torch.Tensor
+    """First row, the one behind the last, and the position of the first."""
+    pages_SP: torch.Tensor
+    """The page tables of what lies before them."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +121,7 @@ def build_batch(spans: Sequence[Span], pool: PagePool, device: torch.device) -> 
         positions_T=torch.tensor(positions, device=device),
         kv_slots_T=torch.tensor(kv_slots, device=device),
         prefill=tuple(prefill),
+        prefill_table=_prefill_table(prefill) if prefill else None,
         decode=_decode_spans(singles, pool, device) if singles else None,
     )
     return batch, last_rows
@@ -123,7 +136,16 @@ def build_rows(spans: Sequence[Span], pool: PagePool, device: torch.device) -> B
             [slot for span in spans for slot in pool.slots(span.pages, span.start, span.stop)], device=device
         ),
         prefill=(),
+        prefill_table=None,
         decode=None,
+    )
+
+
+def _prefill_table(spans: Sequence[PrefillSpan]) -> PrefillTable:
+    bounds = [(span.rows.start, span.rows.stop, span.start) for span in spans]
+    return PrefillTable(
+        bounds_S3=torch.tensor(bounds, dtype=torch.int64),
+        pages_SP=torch.nn.utils.rnn.pad_sequence([span.pages for span in spans], batch_first=True),
     )
 
 

@@ -1,0 +1,226 @@
+"""Attention of many queries of one sequence over its paged keys and values, on an fp32 CPU.
+
+Keys are taken a block at a time, packed as a matrix's panels are, and the softmax is carried on from block to block
+(Milakov and Gimelshein, Online normalizer calculation for softmax, 2018; Dao et al., FlashAttention, 2022). Blocks
+begin at multiples of their size, whatever a step computes: a row comes out the same, bit for bit, however its prompt is
+cut into chunks and whatever of it was cached.
+
+Shapes: `T` tokens, `S` spans, `Q` and `N` query and KV heads, `D` head dim, `P` pages of the longest span.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import torch
+
+from model.batch import PrefillTable
+from model.linear import PANEL
+from model.linear_cpu import exp
+from model.threads import in_parts
+from model.tiles_cpu import MAX_ROWS, address, compiled, declare, multiply, reordered
+
+_KEYS = 128
+"""Of a block: packed, they and their values stay near the core while many queries see them."""
+_QUERIES = 60
+"""Tokens of a span that a thread takes at once, for one KV head: whole tiles, and enough to pack keys for."""
+
+
+def prefill_attention(
+    q_TQD: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    kv_slots_T: torch.Tensor,
+    table: PrefillTable,
+    page_size: int,
+    scale: float,
+    out_TQD: torch.Tensor,
+) -> None:
+    """Each span's tokens attend to themselves causally and to all that lies before them; rows of no span stay.
+
+    Args:
+        k_cache: `[slots, N, D]`, in which the tokens' own keys are written; likewise `v_cache`.
+        kv_slots_T: where.
+    """
+    arrays = (q_TQD, k_cache, v_cache, kv_slots_T, table.bounds_S3, table.pages_SP)
+    compute = functools.partial(
+        _attend_blocks, *(x.numpy() for x in arrays), page_size, np.float32(scale), out_TQD.numpy()
+    )
+    firsts, lasts, starts = table.bounds_S3.numpy().T
+    num_blocks = int((-(-(lasts - firsts) // _QUERIES)).sum())
+    seen = (lasts - firsts) * (starts + (lasts - firsts) // 2)
+    in_parts(compute, num_blocks * k_cache.shape[1], 4 * int(seen.sum()) * q_TQD.shape[1] * q_TQD.shape[2])
+
+
+@reordered  # type: ignore[untyped-decorator]
+def _carry_on(scores: Any, own: Any, scale: Any, largest: Any, total: Any, state: Any) -> Any:
+    """Turn a row's scores into exponentials, of which the first `own` count.
+
+    Returns: what the sums so far are to be multiplied by.
+    """
+    if own <= 0:
+        scores[:] = 0
+        return np.float32(1)
+    most = scores[0]
+    for s in range(own):
+        most = max(most, scores[s])
+    most = max(most * scale, largest[state])
+    for s in range(own):
+        scores[s] = exp(scores[s] * scale - most)
+    added = np.float32(0)
+    for s in range(own):
+        added += scores[s]
+    for s in range(own, scores.shape[0]):
+        scores[s] = 0
+    factor = exp(largest[state] - most)
+    total[state] = total[state] * factor + added
+    largest[state] = most
+    return factor
+
+
+@compiled  # type: ignore[untyped-decorator]
+def _attend_block(
+    q: Any,
+    k_cache: Any,
+    v_cache: Any,
+    kv_slots: Any,
+    pages: Any,
+    page_size: Any,
+    scale: Any,
+    out: Any,
+    kv_head: Any,
+    first_row: Any,
+    last_row: Any,
+    start: Any,
+    position: Any,
+    keys: Any,
+    values: Any,
+    scores: Any,
+    largest: Any,
+    total: Any,
+) -> None:
+    """The query heads of one KV head, for the rows `first_row … last_row - 1` of a span.
+
+    Args:
+        kv_slots: of the span's positions from `start` on; those before it are in `pages`.
+        position: of the first row.
+        keys: room for `[_KEYS / 16, D, 16]`; `values` for `[_KEYS, D]`; `scores` for `[6, _KEYS]`.
+        largest: room for each row's largest score and, in `total`, for its sum of exponentials.
+    """
+    num_q, dim, num_rows = q.shape[1], q.shape[2], last_row - first_row
+    group, length = num_q // k_cache.shape[1], position + num_rows
+    for begin in range(0, length, _KEYS):
+        size = min(_KEYS, length - begin)
+        for s in range(size):
+            at = begin + s
+            slot = pages[at // page_size] * page_size + at % page_size if at < start else kv_slots[at - start]
+            for i in range(dim):
+                keys[s // PANEL, i, s % PANEL] = k_cache[slot, kv_head, i]
+                values[s, i] = v_cache[slot, kv_head, i]
+        # Keys behind the last one are nobody's, but what lies there must not be NaN.
+        for s in range(size, -(-size // PANEL) * PANEL):
+            keys[s // PANEL, :, s % PANEL] = 0
+        # Rows that end before this block see nothing of it.
+        for member in range(group):
+            head = kv_head * group + member
+            for row in range(max(begin - position, 0) // MAX_ROWS * MAX_ROWS, num_rows, MAX_ROWS):
+                count = min(MAX_ROWS, num_rows - row)
+                seen = min(size, position + row + count - begin)
+                at_q = ((first_row + row) * num_q + head) * dim
+                for panel in range(-(-seen // PANEL)):
+                    multiply(
+                        count,
+                        PANEL,
+                        dim,
+                        address(q, at_q),
+                        num_q * dim,
+                        address(keys, panel * dim * PANEL),
+                        PANEL,
+                        address(scores, panel * PANEL),
+                        _KEYS,
+                        0,
+                        address(keys, panel * dim * PANEL),
+                        0,
+                    )
+                for r in range(row, row + count):
+                    own, state = position + r + 1 - begin, member * _QUERIES + r
+                    before = scores[r - row]
+                    if begin == 0:
+                        largest[state], total[state] = before[0] * scale, np.float32(0)
+                    factor = _carry_on(before[:seen], min(own, seen), scale, largest, total, state)
+                    if begin > 0 and factor != np.float32(1):
+                        for i in range(dim):
+                            out[first_row + r, head, i] *= factor
+                for column in range(0, dim, PANEL):
+                    multiply(
+                        count,
+                        min(PANEL, dim - column),
+                        seen,
+                        address(scores, 0),
+                        _KEYS,
+                        address(values, column),
+                        dim,
+                        address(out, at_q + column),
+                        num_q * dim,
+                        min(begin, 1),
+                        address(values, column),
+                        0,
+                    )
+    for member in range(group):
+        for r in range(num_rows):
+            factor = np.float32(1) / total[member * _QUERIES + r]
+            for i in range(dim):
+                out[first_row + r, kv_head * group + member, i] *= factor
+
+
+@declare(  # type: ignore[untyped-decorator]
+    "void(f4[:,:,::1], f4[:,:,::1], f4[:,:,::1], i8[::1], i8[:,::1], i8[:,::1], i8, f4, f4[:,:,::1], i8, i8)"
+)
+def _attend_blocks(
+    q: Any,
+    k_cache: Any,
+    v_cache: Any,
+    kv_slots: Any,
+    bounds: Any,
+    pages: Any,
+    page_size: Any,
+    scale: Any,
+    out: Any,
+    first: Any,
+    last: Any,
+) -> None:
+    """Of all blocks of queries, span by span, and in a span head by head, those numbered `first … last - 1`."""
+    num_kv, dim = k_cache.shape[1], k_cache.shape[2]
+    keys, values = np.empty((_KEYS // PANEL, dim, PANEL), np.float32), np.empty((_KEYS, dim), np.float32)
+    scores = np.empty((MAX_ROWS, _KEYS), np.float32)
+    room = _QUERIES * (q.shape[1] // num_kv)
+    largest, total = np.empty(room, np.float32), np.empty(room, np.float32)
+    number = 0
+    for span in range(bounds.shape[0]):
+        first_row, last_row, start = bounds[span]
+        num_blocks = -(-(last_row - first_row) // _QUERIES)
+        for block in range(max(first - number, 0), min(last - number, num_blocks * num_kv)):
+            row = first_row + block % num_blocks * _QUERIES
+            _attend_block(
+                q,
+                k_cache,
+                v_cache,
+                kv_slots[first_row:],
+                pages[span],
+                page_size,
+                scale,
+                out,
+                block // num_blocks,
+                row,
+                min(row + _QUERIES, last_row),
+                start,
+                start + row - first_row,
+                keys,
+                values,
+                scores,
+                largest,
+                total,
+            )
+        number += num_blocks * num_kv
