@@ -281,7 +281,8 @@ class AttentionWorker:
                 speculator,
                 Migration(self._worker_id, leases, sender),
             )
-        loop = EngineLoop(self._worker_id, engine, routed, self._mailbox, plan.config.lane, self._report)
+        niceness = plan.config.pools.prefill.niceness if self._role == "prefill" else 0
+        loop = EngineLoop(self._worker_id, engine, routed, self._mailbox, plan.config.lane, self._report, niceness)
         return _Parts(engine=engine, routed=routed, loop=loop, sender=sender, receiver=receiver)
 
     def _ask(self, to: WorkerId, pull: KvPull) -> None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from octet.background import step_back
 from octet.config import LaneConfig
 from octet.errors import LaneError, LaneTimeoutError, UnavailableError, WireError
 from octet.faults import reach
@@ -61,13 +62,15 @@ class EngineLoop:
         mailbox: Mailbox,
         config: LaneConfig,
         report: Callable[[str], None],
+        niceness: int,
     ) -> None:
         """
         Args:
             report: told once when the lane has broken, and why; returns at once.
+            niceness: beyond the process's own, of the thread and those that it shares its arithmetic with.
         """
         self._worker_id, self._engine, self._routed, self._mailbox = worker_id, engine, routed, mailbox
-        self._config, self._report = config, report
+        self._config, self._report, self._niceness = config, report, niceness
         self.state, self.reason = "CONNECTING", ""
         self._exchange: Exchange | None = None
         self._adoptions: queue.SimpleQueue[_Adoption] = queue.SimpleQueue()
@@ -101,6 +104,7 @@ class EngineLoop:
             self._thread.join(timeout_s)
 
     def _run(self) -> None:
+        step_back(self._niceness)
         try:
             while not self._stopping.is_set():
                 self._turn()

@@ -48,6 +48,12 @@ class PoolConfig(ConfigNode):
     """How Ray's placement group lays the members out over nodes."""
 
 
+class PrefillPoolConfig(PoolConfig):
+    niceness: int = pydantic.Field(5, ge=0, le=19)
+    """Of the threads that compute, beyond the other pools', as of `nice`: where pools share a machine's cores, tokens
+    that users wait for one by one go before prompts. 0 treats all alike."""
+
+
 class ExpertPoolConfig(PoolConfig):
     size: int = pydantic.Field(2, ge=1)
     redundant_experts: int = pydantic.Field(0, ge=0)
@@ -58,7 +64,7 @@ class ExpertPoolConfig(PoolConfig):
 
 
 class PoolsConfig(ConfigNode):
-    prefill: PoolConfig = PoolConfig()
+    prefill: PrefillPoolConfig = PrefillPoolConfig()
     decode: PoolConfig = PoolConfig()
     experts: ExpertPoolConfig = ExpertPoolConfig()
 
