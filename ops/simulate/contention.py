@@ -1,10 +1,11 @@
 """How long frames wait at the shards that many attention workers use at once, and how much all slow each other down.
 
 Each worker is a customer that computes its own part of a layer, sends a frame, and goes on when the slowest shard has
-answered: a closed queueing network. A shard takes decode frames before prefill frames and finishes what it has begun,
-so waits are those of a non-preemptive priority queue (Cobham 1954), seen by a worker as the others leave it (the
-arrival theorem, as in approximate mean value analysis: Bard 1979, Schweitzer 1979), and never more than one frame of
-every worker that may go first. Shards get the same frames in the same order, so one shard stands for all of them.
+answered: a closed queueing network. A shard takes decode frames before prefill frames and finishes what it has begun (a
+CPU's pauses between experts are not simulated), so waits are those of a non-preemptive priority queue (Cobham 1954),
+seen by a worker as the others leave it (the arrival theorem, as in approximate mean value analysis: Bard 1979,
+Schweitzer 1979), and never more than one frame of every worker that may go first. Shards get the same frames in the
+same order, so one shard stands for all of them.
 
 With two micro-batches a worker has two frames under way, and computes one while it waits for the other.
 """
@@ -37,7 +38,7 @@ class Contention(NamedTuple):
 
 def contend(
     compute_s: Floats, way_s: Floats, peak_s: Floats, fullest_s: Floats, frames: npt.NDArray[np.int64],
-    prefill: npt.NDArray[np.bool_], num_shards: int, cores: int, worker_threads: int = 1,
+    prefill: npt.NDArray[np.bool_], num_shards: int, cores: int, worker_threads: int = 1, others: float = 0.0,
 ) -> Contention:  # fmt: skip
     """The steady state of workers that go on as they do now.
 
@@ -50,10 +51,13 @@ def contend(
         prefill: whether its frames are prefill frames.
         cores: shared by all; 0 if nothing is shared.
         worker_threads: cores that a worker takes while it computes.
+        others: cores that processes which are no members take.
     """
     if len(compute_s) == 0:
         return Contention(0.0, 0.0, 1.0, 0.0, 0.0)
-    return Contention(*_solve(compute_s, way_s, peak_s, fullest_s, frames, prefill, num_shards, cores, worker_threads))
+    return Contention(
+        *_solve(compute_s, way_s, peak_s, fullest_s, frames, prefill, num_shards, cores, worker_threads, others)
+    )
 
 
 def layer_s(
@@ -69,8 +73,9 @@ def layer_s(
 
 @_compile  # type: ignore[untyped-decorator]
 def _solve(
-    compute: Any, way: Any, peak: Any, mean: Any, frames: Any, prefill: Any, num_shards: Any, cores: Any, threads: Any
-) -> Any:
+    compute: Any, way: Any, peak: Any, mean: Any, frames: Any, prefill: Any, num_shards: Any, cores: Any, threads: Any,
+    others: Any,
+) -> Any:  # fmt: skip
     num = len(compute)
     wait, rate = np.zeros(num), np.zeros(num)
     slowdown, busy, decode_busy = 1.0, 0.0, 0.0
@@ -98,18 +103,18 @@ def _solve(
             at_work += min(1.0, rate[i] * own)
         for i in range(num):
             used = rate[i] * mean[i] * slowdown / frames[i]
-            others = min(busy - used, 0.999)
+            before = min(busy - used, 0.999)
             first = min(decode_busy - (0.0 if prefill[i] else used), 0.999)
             waits = max(residual - used * mean[i] * slowdown / 2, 0.0) / (1 - first)
             if prefill[i]:
-                waits /= 1 - others
+                waits /= 1 - before
                 worst = all_decode + all_prefill - mean[i]
             else:
                 worst = all_decode - mean[i] + longest
             wait[i] += _DAMPING * (min(waits, worst * slowdown) - wait[i])
         if cores > 0:
             # Processes that would run at once, if each had a core, are given turns.
-            wanted = (at_work * threads + min(busy, 1.0) * num_shards) / cores
+            wanted = (at_work * threads + min(busy, 1.0) * num_shards + others) / cores
             slowdown += _DAMPING * (max(1.0, wanted) - slowdown)
     waits_of = np.zeros(2)
     count = np.zeros(2)

@@ -51,6 +51,10 @@ class Costs:
     """All members share so many; 0 if each has a machine of its own."""
     worker_threads: int = 1
     """Cores that an attention worker takes while it computes, where they are shared; a shard takes one."""
+    others_cores: float = 0.0
+    """Cores that processes which are no members always take, where they are shared: Ray's own, the controller."""
+    others_per_token_s: float = 0.0
+    """Processor time that they take for each new token: frontend, and clients on the same machine."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -49,8 +49,11 @@ class StepTimes:
         decode, prefill = self._decode_layers(rows), self._prefill_layers(list(chunks))
         together = _Layers(*(np.concatenate(pair) for pair in zip(decode, prefill, strict=True)))
         is_prefill = np.arange(len(together.frames)) >= len(rows)
+        costs = self._costs
+        tokens_per_s = float((self._decode.batch[rows] / self.decode_steps_s(rows)).sum()) if len(rows) else 0.0
+        others = costs.others_cores + costs.others_per_token_s * tokens_per_s
         self.contention = contend(
-            *together, is_prefill, self._experts.num_shards, self._costs.cores, self._costs.worker_threads
+            *together, is_prefill, self._experts.num_shards, costs.cores, costs.worker_threads, others
         )
         self.wait_share = {
             "prefill": self._wait_share(prefill, self.contention.prefill_wait_s),

@@ -1,13 +1,20 @@
-"""`octet bench simulator`: one closed loop on real clusters of this machine and on simulated ones, at three sizes."""
+"""`octet bench simulator`: one closed loop on real clusters of this machine and on simulated ones, at three sizes.
+
+What members cost is what `octet bench breakdown` has measured, of plain processes. What all other processes take of the
+shared cores (frontend, Ray, the bench as a client) is measured here, as processor time, on the first size and with half
+the streams.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 import pathlib
 import statistics
 import tempfile
 import uuid
+from collections.abc import Sequence
 
 import numpy as np
 from rich.console import Console
@@ -32,6 +39,7 @@ _ALPHA = (0.0, 0.1)
 """A random checkpoint on random prompts routes almost evenly."""
 _TICK_S = 0.02
 _TIMEOUT_S = 600.0
+_IDLE_S = 4.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +57,14 @@ class Figures:
     tpot_s: float
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Others:
+    """What processes that are no members take of the cores; see `Costs`."""
+
+    cores: float
+    per_token_s: float
+
+
 def bench_simulator(calibration: pathlib.Path, options: ValidationOptions, cores: int) -> None:
     """Print measured and simulated throughput and TPOT (p50), and their quotients. Raises: OctetError."""
     table = Table(box=None, pad_edge=False)
@@ -56,11 +72,13 @@ def bench_simulator(calibration: pathlib.Path, options: ValidationOptions, cores
         table.add_column(column, justify="left" if column == "pools" else "right")
     with tempfile.TemporaryDirectory() as scratch:
         write_checkpoint(pathlib.Path(scratch), BENCH)
-        worker_threads = _costs(scratch, calibration, cores).worker_threads
+        costs = _costs(scratch, calibration, cores)
+        others = asyncio.run(_others(_config(scratch, _SIZES[0], costs.worker_threads), options))
+        costs = dataclasses.replace(costs, others_cores=others.cores, others_per_token_s=others.per_token_s)
         for sizes in _SIZES:
-            config = _config(scratch, sizes, worker_threads)
+            config = _config(scratch, sizes, costs.worker_threads)
             measured = asyncio.run(_measured(config, options))
-            simulated = _simulated(config, sizes, scratch, calibration, options, cores)
+            simulated = _simulated(config, sizes, scratch, costs, options)
             table.add_row(
                 " + ".join(map(str, sizes)),
                 f"{measured.tokens_per_s:.1f}",
@@ -73,6 +91,9 @@ def bench_simulator(calibration: pathlib.Path, options: ValidationOptions, cores
     console = Console(highlight=False)
     console.print(table)
     console.print(f"prefill + decode + shards; measured: medians of {options.repeats}. Goal: within 0.80 to 1.20")
+    console.print(
+        f"others than members: {others.cores:.2f} cores, and {others.per_token_s * 1e3:.2f} ms for each token"
+    )
 
 
 def _config(model_dir: str, sizes: tuple[int, int, int], worker_threads: int) -> OctetConfig:
@@ -83,6 +104,37 @@ def _config(model_dir: str, sizes: tuple[int, int, int], worker_threads: int) ->
               (("size", size), ("threads", 1 if pool == "experts" else worker_threads))}  # fmt: skip
     given["ray.namespace"] = f"octet-{uuid.uuid4().hex[:8]}"
     return load_config(overrides=[f"{field}={value}" for field, value in given.items()])
+
+
+async def _others(config: OctetConfig, options: ValidationOptions) -> Others:
+    cluster = await asyncio.to_thread(launch, config)
+    try:
+        async with AsyncClient(cluster.address, timeout_s=_TIMEOUT_S) as client:
+            vocab_size = (await client.model_info()).vocab_size
+            pids = [member.pid for pool in (await client.status()).pools for member in pool.members]
+            one = Arrival(at_s=0.0, prompt_tokens=options.prompt_tokens, new_tokens=options.new_tokens)
+            streams = max(1, options.streams // 2)
+            await closed_loop(client, [one] * streams, streams, vocab_size)
+            before_s = _others_s(pids)
+            await asyncio.sleep(_IDLE_S)
+            idle = (_others_s(pids) - before_s) / _IDLE_S
+            before_s = _others_s(pids)
+            outcomes, duration_s = await closed_loop(client, [one] * options.requests, streams, vocab_size)
+            tokens = sum(len(outcome.token_times_s) for outcome in outcomes)
+            return Others(cores=idle, per_token_s=max(0.0, _others_s(pids) - before_s - idle * duration_s) / tokens)
+    finally:
+        await asyncio.to_thread(cluster.stop, drain=False)
+
+
+def _others_s(pids: Sequence[int]) -> float:
+    """Processor time of this machine so far, but for these processes (Linux)."""
+    # user, nice, system; then idle, iowait, irq, softirq.
+    fields = list(map(int, pathlib.Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:8]))
+    busy = sum(fields[:3]) + sum(fields[5:])
+    for pid in pids:
+        of_process = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        busy -= int(of_process[11]) + int(of_process[12])
+    return busy / os.sysconf("SC_CLK_TCK")
 
 
 async def _measured(config: OctetConfig, options: ValidationOptions) -> Figures:
@@ -105,10 +157,9 @@ async def _measured(config: OctetConfig, options: ValidationOptions) -> Figures:
 
 
 def _simulated(
-    config: OctetConfig, sizes: tuple[int, int, int], model_dir: str, calibration: pathlib.Path,
-    options: ValidationOptions, cores: int,
-) -> Figures:  # fmt: skip
-    shape, costs = shape_of(model_dir, 4), _costs(model_dir, calibration, cores)
+    config: OctetConfig, sizes: tuple[int, int, int], model_dir: str, costs: Costs, options: ValidationOptions
+) -> Figures:
+    shape = shape_of(model_dir, 4)
     loads = drawn(len(shape.moe_layers), shape.num_experts, shape.experts_per_token, np.random.default_rng(0), _ALPHA)
     one = Request(at_s=0.0, prompt_tokens=options.prompt_tokens, new_tokens=options.new_tokens, blocks=())
     pages = 10**6

@@ -26,12 +26,13 @@ from tests.unit.ops.simulate.toy import SHAPE, costs, poisson
 
 
 def contention(
-    compute: list[float], peak: list[float], prefill: list[bool], cores: int = 0, shards: int = 1, threads: int = 1
-) -> Contention:
+    compute: list[float], peak: list[float], prefill: list[bool], cores: int = 0, shards: int = 1, threads: int = 1,
+    others: float = 0.0,
+) -> Contention:  # fmt: skip
     num = len(compute)
     return contend(
         np.array(compute), np.zeros(num), np.array(peak), np.array(peak), np.ones(num, np.int64), np.array(prefill),
-        shards, cores, threads,
+        shards, cores, threads, others,
     )  # fmt: skip
 
 
@@ -74,6 +75,11 @@ def test_two_frames_under_way_hide_the_shorter_of_the_two_parts() -> None:
 def test_shared_cores_slow_everyone_down_once_they_are_too_few() -> None:
     assert contention([1.0] * 4, [1e-6] * 4, [False] * 4, cores=4).slowdown == pytest.approx(1.0)
     assert contention([1.0] * 4, [1e-6] * 4, [False] * 4, cores=2).slowdown == pytest.approx(2.0, rel=0.05)
+
+
+def test_other_processes_take_their_part_of_shared_cores() -> None:
+    assert contention([1.0] * 3, [1e-6] * 3, [False] * 3, cores=2, others=1.0).slowdown == pytest.approx(2.0, rel=0.05)
+    assert contention([1.0] * 3, [1e-6] * 3, [False] * 3, cores=0, others=1.0).slowdown == 1
 
 
 def test_an_envelope_keeps_every_request_in_order_and_moves_them_to_the_middle() -> None:
