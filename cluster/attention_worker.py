@@ -140,14 +140,16 @@ class AttentionWorker:
         """
         sender = self._built.sender
         # A connection of its own to the store: to wait there for a peer that has died holds up nobody else.
-        sender.connect(peer, self._channel(self._store.another(), self._worker_id, peer, attempt, rank=0))
+        channel = self._channel(self._store.another(), self._worker_id, peer, attempt, rank=0)
+        sender.connect(peer, channel, attempt)
 
     def receive_from(self, peer: Endpoint, attempt: int) -> None:
         """The other end of `send_to`. Raises: LaneTimeoutError."""
         receiver = self._built.receiver
         assert receiver is not None
         store = self._peer_stores.of(peer)
-        receiver.connect(peer.worker_id, self._channel(store, peer.worker_id, self._worker_id, attempt, rank=1))
+        channel = self._channel(store, peer.worker_id, self._worker_id, attempt, rank=1)
+        receiver.connect(peer.worker_id, channel, attempt)
 
     def forget(self, peers: Sequence[WorkerId]) -> None:
         """These workers are gone: close what joins us. Idempotent."""
@@ -283,6 +285,8 @@ class AttentionWorker:
             )
         niceness = plan.config.pools.prefill.niceness if self._role == "prefill" else 0
         loop = EngineLoop(self._worker_id, engine, routed, self._mailbox, plan.config.lane, self._report, niceness)
+        if self._role == "prefill":
+            runner.between_layers = loop.hear
         return _Parts(engine=engine, routed=routed, loop=loop, sender=sender, receiver=receiver)
 
     def _ask(self, to: WorkerId, pull: KvPull) -> None:

@@ -17,7 +17,7 @@ from octet.errors import LaneError, LaneTimeoutError, UnavailableError, WireErro
 from octet.faults import reach
 from octet.ids import WorkerId
 from octet.mailbox import Mailbox
-from octet.messages import Message, WorkerLoad
+from octet.messages import KvPull, Message, WorkerLoad
 from router.exchange import Exchange
 from router.plan import Planner
 from router.routed_experts import RoutedExperts
@@ -75,6 +75,8 @@ class EngineLoop:
         self._exchange: Exchange | None = None
         self._adoptions: queue.SimpleQueue[_Adoption] = queue.SimpleQueue()
         self._stopping = threading.Event()
+        self._held: list[Message] = []
+        """What came in the midst of a step and is for its end."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._spoke_s = time.monotonic()
         self.num_steps, self.step_s = 0, 0.0
@@ -103,6 +105,15 @@ class EngineLoop:
             self._mailbox.wake()
             self._thread.join(timeout_s)
 
+    def hear(self) -> None:
+        """Answer pulls between two layers of a step, so that sequences whose prompts are computed do not wait for the
+        next prompt; pulls change nothing that the step goes by. Called by the thread that takes it."""
+        for message in self._mailbox.receive(0.0):
+            if isinstance(message, KvPull):
+                self._handle(message)
+            else:
+                self._held.append(message)
+
     def _run(self) -> None:
         step_back(self._niceness)
         try:
@@ -115,7 +126,8 @@ class EngineLoop:
 
     def _turn(self) -> None:
         working = self.state == "READY" and self._engine.busy
-        for message in self._mailbox.receive(0.0 if working else _IDLE_WAIT_S):
+        held, self._held = self._held, []
+        for message in held + self._mailbox.receive(0.0 if working or held else _IDLE_WAIT_S):
             self._handle(message)
         while not self._adoptions.empty():
             self._take(self._adoptions.get())
@@ -170,7 +182,8 @@ class EngineLoop:
         while not self._stopping.is_set():
             self._engine.fail_all(f"{self._worker_id} failed: {self.reason}", retryable=True)
             self._send(self._engine.flush())
-            for message in self._mailbox.receive(_IDLE_WAIT_S):
+            held, self._held = self._held, []
+            for message in held + self._mailbox.receive(_IDLE_WAIT_S):
                 self._handle(message)
 
     def _handle(self, message: Message) -> None:

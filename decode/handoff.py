@@ -27,10 +27,10 @@ class Arrival:
 
 
 class _Peer:
-    """A worker's channel, and the offers to be pulled over it."""
+    """A worker's channel, and the offers that were asked for and are to come over it, each with its pages."""
 
-    def __init__(self, channel: KvChannel) -> None:
-        self.channel = channel
+    def __init__(self, channel: KvChannel, number: int) -> None:
+        self.channel, self.number = channel, number
         self.offers: queue.SimpleQueue[tuple[KvOffer, Sequence[int]] | None] = queue.SimpleQueue()
         self.broken = ""
         self.thread: threading.Thread
@@ -49,7 +49,7 @@ class KvReceiver:
     ) -> None:
         """
         Args:
-            ask: sends a pull to a prefill worker; any thread may call it.
+            ask: sends a pull to the worker that has the pages.
             wake: called when an arrival waits; any thread may call it.
         """
         self._worker_id, self._cache, self._ask, self._wake = worker_id, cache, ask, wake
@@ -59,10 +59,14 @@ class KvReceiver:
         for prefill, channel in channels.items():
             self.connect(prefill, channel)
 
-    def connect(self, source: WorkerId, channel: KvChannel) -> None:
-        """Take pages from one more worker, or over another channel than before."""
+    def connect(self, source: WorkerId, channel: KvChannel, number: int = 0) -> None:
+        """Take pages from one more worker, or over another channel than before.
+
+        Args:
+            number: of the channel, the same at its other end.
+        """
         self.disconnect(source)
-        peer = _Peer(channel)
+        peer = _Peer(channel, number)
         peer.thread = threading.Thread(
             target=self._pull_all, args=(source, peer), name=f"kv-from-{source}", daemon=True
         )
@@ -87,10 +91,14 @@ class KvReceiver:
     def pull(self, offer: KvOffer, pages: Sequence[int]) -> None:
         """Ask for the KV of an offer, to be put into `pages`; an `Arrival` follows, whatever happens.
 
-        Nobody else may use the pages before it.
+        Asked for at once and not when those before it have come: a worker that computes a prompt hears of pulls between
+        two layers, and all that wait shall wait for one layer together. Nobody else may use the pages before they have
+        arrived.
         """
         with self._lock:
+            # Asked for in the order in which they are received.
             if (peer := self._peers.get(offer.source)) is not None:
+                self._ask_for(offer, peer)
                 peer.offers.put((offer, pages))
         if peer is None:
             self._arrivals.put(Arrival(offer.lease_id, f"no channel to {offer.source}"))
@@ -105,17 +113,30 @@ class KvReceiver:
         for source in list(self._peers):
             self.disconnect(source, timeout_s)
 
-    def _pull_all(self, prefill: WorkerId, peer: _Peer) -> None:
+    def _ask_for(self, offer: KvOffer, peer: _Peer) -> None:
+        if peer.broken:
+            return
+        pull = KvPull(lease_id=offer.lease_id, decode_worker=self._worker_id, channel=peer.number)
+        try:
+            self._ask(offer.source, pull)
+        except OctetError as error:
+            self._give_up(offer.source, peer, error)
+
+    @staticmethod
+    def _give_up(source: WorkerId, peer: _Peer, error: OctetError) -> None:
+        _log.warning("the channel from %s is given up: %s", source, error)
+        peer.broken = f"the channel from {source} broke: {error}"
+
+    def _pull_all(self, source: WorkerId, peer: _Peer) -> None:
         while (item := peer.offers.get()) is not None:
             offer, pages = item
             reason = peer.broken
             if not reason:
                 try:
-                    self._ask(prefill, KvPull(lease_id=offer.lease_id, decode_worker=self._worker_id))
                     reason = self._receive(peer.channel, pages)
                 except OctetError as error:
-                    _log.warning("the channel from %s is given up: %s", prefill, error)
-                    peer.broken = reason = f"the channel from {prefill} broke: {error}"
+                    self._give_up(source, peer, error)
+                    reason = peer.broken
             self._arrivals.put(Arrival(offer.lease_id, reason))
             self._wake()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,8 @@ class ModelRunner:
         self.pool, self.cache = pool, cache
         self._transformer, self._routed, self._device = transformer, routed, device
         self._ping_pong_rows, self._mtp = ping_pong_rows, mtp
+        self.between_layers: Callable[[], None] = lambda: None
+        """Called in the midst of `run`, for what cannot wait for its end."""
 
     @property
     def drafts(self) -> bool:
@@ -86,7 +88,7 @@ class ModelRunner:
     def _forward(self, parts: Sequence[Sequence[Span]]) -> list[list[torch.Tensor]]:
         built = [build_batch(spans, self.pool, self._device) for spans in parts]
         try:
-            hidden = self._transformer.forward([batch for batch, _ in built], self._routed)
+            hidden = self._transformer.forward([batch for batch, _ in built], self._routed, self.between_layers)
         except LaneError:
             self._routed.drain()
             raise

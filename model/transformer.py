@@ -8,7 +8,7 @@ from __future__ import annotations
 import collections
 import functools
 import importlib
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -55,13 +55,18 @@ class Transformer:
             self._decode_layers = decode_layers().DecodeLayers(config, cache)
 
     @torch.inference_mode()
-    def forward(self, batches: Sequence[Batch], routed: RoutedLayer[_Pending]) -> list[torch.Tensor]:
+    def forward(
+        self, batches: Sequence[Batch], routed: RoutedLayer[_Pending], between: Callable[[], None] = lambda: None
+    ) -> list[torch.Tensor]:
         """The normalised hidden states `[T, H]` of each batch.
 
         Batches take turns, layer by layer: while the rows of one are with the experts, the next computes its attention.
         One may continue a sequence that another, before it, begins. Raises: LaneError; running again is safe.
+
+        Args:
+            between: called between two layers, for what cannot wait for the end.
         """
-        return take_turns([self._steps(batch, routed) for batch in batches])
+        return take_turns([self._steps(batch, routed) for batch in batches], between)
 
     def _steps(self, batch: Batch, routed: RoutedLayer[_Pending]) -> Generator[None, None, torch.Tensor]:
         x_TH = yield from self.layers(self.embed(batch), enumerate(self._weights.layers), batch, routed)
@@ -136,7 +141,9 @@ class Transformer:
         return rms_norm(x_TH, weight, self._config.rms_norm_eps)
 
 
-def take_turns(batches: Sequence[Generator[None, None, torch.Tensor]]) -> list[torch.Tensor]:
+def take_turns(
+    batches: Sequence[Generator[None, None, torch.Tensor]], between: Callable[[], None] = lambda: None
+) -> list[torch.Tensor]:
     """Run forward passes to their ends, each going on for a layer while the rows of the others are away."""
     hidden: dict[int, torch.Tensor] = {}
     turns = collections.deque(enumerate(batches))
@@ -148,6 +155,7 @@ def take_turns(batches: Sequence[Generator[None, None, torch.Tensor]]) -> list[t
             hidden[index] = done.value
         else:
             turns.append((index, steps))
+            between()
     return [hidden[index] for index in range(len(batches))]
 
 

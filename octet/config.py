@@ -49,7 +49,7 @@ class PoolConfig(ConfigNode):
 
 
 class PrefillPoolConfig(PoolConfig):
-    niceness: int = pydantic.Field(5, ge=0, le=19)
+    niceness: int = pydantic.Field(10, ge=0, le=19)
     """Of the threads that compute, beyond the other pools', as of `nice`: where pools share a machine's cores, tokens
     that users wait for one by one go before prompts. 0 treats all alike."""
 
@@ -82,8 +82,8 @@ class KvConfig(ConfigNode):
 
 
 class PrefillConfig(ConfigNode):
-    chunk_tokens: int = pydantic.Field(512, ge=1)
-    """Tokens computed in one step, over all packed requests: it bounds how long a shard is held by one frame."""
+    chunk_tokens: int = pydantic.Field(1024, ge=1)
+    """Tokens computed in one step, over all packed requests: what comes meanwhile waits for its end."""
     max_requests: int = pydantic.Field(64, ge=1)
     """Requests that may hold pages at once in one worker."""
     prefix_cache: bool = True

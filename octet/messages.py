@@ -79,10 +79,12 @@ class KvOffer:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class KvPull:
-    """Decode → source: send the lease's pages on our channel now."""
+    """Decode → source: send the lease's pages on our channel, in the order of the pulls."""
 
     lease_id: LeaseId
     decode_worker: WorkerId
+    channel: int
+    """Its number: what is awaited on one channel must not be sent on the one that takes its place."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

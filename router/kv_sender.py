@@ -17,12 +17,14 @@ from router.leases import LeaseTable
 
 _log = logging.getLogger(__name__)
 
+_MOST_EARLY = 1024
+
 
 class _Peer:
     """A decode worker's channel, and the pulls that wait for it."""
 
-    def __init__(self, channel: KvChannel) -> None:
-        self.channel = channel
+    def __init__(self, channel: KvChannel, number: int) -> None:
+        self.channel, self.number = channel, number
         self.pulls: queue.SimpleQueue[LeaseId | None] = queue.SimpleQueue()
         self.broken = False
         self.thread: threading.Thread
@@ -34,17 +36,28 @@ class KvSender:
     def __init__(self, cache: KvCache, leases: LeaseTable, channels: Mapping[WorkerId, KvChannel]) -> None:
         self._cache, self._leases = cache, leases
         self._peers: dict[WorkerId, _Peer] = {}
+        self._early: dict[WorkerId, tuple[int, list[LeaseId]]] = {}
+        """Pulls for a channel whose other end was there first."""
+        self._lock = threading.Lock()
         for worker_id, channel in channels.items():
             self.connect(worker_id, channel)
 
-    def connect(self, worker_id: WorkerId, channel: KvChannel) -> None:
-        """Answer the pulls of one more decode worker, or over another channel than before."""
+    def connect(self, worker_id: WorkerId, channel: KvChannel, number: int = 0) -> None:
+        """Answer the pulls of one more decode worker, or over another channel than before.
+
+        Args:
+            number: of the channel, the same at its other end. Pulls that name another one are not answered on it.
+        """
         self.disconnect(worker_id)
-        peer = _Peer(channel)
+        peer = _Peer(channel, number)
         peer.thread = threading.Thread(
             target=self._answer, args=(worker_id, peer), name=f"kv-to-{worker_id}", daemon=True
         )
-        self._peers[worker_id] = peer
+        with self._lock:
+            self._peers[worker_id] = peer
+            awaited, lease_ids = self._early.pop(worker_id, (number, []))
+        for lease_id in lease_ids if awaited == number else ():
+            peer.pulls.put(lease_id)
         peer.thread.start()
 
     @property
@@ -54,16 +67,24 @@ class KvSender:
 
     def disconnect(self, worker_id: WorkerId, timeout_s: float = 5.0) -> None:
         """Break the channel to a decode worker that is gone. Idempotent."""
-        if (peer := self._peers.pop(worker_id, None)) is not None:
+        with self._lock:
+            peer = self._peers.pop(worker_id, None)
+        if peer is not None:
             peer.pulls.put(None)
             peer.channel.close()
             peer.thread.join(timeout_s)
 
     def answer(self, pull: KvPull) -> None:
-        if (peer := self._peers.get(pull.decode_worker)) is not None:
-            peer.pulls.put(pull.lease_id)
-        else:
-            _log.warning("a pull from %s, to which there is no channel", pull.decode_worker)
+        """Send a lease's pages over the channel that the pull names, behind those asked for before. Does not wait."""
+        with self._lock:
+            peer = self._peers.get(pull.decode_worker)
+            if peer is not None and peer.number == pull.channel:
+                peer.pulls.put(pull.lease_id)
+                return
+            awaited, lease_ids = self._early.get(pull.decode_worker, (pull.channel, []))
+            if awaited != pull.channel:
+                lease_ids = []
+            self._early[pull.decode_worker] = pull.channel, [*lease_ids, pull.lease_id][-_MOST_EARLY:]
 
     def close(self, timeout_s: float = 5.0) -> None:
         for worker_id in list(self._peers):

@@ -97,7 +97,7 @@ def ends() -> Iterator[Ends]:
 def test_a_pull_asks_the_prefill_worker_that_offered(ends: Ends) -> None:
     ends.receiver.pull(offer("a", PREFILLS[1]), [0])
     asked = ends.asked.get(timeout=PATIENT_S)
-    assert asked == (PREFILLS[1], KvPull(lease_id=LeaseId("a"), decode_worker=DECODE))
+    assert asked == (PREFILLS[1], KvPull(lease_id=LeaseId("a"), decode_worker=DECODE, channel=0))
 
 
 def test_pages_are_in_their_places_when_the_engine_is_woken(ends: Ends) -> None:
@@ -135,6 +135,20 @@ def test_a_lease_that_is_over_is_an_arrival_with_the_reason(ends: Ends) -> None:
     ends.receiver.pull(offer("a"), [0])
     ends.channels[PREFILLS[0]].answers.put(None)
     assert ends.arrival().reason == "its lease was over before the pages were taken"
+
+
+def test_offers_are_asked_for_at_once_and_not_one_after_the_other(ends: Ends) -> None:
+    for page, lease in enumerate("abc"):
+        ends.receiver.pull(offer(lease), [page])
+    asked = [ends.asked.get(timeout=PATIENT_S)[1].lease_id for _ in range(3)]
+    assert asked == ["a", "b", "c"]
+
+
+def test_a_pull_names_the_channel_on_which_it_is_awaited(ends: Ends) -> None:
+    another = FakeChannel()
+    ends.receiver.connect(PREFILLS[0], another, number=7)
+    ends.receiver.pull(offer("a"), [0])
+    assert ends.asked.get(timeout=PATIENT_S)[1].channel == 7
 
 
 def test_pulls_from_one_worker_are_answered_in_order(ends: Ends) -> None:

@@ -352,7 +352,7 @@ def test_a_lease_frees_its_pages_at_its_deadline(prefill: Prefill) -> None:
 
 def test_a_pull_is_answered_with_the_leases_pages(prefill: Prefill) -> None:
     prefill.run(request(9))
-    prefill.engine.handle(KvPull(lease_id=prefill.offers()[0].lease_id, decode_worker=DECODE))
+    prefill.engine.handle(KvPull(lease_id=prefill.offers()[0].lease_id, decode_worker=DECODE, channel=0))
     pages = prefill.channel.receive(3 * prefill.page_bytes)
     assert pages is not None
     assert bool(pages.view(torch.float32).any())
@@ -364,7 +364,7 @@ def test_a_pull_of_a_lease_that_is_gone_is_answered_so(prefill: Prefill, lease: 
     prefill.now_s = LEASE_S
     prefill.step()
     lease_id = prefill.offers()[0].lease_id if lease == "over" else LeaseId("unknown")
-    prefill.engine.handle(KvPull(lease_id=lease_id, decode_worker=DECODE))
+    prefill.engine.handle(KvPull(lease_id=lease_id, decode_worker=DECODE, channel=0))
     assert prefill.channel.receive(3 * prefill.page_bytes) is None
 
 
