@@ -56,6 +56,7 @@ def test_a_process_over_its_limit_of_memory_is_killed(kib: int, killed: int) -> 
 _TELL = """
 import sys, time
 for _ in sys.stdin:
+    time.sleep(0.01)
     print(time.time(), time.monotonic(), flush=True)
 """
 
