@@ -17,6 +17,8 @@ from octet.errors import ExpertMissingError
 _PIECE_OPERATIONS = 2**27
 """Multiplications and additions between two pauses: about two milliseconds of a core."""
 
+_Panels = npt.NDArray[np.float32]
+
 
 class Rows(Protocol):
     """Token rows with the slots that they ask for; see `router.exchange.ExpertRows`."""
@@ -94,8 +96,10 @@ class ExpertShard:
         x, slots, weights = rows.arrays
         y = y_UH.numpy()
         operations = 2 * (gate_up.size + down.size) // max(1, len(holds_S))
-        if num_threads() == 1 and slots.size * operations <= _PIECE_OPERATIONS:
-            # One call: many frames of a decode step take no longer than a few calls do.
+        most_operations = _PIECE_OPERATIONS * num_threads()
+        short = slots.size * operations <= most_operations
+        if short and num_threads() == 1:
+            # One call: what a frame of a decode step takes is not much more than what calls do.
             missing = grouped_cpu().serve_rows(x, slots, weights, holds_S, counts_S, gate_up, down, y)
             if missing >= 0:
                 raise self._missing(layer, missing)
@@ -106,35 +110,49 @@ class ExpertShard:
             raise self._missing(layer, missing)
         self._note(layer, counts_S)
         y[:] = 0
-        for begin, end in _pieces(counts_S, _PIECE_OPERATIONS * num_threads() // operations):
+        if short:
+            self._share_slots(rows, gate_up, down, counts_S, int(counts_S.sum()) * operations, y)
+            return
+        for begin, end in _pieces(counts_S, most_operations // operations):
             if begin > 0:
                 pause()
-            self._add_slots(rows, gate_up, down, begin, end, int(counts_S[begin:end].sum()) * operations, y)
+            self._share_rows(rows, gate_up, down, (begin, end), int(counts_S[begin:end].sum()) * operations, y)
 
     @staticmethod
-    def _add_slots(
+    def _share_slots(
         rows: Rows,
-        gate_up: npt.NDArray[np.float32],
-        down: npt.NDArray[np.float32],
-        begin: int,
-        end: int,
+        gate_up: _Panels,
+        down: _Panels,
+        counts_S: npt.NDArray[np.int64],
         num_operations: int,
-        y: npt.NDArray[np.float32],
+        y: _Panels,
     ) -> None:
-        """Add what the slots `begin … end - 1` contribute, on as many threads as it is worth."""
-        if num_threads() == 1:
-            grouped_cpu().grouped_swiglu(*rows.arrays, gate_up, down, begin, end, y)
-            return
-        parts: dict[int, npt.NDArray[np.float32]] = {}
+        """Each thread reads the weights of its own slots: few rows are bound by that."""
+        parts: dict[int, _Panels] = {}
 
         def compute(first: int, last: int) -> None:
             part = parts[first] = np.zeros_like(y)
-            grouped_cpu().grouped_swiglu(*rows.arrays, gate_up, down, begin + first, begin + last, part)
+            grouped_cpu().grouped_swiglu(*rows.arrays, gate_up, down, first, last, part)
 
-        in_parts(compute, end - begin, num_operations, parts_per_thread=2)
+        # Those behind the last one that is asked for are no thread's share.
+        num_asked = len(counts_S) - int((counts_S[::-1] > 0).argmax())
+        in_parts(compute, num_asked, num_operations, parts_per_thread=2)
         # In the order of the slots, whichever thread was first.
         for first in sorted(parts):
             y += parts[first]
+
+    @staticmethod
+    def _share_rows(
+        rows: Rows, gate_up: _Panels, down: _Panels, slots: tuple[int, int], num_operations: int, y: _Panels
+    ) -> None:
+        """Each thread computes some rows' sums over these slots: many rows are bound by arithmetic."""
+        arrays = rows.arrays
+
+        def compute(first: int, last: int) -> None:
+            some = (array[first:last] for array in arrays)
+            grouped_cpu().grouped_swiglu(*some, gate_up, down, *slots, y[first:last])
+
+        in_parts(compute, len(y), num_operations, parts_per_thread=2)
 
     @torch.inference_mode()
     def _compute_stacked(self, layer: int, rows: Rows) -> torch.Tensor:

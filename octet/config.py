@@ -118,7 +118,7 @@ class LaneConfig(ConfigNode):
     """An idle attention worker tells its shards so this often; well below `timeout_s`."""
     recovery_s: float = pydantic.Field(30.0, gt=0)
     """How long the sequences of an attention worker whose lane broke wait for another one, before they fail."""
-    ping_pong_rows: int | None = pydantic.Field(64, ge=2)
+    ping_pong_rows: int | None = pydantic.Field(256, ge=2)
     """Steps of at least this many tokens are computed as two micro-batches that take turns, so that attention goes on
     while experts do; null never. Small steps lose by it: each half reads all weights."""
 
