@@ -40,6 +40,7 @@ PROBES = (
     Probe("model.attention:Attention", "_prepare", "attention"),
     Probe("model.attention:Attention", "_decode", "attention"),
     Probe("model.attention:Attention", "_prefill", "attention"),
+    Probe("model.prefill_cpu", "prefill_attention", "attention"),
     Probe(*_ATTEND),
     Probe("model.decode_layers:DecodePass", "feed_forward", "mlp_linear"),
     Probe("model.decode_layers:DecodePass", "share", "mlp_linear"),
