@@ -283,8 +283,9 @@ class AttentionWorker:
                 speculator,
                 Migration(self._worker_id, leases, sender),
             )
-        niceness = plan.config.pools.prefill.niceness if self._role == "prefill" else 0
-        loop = EngineLoop(self._worker_id, engine, routed, self._mailbox, plan.config.lane, self._report, niceness)
+        pool = plan.config.pools.prefill
+        way_back = (pool.niceness, pool.few_prompts) if self._role == "prefill" else ()
+        loop = EngineLoop(self._worker_id, engine, routed, self._mailbox, plan.config.lane, self._report, *way_back)
         if self._role == "prefill":
             runner.between_layers = loop.hear
         return _Parts(engine=engine, routed=routed, loop=loop, sender=sender, receiver=receiver)

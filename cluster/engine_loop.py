@@ -9,6 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 from octet.background import step_back
@@ -62,15 +63,20 @@ class EngineLoop:
         mailbox: Mailbox,
         config: LaneConfig,
         report: Callable[[str], None],
-        niceness: int,
+        niceness: int = 0,
+        few_requests: int = 0,
     ) -> None:
         """
         Args:
             report: told once when the lane has broken, and why; returns at once.
-            niceness: beyond the process's own, of the thread and those that it shares its arithmetic with.
+            niceness: beyond the process's own, of the threads that compute while at most `few_requests` are here.
         """
         self._worker_id, self._engine, self._routed, self._mailbox = worker_id, engine, routed, mailbox
-        self._config, self._report, self._niceness = config, report, niceness
+        self._config, self._report, self._few_requests = config, report, few_requests
+        self._behind: ThreadPoolExecutor | None = None
+        if niceness > 0:
+            # A thread of its own: without privileges, one that has stepped back cannot come forward again.
+            self._behind = ThreadPoolExecutor(1, "engine-behind", step_back, (niceness,))
         self.state, self.reason = "CONNECTING", ""
         self._exchange: Exchange | None = None
         self._adoptions: queue.SimpleQueue[_Adoption] = queue.SimpleQueue()
@@ -104,6 +110,8 @@ class EngineLoop:
         if self._thread.is_alive():
             self._mailbox.wake()
             self._thread.join(timeout_s)
+        if self._behind is not None:
+            self._behind.shutdown(wait=False)
 
     def hear(self) -> None:
         """Answer pulls between two layers of a step, so that sequences whose prompts are computed do not wait for the
@@ -115,7 +123,6 @@ class EngineLoop:
                 self._held.append(message)
 
     def _run(self) -> None:
-        step_back(self._niceness)
         try:
             while not self._stopping.is_set():
                 self._turn()
@@ -147,11 +154,19 @@ class EngineLoop:
         if not self._engine.busy:
             return self._engine.step(now_s)
         begun_s = time.perf_counter()
-        outgoing = self._engine.step(now_s)
+        if self._behind is not None and self._num_requests() <= self._few_requests:
+            # A step's waits have deadlines of their own.
+            outgoing = self._behind.submit(self._engine.step, now_s).result()
+        else:
+            outgoing = self._engine.step(now_s)
         self.step_s += time.perf_counter() - begun_s
         self.num_steps += 1
         reach("sampled")
         return outgoing
+
+    def _num_requests(self) -> int:
+        load = self._engine.load()
+        return load.running + load.waiting
 
     def _wait(self, now_s: float) -> None:
         """For the next lane. The shards that are still there must not take the silence for death."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -55,7 +56,8 @@ def in_parts(work: Callable[[int, int], object], count: int, num_operations: int
         while (part := take()) < num_parts:
             work(part * count // num_parts, (part + 1) * count // num_parts)
 
-    others = [_pool(threads - 1).submit(share) for _ in range(min(threads, num_parts) - 1)]
+    pool = _pool(threads - 1, _niceness())
+    others = [pool.submit(share) for _ in range(min(threads, num_parts) - 1)]
     try:
         share()
     finally:
@@ -66,5 +68,11 @@ def in_parts(work: Callable[[int, int], object], count: int, num_operations: int
 
 
 @functools.cache
-def _pool(size: int) -> ThreadPoolExecutor:
+def _pool(size: int, niceness: int) -> ThreadPoolExecutor:
+    """Of threads as nice as the caller, which they inherit: one that has stepped back shares with its like."""
     return ThreadPoolExecutor(size, thread_name_prefix="parts")
+
+
+def _niceness() -> int:
+    """Of the calling thread, where systems have it."""
+    return os.getpriority(os.PRIO_PROCESS, 0) if hasattr(os, "getpriority") else 0

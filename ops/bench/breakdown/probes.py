@@ -217,9 +217,9 @@ class CallRecorder:
 
     def _record(self, serve: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         @functools.wraps(serve)
-        def recorded(shard: Any, layer: int, rows: ExpertRows, room_UH: torch.Tensor | None = None) -> torch.Tensor:
+        def recorded(shard: Any, layer: int, rows: ExpertRows, *rest: Any) -> torch.Tensor:
             start_s = time.perf_counter()
-            y_UH = serve(shard, layer, rows, room_UH)
+            y_UH = serve(shard, layer, rows, *rest)
             stop_s = time.perf_counter()
             # A copy: the frame is a buffer that the next one overwrites. What it says is worked out later.
             self._calls.append((layer, rows.slots_UK.clone(), start_s, stop_s))

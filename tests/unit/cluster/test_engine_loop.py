@@ -1,27 +1,35 @@
 from __future__ import annotations
 
+import os
 import threading
 from typing import Any, cast
+
+import pytest
 
 from cluster.engine_loop import EngineLoop
 from octet.config import LaneConfig
 from octet.ids import LeaseId, RequestId, WorkerId
-from octet.messages import Abort, KvPull, Message
+from octet.messages import Abort, KvPull, Message, WorkerLoad
 
 PATIENT_S = 20.0
 PULL = KvPull(lease_id=LeaseId("a"), decode_worker=WorkerId("decode-0"), channel=0)
 ABORT = Abort(request_id=RequestId("r"), choice=None, attempt=0)
 
 
+def own() -> int:
+    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+
 class Played:
     """Mailbox, engine and exchange of a loop: an engine whose one step hears what came meanwhile, twice."""
 
-    def __init__(self) -> None:
+    def __init__(self, niceness: int = 0, num_requests: int = 1) -> None:
+        self.num_requests, self.niceness = num_requests, -1
         self.coming: list[list[Message]] = [[], [ABORT], [PULL, ABORT]]
         self.handled: list[str] = []
         self.busy, self.done = True, threading.Event()
         self.loop = EngineLoop(
-            WorkerId("prefill-0"), cast(Any, self), cast(Any, self), cast(Any, self), LaneConfig(), print, niceness=0
+            WorkerId("prefill-0"), cast(Any, self), cast(Any, self), cast(Any, self), LaneConfig(), print, niceness, 4
         )
 
     def receive(self, timeout_s: float) -> list[Message]:
@@ -37,8 +45,12 @@ class Played:
             self.loop.hear()
             self.loop.hear()
             self.handled.append("step")
+            self.niceness = own()
             self.busy = False
         return []
+
+    def load(self) -> WorkerLoad:
+        return WorkerLoad(kv_pages_total=1, kv_pages_free=1, running=self.num_requests, waiting=0, tokens=0)
 
     def adopt(self, planner: Any, exchange: Any) -> None:
         return
@@ -53,3 +65,12 @@ def test_pulls_are_answered_within_a_step_and_all_else_behind_it_in_order() -> N
     assert played.done.wait(PATIENT_S)
     played.loop.stop(PATIENT_S)
     assert played.handled == ["KvPull", "step", "Abort", "Abort"]
+
+
+@pytest.mark.parametrize(("num_requests", "back"), [(4, 3), (5, 0)])
+def test_a_step_is_stepped_back_while_few_requests_are_here(num_requests: int, back: int) -> None:
+    before, played = own(), Played(niceness=3, num_requests=num_requests)
+    played.loop.start(cast(Any, None), cast(Any, played))
+    assert played.done.wait(PATIENT_S)
+    played.loop.stop(PATIENT_S)
+    assert played.niceness == min(before + back, 19)
