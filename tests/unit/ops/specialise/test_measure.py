@@ -51,11 +51,12 @@ def test_shares_are_of_a_labels_tokens() -> None:
 
 
 def test_documents_that_differ_for_no_label_are_chance() -> None:
+    """In the mean over layers that know nothing of each other: one alone may be far off by chance."""
     rng = np.random.default_rng()
-    counts = rng.multinomial(200, rng.dirichlet([0.3] * 16, size=60)).reshape(60, 1, 16)
+    counts = rng.multinomial(200, rng.dirichlet([0.3] * 16, size=(60, 200)))
     found = measured([random.choice("abcdef") for _ in range(54)] + list("abcdef"), counts, [100] * 60)
-    assert found.information_L[0] > 0.01
-    assert found.chance_L[0] == pytest.approx(found.information_L[0], rel=0.5)
+    assert found.information_L.mean() > 0.01
+    assert found.chance_L.mean() == pytest.approx(found.information_L.mean(), rel=0.2)
 
 
 def test_labels_that_differ_are_more_than_chance() -> None:
