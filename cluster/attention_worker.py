@@ -284,8 +284,16 @@ class AttentionWorker:
                 Migration(self._worker_id, leases, sender),
             )
         pool = plan.config.pools.prefill
-        way_back = (pool.niceness, pool.few_prompts) if self._role == "prefill" else ()
-        loop = EngineLoop(self._worker_id, engine, routed, self._mailbox, plan.config.lane, self._report, *way_back)
+        loop = EngineLoop(
+            self._worker_id,
+            engine,
+            routed,
+            self._mailbox,
+            plan.config.lane,
+            self._report,
+            niceness=pool.niceness if self._role == "prefill" else 0,
+            few_requests=pool.few_prompts,
+        )
         if self._role == "prefill":
             runner.between_layers = loop.hear
         return _Parts(engine=engine, routed=routed, loop=loop, sender=sender, receiver=receiver)

@@ -133,9 +133,7 @@ class EngineLoop:
 
     def _turn(self) -> None:
         working = self.state == "READY" and self._engine.busy
-        held, self._held = self._held, []
-        for message in held + self._mailbox.receive(0.0 if working or held else _IDLE_WAIT_S):
-            self._handle(message)
+        self._receive(0.0 if working else _IDLE_WAIT_S)
         while not self._adoptions.empty():
             self._take(self._adoptions.get())
         now_s = time.monotonic()
@@ -197,9 +195,13 @@ class EngineLoop:
         while not self._stopping.is_set():
             self._engine.fail_all(f"{self._worker_id} failed: {self.reason}", retryable=True)
             self._send(self._engine.flush())
-            held, self._held = self._held, []
-            for message in held + self._mailbox.receive(_IDLE_WAIT_S):
-                self._handle(message)
+            self._receive(_IDLE_WAIT_S)
+
+    def _receive(self, timeout_s: float) -> None:
+        """Handle what a step has left, and what has come since. Waits only if nothing was left."""
+        held, self._held = self._held, []
+        for message in held + self._mailbox.receive(0.0 if held else timeout_s):
+            self._handle(message)
 
     def _handle(self, message: Message) -> None:
         try:

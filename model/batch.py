@@ -39,7 +39,7 @@ class Batch:
     """The flat KV slot that each token writes."""
     prefill: tuple[PrefillSpan, ...]
     prefill_table: PrefillTable | None
-    """All of `prefill` for one compiled call; None if there is none."""
+    """All of `prefill` for one compiled call on a CPU."""
     decode: DecodeSpans | None
     """The tokens of all spans that attend by token, together; they come first in T."""
 
@@ -121,7 +121,7 @@ def build_batch(spans: Sequence[Span], pool: PagePool, device: torch.device) -> 
         positions_T=torch.tensor(positions, device=device),
         kv_slots_T=torch.tensor(kv_slots, device=device),
         prefill=tuple(prefill),
-        prefill_table=_prefill_table(prefill) if prefill else None,
+        prefill_table=_prefill_table(prefill) if prefill and device.type == "cpu" else None,
         decode=_decode_spans(singles, pool, device) if singles else None,
     )
     return batch, last_rows

@@ -81,6 +81,33 @@ def _carry_on(scores: Any, own: Any, scale: Any, largest: Any, total: Any, state
 
 
 @compiled  # type: ignore[untyped-decorator]
+def _pack(
+    k_cache: Any,
+    v_cache: Any,
+    kv_slots: Any,
+    pages: Any,
+    page_size: Any,
+    kv_head: Any,
+    start: Any,
+    begin: Any,
+    size: Any,
+    keys: Any,
+    values: Any,
+) -> None:
+    """Take the keys and values of the positions `begin … begin + size - 1` from where they are; see `_attend_block`."""
+    dim = k_cache.shape[2]
+    for s in range(size):
+        at = begin + s
+        slot = pages[at // page_size] * page_size + at % page_size if at < start else kv_slots[at - start]
+        for i in range(dim):
+            keys[s // PANEL, i, s % PANEL] = k_cache[slot, kv_head, i]
+            values[s, i] = v_cache[slot, kv_head, i]
+    # Keys behind the last one are nobody's, but what lies there must not be NaN.
+    for s in range(size, -(-size // PANEL) * PANEL):
+        keys[s // PANEL, :, s % PANEL] = 0
+
+
+@compiled  # type: ignore[untyped-decorator]
 def _attend_block(
     q: Any,
     k_cache: Any,
@@ -113,15 +140,7 @@ def _attend_block(
     group, length = num_q // k_cache.shape[1], position + num_rows
     for begin in range(0, length, _KEYS):
         size = min(_KEYS, length - begin)
-        for s in range(size):
-            at = begin + s
-            slot = pages[at // page_size] * page_size + at % page_size if at < start else kv_slots[at - start]
-            for i in range(dim):
-                keys[s // PANEL, i, s % PANEL] = k_cache[slot, kv_head, i]
-                values[s, i] = v_cache[slot, kv_head, i]
-        # Keys behind the last one are nobody's, but what lies there must not be NaN.
-        for s in range(size, -(-size // PANEL) * PANEL):
-            keys[s // PANEL, :, s % PANEL] = 0
+        _pack(k_cache, v_cache, kv_slots, pages, page_size, kv_head, start, begin, size, keys, values)
         # Rows that end before this block see nothing of it.
         for member in range(group):
             head = kv_head * group + member

@@ -18,6 +18,7 @@ from router.leases import LeaseTable
 _log = logging.getLogger(__name__)
 
 _MOST_EARLY = 1024
+"""Pulls that are kept for a channel that is not there yet: more than a decode worker has places for."""
 
 
 class _Peer:
@@ -48,7 +49,7 @@ class KvSender:
         Args:
             number: of the channel, the same at its other end. Pulls that name another one are not answered on it.
         """
-        self.disconnect(worker_id)
+        self._cut(worker_id)
         peer = _Peer(channel, number)
         peer.thread = threading.Thread(
             target=self._answer, args=(worker_id, peer), name=f"kv-to-{worker_id}", daemon=True
@@ -66,13 +67,10 @@ class KvSender:
         return [worker_id for worker_id, peer in list(self._peers.items()) if peer.broken]
 
     def disconnect(self, worker_id: WorkerId, timeout_s: float = 5.0) -> None:
-        """Break the channel to a decode worker that is gone. Idempotent."""
+        """Break the channel to a decode worker that is gone, and forget what it has asked for. Idempotent."""
+        self._cut(worker_id, timeout_s)
         with self._lock:
-            peer = self._peers.pop(worker_id, None)
-        if peer is not None:
-            peer.pulls.put(None)
-            peer.channel.close()
-            peer.thread.join(timeout_s)
+            self._early.pop(worker_id, None)
 
     def answer(self, pull: KvPull) -> None:
         """Send a lease's pages over the channel that the pull names, behind those asked for before. Does not wait."""
@@ -89,6 +87,14 @@ class KvSender:
     def close(self, timeout_s: float = 5.0) -> None:
         for worker_id in list(self._peers):
             self.disconnect(worker_id, timeout_s)
+
+    def _cut(self, worker_id: WorkerId, timeout_s: float = 5.0) -> None:
+        with self._lock:
+            peer = self._peers.pop(worker_id, None)
+        if peer is not None:
+            peer.pulls.put(None)
+            peer.channel.close()
+            peer.thread.join(timeout_s)
 
     def _answer(self, worker_id: WorkerId, peer: _Peer) -> None:
         channel = peer.channel

@@ -24,7 +24,7 @@ _MARK = "OCTET_TEST_ALONE"
 
 @contextlib.contextmanager
 def nothing_left() -> Iterator[dict[str, str]]:
-    """Yields: an environment. Whoever was started in it, or by them, has ended soon after, and their ports are free."""
+    """Yields: an environment. Whoever was started in it, or by them, has ended soon after."""
     mark = uuid.uuid4().hex
     try:
         yield {_MARK: mark}

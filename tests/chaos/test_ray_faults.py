@@ -1,4 +1,4 @@
-"""Replies of Ray's own that are lost or repeated."""
+"""Replies of Ray's own that are lost."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _num_lost(directory: pathlib.Path) -> int:
 
 
 @pytest.mark.parametrize("failures", [ACTOR_CALLS], ids=["calls of actors"])
-def test_replies_of_rays_own_that_are_lost_or_repeated_change_nothing(
+def test_replies_of_rays_own_that_are_lost_change_nothing(
     tmp_path: pathlib.Path, checkpoint: pathlib.Path, failures: dict[str, dict[str, int]]
 ) -> None:
     schedule, report = tmp_path / "schedule.yaml", tmp_path / "report.json"

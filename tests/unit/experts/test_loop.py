@@ -5,7 +5,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import pytest
@@ -110,14 +110,18 @@ def until(happened: Callable[[], bool]) -> None:
     raise AssertionError("it did not happen")
 
 
-def test_decode_frames_are_served_before_waiting_prefill_frames(loop: ShardLoop, shard: FakeShard) -> None:
+def let_wait(loop: ShardLoop, shard: FakeShard, frames: Mapping[str, Sequence[int]]) -> None:
+    """The first lane's first frame is at work until every lane has one that waits; then it may go on."""
     shard.may_go_on.clear()
-    lanes = {"prefill-0": FakeLane(1, 3), "prefill-1": FakeLane(2), "decode-0": FakeLane(11), "decode-1": FakeLane(12)}
-    for number, (name, lane) in enumerate(lanes.items()):
-        loop.add(name, lane, DECODE_FIRST if name.startswith("decode") else PREFILL_AFTER)
+    for number, (name, layers) in enumerate(frames.items()):
+        loop.add(name, FakeLane(*layers), DECODE_FIRST if name.startswith("decode") else PREFILL_AFTER)
         until(lambda number=number: loop.num_waiting == number)  # type: ignore[misc]
         assert shard.at_work.wait(PATIENT_S)
     shard.may_go_on.set()
+
+
+def test_decode_frames_are_served_before_waiting_prefill_frames(loop: ShardLoop, shard: FakeShard) -> None:
+    let_wait(loop, shard, {"prefill-0": (1, 3), "prefill-1": (2,), "decode-0": (11,), "decode-1": (12,)})
     until(lambda: len(shard.served) == 5)
     assert shard.served == [1, 11, 12, 2, 3]
 
@@ -140,12 +144,7 @@ def test_a_lane_that_wakes_displaces_nobody(loop: ShardLoop, shard: FakeShard) -
 
 
 def test_lanes_of_equal_priority_take_turns_in_order_of_arrival(loop: ShardLoop, shard: FakeShard) -> None:
-    shard.may_go_on.clear()
-    for number in range(1, 5):
-        loop.add(f"decode-{number}", FakeLane(number), DECODE_FIRST)
-        until(lambda number=number: loop.num_waiting == number - 1)  # type: ignore[misc]
-        assert shard.at_work.wait(PATIENT_S)
-    shard.may_go_on.set()
+    let_wait(loop, shard, {f"decode-{number}": (number,) for number in range(1, 5)})
     until(lambda: len(shard.served) == 4)
     assert shard.served == [1, 2, 3, 4]
 
@@ -153,14 +152,8 @@ def test_lanes_of_equal_priority_take_turns_in_order_of_arrival(loop: ShardLoop,
 def test_a_prefill_frame_lets_decode_frames_pass_and_goes_on_before_its_equals(
     loop: ShardLoop, shard: FakeShard
 ) -> None:
-    shard.may_go_on.clear()
     shard.num_pauses = 2
-    lanes = {"prefill-0": FakeLane(1), "prefill-1": FakeLane(2), "decode-0": FakeLane(11), "decode-1": FakeLane(12)}
-    for number, (name, lane) in enumerate(lanes.items()):
-        loop.add(name, lane, DECODE_FIRST if name.startswith("decode") else PREFILL_AFTER)
-        until(lambda number=number: loop.num_waiting == number)  # type: ignore[misc]
-        assert shard.at_work.wait(PATIENT_S)
-    shard.may_go_on.set()
+    let_wait(loop, shard, {"prefill-0": (1,), "prefill-1": (2,), "decode-0": (11,), "decode-1": (12,)})
     until(lambda: len(shard.served) == 12)
     assert shard.served == [1, *[11] * 3, *[12] * 3, 1, 1, *[2] * 3]
 

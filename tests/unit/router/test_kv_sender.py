@@ -33,7 +33,7 @@ class Channel:
 
 
 class Source:
-    """Two leases, each of the page of its number, filled with it."""
+    """Four leases, each of the page of its number, filled with it."""
 
     def __init__(self) -> None:
         self.cache = KvCache(read_config(EMBEDDED_MODEL), 4, 2, torch.float32, torch.device("cpu"))
@@ -88,6 +88,15 @@ def test_pulls_that_come_before_their_channel_are_answered_once_it_is_there(sour
     source.sender.connect(DECODE, channel, number=6)
     source.pull(3, channel=6)
     assert [taken(channel) for _ in range(3)] == [1, 2, 3]
+
+
+def test_what_a_worker_that_is_gone_has_asked_for_is_forgotten(source: Source) -> None:
+    source.pull(0, channel=5)
+    source.sender.disconnect(DECODE)
+    channel = Channel()
+    source.sender.connect(DECODE, channel, number=5)
+    source.pull(1, channel=5)
+    assert taken(channel) == 1
 
 
 def test_a_lease_that_is_over_is_answered_with_nothing(source: Source) -> None:
