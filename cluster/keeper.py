@@ -1,6 +1,7 @@
 """Where the controller's journal is kept: with Ray's GCS, which lives as long as any actor of the cluster can be found.
 
-One small value for each cluster, written whole. The controller is the only one that writes it, one at a time.
+One small value for each cluster, written whole. The controller is the only one that writes it, one at a time. While the
+GCS is gone, what was written last waits for its return, and the controller does not.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from ray.experimental import internal_kv
 from ray.util import list_named_actors, placement_group_table, remove_placement_group
 from ray.util.placement_group import PlacementGroup
 
+from cluster.errands import Errands
 from cluster.members import POOLS
 
 _log = logging.getLogger(__name__)
@@ -26,17 +28,30 @@ class Keeper:
 
     def __init__(self, namespace: str) -> None:
         self._namespace, self._key = namespace, f"controller/{namespace}".encode()
+        self._errands = Errands()
+        self._newest = b""
 
     def write(self, packed: bytes) -> None:
-        """In place of what was there; a millisecond."""
-        internal_kv._internal_kv_put(self._key, packed, overwrite=True, namespace=_SPACE)
+        """In place of what was there; a millisecond, or a quarter of a second where the GCS does not answer."""
+        self._newest = packed
+        if not self._errands.run(lambda: self._put(packed)):
+            _log.warning("the GCS does not answer; the controller's journal is written when it does")
 
     def read(self) -> bytes | None:
         found: bytes | None = internal_kv._internal_kv_get(self._key, namespace=_SPACE)
         return found
 
     def erase(self) -> None:
-        internal_kv._internal_kv_del(self._key, namespace=_SPACE)
+        self._newest = b""
+        self._errands.run(lambda: internal_kv._internal_kv_del(self._key, namespace=_SPACE))
+
+    def give_back(self, group: PlacementGroup) -> None:
+        """Remove a placement group, now or when the GCS answers."""
+        self._errands.run(lambda: remove_placement_group(group))
+
+    def _put(self, packed: bytes) -> None:
+        if packed is self._newest:
+            internal_kv._internal_kv_put(self._key, packed, overwrite=True, namespace=_SPACE)
 
     def group_name(self, unique: str) -> str:
         """Of a placement group, so that it is known whose it is."""

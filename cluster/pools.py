@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
 from typing import Any, TypeVar
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.controller_journal import NotedGroup, NotedMember
@@ -159,12 +159,12 @@ class Pools:
             return
         del self._groups[berth.group], self._noted[berth.group]
         self._free[member.pool] = [free for free in self._free[member.pool] if free.group != berth.group]
-        remove_placement_group(berth.group)
+        self._keeper.give_back(berth.group)
 
     def close(self) -> None:
         """Remove what is still reserved."""
         for group in self._groups:
-            remove_placement_group(group)
+            self._keeper.give_back(group)
         self._groups.clear()
         self._noted.clear()
 
@@ -176,19 +176,17 @@ class Pools:
         config = self._config(pool)
         bundle = _bundle(config)
         sizes = group_sizes(missing, missing if config.strategy.startswith("STRICT") else together)
-        groups = [
-            placement_group([bundle] * size, strategy=config.strategy, name=self._keeper.group_name(uuid.uuid4().hex))
-            for size in sizes
-        ]
+        groups: list[PlacementGroup] = []
         self._waiting[pool] += missing
         try:
+            groups += await self._ask_for(sizes, bundle, config.strategy)
             for group in groups:
                 # `ready()` would start a process to find out.
                 while not await asyncio.to_thread(group.wait, _WAIT_S):
                     pass
         except BaseException:
             for group in groups:
-                remove_placement_group(group)
+                self._keeper.give_back(group)
             free += berths
             raise
         finally:
@@ -200,6 +198,29 @@ class Pools:
         for berth in berths:
             self._groups[berth.group] += 1
         return berths
+
+    async def _ask_for(self, sizes: Sequence[int], bundle: dict[str, float], strategy: str) -> list[PlacementGroup]:
+        """Placement groups that are not placed yet. In a thread, since the GCS may not answer."""
+
+        def ask() -> list[PlacementGroup]:
+            names = [self._keeper.group_name(uuid.uuid4().hex) for _ in sizes]
+            return [
+                placement_group([bundle] * size, strategy=strategy, name=name)
+                for size, name in zip(sizes, names, strict=True)
+            ]
+
+        asking = asyncio.ensure_future(asyncio.to_thread(ask))
+        try:
+            return await asyncio.shield(asking)
+        except asyncio.CancelledError:
+            # They may be made all the same.
+            asking.add_done_callback(self._give_back)
+            raise
+
+    def _give_back(self, asking: asyncio.Future[list[PlacementGroup]]) -> None:
+        if not asking.cancelled() and asking.exception() is None:
+            for group in asking.result():
+                self._keeper.give_back(group)
 
     def _start_in(self, berth: Berth, pool: Pool, number: int) -> Member:
         config = self._config(pool)

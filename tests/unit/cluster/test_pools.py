@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import cluster.keeper
 import cluster.pools
 from cluster.planning import make_plan
 from cluster.pools import Pools, group_sizes
@@ -36,7 +37,7 @@ def groups(monkeypatch: pytest.MonkeyPatch) -> list[Group]:
         return made[-1]
 
     monkeypatch.setattr(cluster.pools, "placement_group", make)
-    monkeypatch.setattr(cluster.pools, "remove_placement_group", made.remove)
+    monkeypatch.setattr(cluster.keeper, "remove_placement_group", made.remove)
     return made
 
 

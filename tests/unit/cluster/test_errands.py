@@ -1,0 +1,49 @@
+"""Calls that nobody waits for are made all the same, in order."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from cluster.errands import Errands
+
+
+def test_a_call_that_is_made_at_once_is_waited_for() -> None:
+    made: list[int] = []
+    errands = Errands(patience_s=10)
+    assert all(errands.run(lambda n=n: made.append(n)) for n in range(3))
+    assert made == [0, 1, 2]
+
+
+def test_one_that_takes_long_holds_up_nobody_and_the_others_follow_it() -> None:
+    made: list[str] = []
+    open_again = threading.Event()
+    errands = Errands(patience_s=0.1)
+
+    def wait() -> None:
+        open_again.wait(30)
+        made.append("slow")
+
+    assert not errands.run(wait)
+    begun_s = time.monotonic()
+    for name in "abc":
+        assert not errands.run(lambda name=name: made.append(name))
+    assert time.monotonic() - begun_s < 0.1, "those behind it are not waited for"
+    assert made == []
+    open_again.set()
+    while not errands.run(lambda: None):
+        assert time.monotonic() - begun_s < 30
+    assert made == ["slow", "a", "b", "c"]
+
+
+def test_a_call_that_fails_is_logged_and_the_next_is_made(caplog: pytest.LogCaptureFixture) -> None:
+    errands = Errands(patience_s=10)
+
+    def fail() -> None:
+        raise RuntimeError("the GCS says no")
+
+    assert errands.run(fail)
+    assert "the GCS says no" in caplog.text
+    assert errands.run(lambda: None)
