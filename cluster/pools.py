@@ -102,7 +102,7 @@ class Pools:
         self._numbers[pool] += len(berths)
         # Before anybody has them: ids are given once, whichever controller gives them.
         self.note()
-        return [self._start_in(berth, pool, first + number) for number, berth in enumerate(berths)]
+        return await self._start_all(pool, first, berths)
 
     @property
     def ended(self) -> Set[WorkerId]:
@@ -149,16 +149,18 @@ class Pools:
     def end(self, member: Member) -> None:
         """Kill a member's process, whatever it does, and free what it held. Idempotent."""
         kill(member.actor)
-        berth = member.berth
         if member.worker_id in self._ended:
             return
         self._ended.add(member.worker_id)
+        self._free_berth(member.pool, member.berth)
+
+    def _free_berth(self, pool: Pool, berth: Berth) -> None:
         self._groups[berth.group] -= 1
         if self._groups[berth.group]:
-            self._free[member.pool].append(berth)
+            self._free[pool].append(berth)
             return
         del self._groups[berth.group], self._noted[berth.group]
-        self._free[member.pool] = [free for free in self._free[member.pool] if free.group != berth.group]
+        self._free[pool] = [free for free in self._free[pool] if free.group != berth.group]
         self._keeper.give_back(berth.group)
 
     def close(self) -> None:
@@ -209,18 +211,20 @@ class Pools:
                 for size, name in zip(sizes, names, strict=True)
             ]
 
-        asking = asyncio.ensure_future(asyncio.to_thread(ask))
-        try:
-            return await asyncio.shield(asking)
-        except asyncio.CancelledError:
-            # They may be made all the same.
-            asking.add_done_callback(self._give_back)
-            raise
+        return await _in_thread(ask, self._keeper.give_back)
 
-    def _give_back(self, asking: asyncio.Future[list[PlacementGroup]]) -> None:
-        if not asking.cancelled() and asking.exception() is None:
-            for group in asking.result():
-                self._keeper.give_back(group)
+    async def _start_all(self, pool: Pool, first: int, berths: Sequence[Berth]) -> list[Member]:
+        """One in each. In a thread, since Ray asks the GCS whether there is another one of that name."""
+
+        def start() -> list[Member]:
+            return [self._start_in(berth, pool, first + number) for number, berth in enumerate(berths)]
+
+        try:
+            return await _in_thread(start, self.end)
+        except ray.exceptions.RayError as error:
+            for berth in berths:
+                self._free_berth(pool, berth)
+            raise StartupError(f"Ray did not start a process for the {pool} pool: {error}") from error
 
     def _start_in(self, berth: Berth, pool: Pool, number: int) -> Member:
         config = self._config(pool)
@@ -246,6 +250,22 @@ class Pools:
     def _config(self, pool: Pool) -> PoolConfig:
         config: PoolConfig = getattr(self._plan.config.pools, pool)
         return config
+
+
+async def _in_thread(work: Callable[[], list[_T]], undo: Callable[[_T], None]) -> list[_T]:
+    """What work returns, or each of it undone once it is through where nobody waits for it any more."""
+    working = asyncio.ensure_future(asyncio.to_thread(work))
+    try:
+        return await asyncio.shield(working)
+    except asyncio.CancelledError:
+
+        def end(done: asyncio.Future[list[_T]]) -> None:
+            if not done.cancelled() and done.exception() is None:
+                for one in done.result():
+                    undo(one)
+
+        working.add_done_callback(end)
+        raise
 
 
 class Gone:

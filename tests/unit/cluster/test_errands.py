@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 
@@ -13,7 +14,7 @@ from cluster.errands import Errands
 def test_a_call_that_is_made_at_once_is_waited_for() -> None:
     made: list[int] = []
     errands = Errands(patience_s=10)
-    assert all(errands.run(lambda n=n: made.append(n)) for n in range(3))
+    assert all(errands.run(functools.partial(made.append, n)) for n in range(3))
     assert made == [0, 1, 2]
 
 
@@ -29,7 +30,7 @@ def test_one_that_takes_long_holds_up_nobody_and_the_others_follow_it() -> None:
     assert not errands.run(wait)
     begun_s = time.monotonic()
     for name in "abc":
-        assert not errands.run(lambda name=name: made.append(name))
+        assert not errands.run(functools.partial(made.append, name))
     assert time.monotonic() - begun_s < 0.1, "those behind it are not waited for"
     assert made == []
     open_again.set()
