@@ -50,8 +50,7 @@ class WireLanes:
     def link(self, shards: Sequence[WorkerId], epoch: Epoch) -> None:
         for shard in shards:
             name = _link_name(self._worker_id, shard, epoch)
-            # A connection of its own to the store: to wait there for a shard that has died holds up nobody else.
-            wire = _wire(self._store.another(), name, WORKER, self._plan, self._host)
+            wire = _wire(self._store, name, WORKER, self._plan, self._host)
             if shard in self._links:
                 self._replaced.append((shard, self._links[shard]))
             self._links[shard] = Link(wire, frame_layout(self._role, self._plan), epoch)
