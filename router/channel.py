@@ -53,12 +53,13 @@ class WireChannel:
         self._wire.receive_into(raw, until_s)
         try:
             header = Header.read(raw, self._epoch)
-        except LaneError as error:
-            self._wire.fail(error)
+        except LaneError:
+            self._wire.abort()
+            raise
         if header.kind is Kind.GONE and header.payload_bytes == 0:
             return None
         if header.kind is not Kind.PAGES or header.payload_bytes != payload_bytes:
-            self._wire.fail(LaneError(f"KV frame: found {header}, expected {payload_bytes} bytes of pages"))
+            self._wire.fail(LaneError, f"KV frame: found {header}, expected {payload_bytes} bytes of pages")
         pages = torch.empty(payload_bytes, dtype=torch.uint8)
         self._wire.receive_into(pages.numpy().data, until_s)
         return pages

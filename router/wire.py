@@ -89,16 +89,17 @@ class Wire:
         if status >= 0:
             return
         if status == wire_cpu().TIMED_OUT:
-            self.fail(LaneTimeoutError(f"nothing came for {timeout_s:g} s"))
+            self.fail(LaneTimeoutError, f"nothing came for {timeout_s:g} s")
         if status == wire_cpu().NO_FRAME:
-            self.fail(LaneError("not a frame: it says that it is longer than any may be"))
+            self.fail(LaneError, "not a frame: it says that it is longer than any may be")
         self._fail_lost()
 
-    def fail(self, error: LaneError) -> NoReturn:
+    def fail(self, kind: type[LaneError], text: str) -> NoReturn:
         """Break the connection and raise this, or that this end had broken it already."""
+        # No variable holds the error: it would hold this wire, and its port, until the next garbage collection.
         given_up = self._given_up
         self.abort()
-        raise LaneError("this end has given the wire up") if given_up else error
+        raise LaneError("this end has given the wire up") if given_up else kind(text)
 
     def abort(self) -> None:
         """Break the connection: whoever waits on it, here or at the other end, gets an error now. Idempotent."""
@@ -113,11 +114,11 @@ class Wire:
         left_s = until_s - time.monotonic()
         # What came before this end gave up is not read any more.
         if self._given_up or left_s <= 0 or not (there := poll.poll(1000 * left_s)):
-            self.fail(LaneTimeoutError(what))
+            self.fail(LaneTimeoutError, what)
         return there[0][1]
 
     def _fail_lost(self) -> NoReturn:
-        self.fail(PeerLostError("the other end has closed the connection"))
+        self.fail(PeerLostError, "the other end has closed the connection")
 
 
 def milliseconds(seconds: float) -> int:

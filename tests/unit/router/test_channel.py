@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import multiprocessing
 import os
 import signal
@@ -9,6 +10,7 @@ import socket
 import struct
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -188,6 +190,29 @@ def test_closing_frees_who_waits_at_the_same_end(end: str) -> None:
 def test_pages_of_another_epoch_are_recognised() -> None:
     with wire(PATIENT_S, decode_epoch=Epoch(9)) as ends, pytest.raises(WrongEpochError):
         transfer(ends, torch.zeros(16), 64)
+
+
+@pytest.mark.parametrize("fault", ["lost", "silent", "rubbish", "epoch"])
+def test_a_broken_channel_is_gone_with_its_last_owner_and_waits_for_no_garbage_collection(fault: str) -> None:
+    source, target = form_pair(SHORT_S)
+    held, channel = weakref.ref(target), WireChannel(target, EPOCH)
+    del target
+    gc.disable()
+    try:
+        match fault:
+            case "lost":
+                source.abort()
+            case "rubbish":
+                os.write(source.fd, _frame(Kind.REPLY, EPOCH, 0))
+            case "epoch":
+                os.write(source.fd, _frame(Kind.PAGES, EPOCH + 1, 64))
+        with contextlib.suppress(LaneError):
+            channel.receive(64)
+            pytest.fail("a broken channel still works")
+        del channel
+        assert held() is None, "its port stays open"
+    finally:
+        gc.enable()
 
 
 # Whom it lets in, and what it believes.
