@@ -42,7 +42,7 @@ from octet.messages import KvPull
 from octet.pulse import Pulse
 from prefill.engine import PrefillEngine
 from router.channel import KvChannel, WireChannel
-from router.group import GroupStore
+from router.group_store import GroupStore
 from router.handshake import GUEST_SIDE, HOST_SIDE
 from router.kv_sender import KvSender
 from router.leases import LeaseTable

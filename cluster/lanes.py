@@ -13,7 +13,7 @@ from octet.errors import ConfigError
 from octet.ids import Epoch, WorkerId
 from router.exchange import Exchange, Port
 from router.frames import FrameLayout
-from router.group import GroupStore
+from router.group_store import GroupStore
 from router.lane import SHARD, WORKER, LaneExchange, LanePort, Link
 from router.nccl_lane import NcclGroup, NcclLaneExchange, NcclLanePort
 from router.wire import Wire

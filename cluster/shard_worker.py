@@ -31,7 +31,7 @@ from octet.faults import reach
 from octet.ids import Epoch, WorkerId
 from octet.pulse import Pulse
 from router.channel import WireChannel
-from router.group import GroupStore
+from router.group_store import GroupStore
 from router.handshake import GUEST_SIDE, HOST_SIDE
 from router.telemetry_samples import ShardSample
 from router.transition import SlotFill

@@ -15,7 +15,7 @@ from torch.distributed import DistError
 
 from octet.errors import LaneTimeoutError
 from octet.secret import ClusterSecret
-from router.group import GroupStore
+from router.group_store import GroupStore
 
 HOST_SIDE, GUEST_SIDE = 0, 1
 """Ranks of a connection: the one that hosts the store listens, the other connects."""

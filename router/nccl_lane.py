@@ -22,7 +22,7 @@ from octet.errors import ExpertMissingError, LaneError
 from octet.ids import Epoch
 from router.exchange import Call, Ticket, rows_of
 from router.frames import HEADER_BYTES, FrameLayout, Header, Kind
-from router.group import GroupStore
+from router.group_store import GroupStore
 from router.lane import OPEN_ROUNDS
 from router.plan import DispatchPlan
 from router.wire import Wire

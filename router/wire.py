@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from octet.errors import LaneError, LaneTimeoutError, PeerLostError
-from router.group import GroupStore
+from router.group_store import GroupStore
 from router.handshake import meet
 
 

@@ -36,7 +36,7 @@ from octet.ids import Epoch
 from octet.secret import ClusterSecret
 from router.exchange import Call, Exchange, ExpertRows, LocalExchange, Port, Serve, Ticket, rows_of
 from router.frames import FrameLayout
-from router.group import GroupStore
+from router.group_store import GroupStore
 from router.lane import SHARD, LaneExchange, LanePort, Link
 from router.plan import PlanByShard, ShardPlan
 from router.wire import Wire

@@ -15,7 +15,7 @@ import torch
 from octet.errors import ExpertMissingError
 from router.exchange import Serve
 from router.frames import FrameLayout
-from router.group import GroupStore
+from router.group_store import GroupStore
 from router.handshake import GUEST_SIDE, HOST_SIDE
 from router.nccl_lane import NcclGroup, NcclLaneExchange, NcclLanePort
 from router.wire import Wire

@@ -25,7 +25,7 @@ from octet.errors import LaneError, LaneTimeoutError, PeerLostError, WrongEpochE
 from octet.ids import Epoch
 from router.channel import KvChannel, LocalChannel, WireChannel
 from router.frames import HEADER_BYTES, MAGIC, Kind
-from router.group import GroupStore
+from router.group_store import GroupStore
 from router.handshake import GUEST_SIDE, HOST_SIDE
 from router.wire import Wire
 from tests.exchange_conformance import CONNECT_S, HOST, MARGIN_S, PATIENT_S, SECRET, SHORT_S, form_pair, within

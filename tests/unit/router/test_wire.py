@@ -21,7 +21,7 @@ from octet.errors import ExpertMissingError, LaneError, LaneTimeoutError, PeerLo
 from octet.ids import Epoch
 from ops.chaos.observe import num_ports
 from router.frames import MAGIC, FrameLayout, new_frames
-from router.group import GroupStore
+from router.group_store import GroupStore
 from router.handshake import GUEST_SIDE, HOST_SIDE
 from router.lane import LaneExchange, LanePort, Link
 from router.plan import PlanByShard, ShardPlan
