@@ -41,14 +41,16 @@ from octet.mailbox import Mailbox
 from octet.messages import KvPull
 from octet.pulse import Pulse
 from prefill.engine import PrefillEngine
-from router.channel import GroupChannel, KvChannel
-from router.group import Group, GroupStore
+from router.channel import KvChannel, WireChannel
+from router.group_store import GroupStore
+from router.handshake import GUEST_SIDE, HOST_SIDE
 from router.kv_sender import KvSender
 from router.leases import LeaseTable
 from router.plan import Planner
 from router.routed_experts import RoutedExperts
 from router.routing import Routing
 from router.telemetry_samples import WorkerSample
+from router.wire import Wire
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,8 +141,7 @@ class AttentionWorker:
         Raises: LaneTimeoutError.
         """
         sender = self._built.sender
-        # A connection of its own to the store: to wait there for a peer that has died holds up nobody else.
-        channel = self._channel(self._store.another(), self._worker_id, peer, attempt, rank=0)
+        channel = self._channel(self._store, self._worker_id, peer, attempt, HOST_SIDE)
         sender.connect(peer, channel, attempt)
 
     def receive_from(self, peer: Endpoint, attempt: int) -> None:
@@ -148,7 +149,7 @@ class AttentionWorker:
         receiver = self._built.receiver
         assert receiver is not None
         store = self._peer_stores.of(peer)
-        channel = self._channel(store, peer.worker_id, self._worker_id, attempt, rank=1)
+        channel = self._channel(store, peer.worker_id, self._worker_id, attempt, GUEST_SIDE)
         receiver.connect(peer.worker_id, channel, attempt)
 
     def forget(self, peers: Sequence[WorkerId]) -> None:
@@ -244,11 +245,10 @@ class AttentionWorker:
         return (*parts.sender.severed, *(parts.receiver.severed if parts.receiver is not None else ()))
 
     def _channel(self, store: GroupStore, source: WorkerId, target: WorkerId, attempt: int, rank: int) -> KvChannel:
-        """The source hosts the store and is rank 0."""
+        """The source hosts the store."""
         config, epoch = self._plan.config, self._plan.routing.epoch
         name, transfer_s = f"kv/{source}/{target}/{attempt}", config.handoff.timeout_s
-        group = Group(store, name, rank, 2, self._host, config.lane.connect_s, transfer_s)
-        return GroupChannel(group, epoch, transfer_s)
+        return WireChannel(Wire.join(store, name, rank, self._host, config.lane.connect_s, transfer_s), epoch)
 
     def _build(self, weights: AttentionWeights, mtp: MtpWeights | None) -> _Parts:
         plan = self._plan

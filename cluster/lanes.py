@@ -13,7 +13,7 @@ from octet.errors import ConfigError
 from octet.ids import Epoch, WorkerId
 from router.exchange import Exchange, Port
 from router.frames import FrameLayout
-from router.group import Group, GroupStore
+from router.group_store import GroupStore
 from router.lane import SHARD, WORKER, LaneExchange, LanePort, Link
 from router.nccl_lane import NcclGroup, NcclLaneExchange, NcclLanePort
 from router.wire import Wire
@@ -50,8 +50,7 @@ class WireLanes:
     def link(self, shards: Sequence[WorkerId], epoch: Epoch) -> None:
         for shard in shards:
             name = _link_name(self._worker_id, shard, epoch)
-            # A connection of its own to the store: to wait there for a shard that has died holds up nobody else.
-            wire = _wire(self._store.another(), name, WORKER, self._plan, self._host)
+            wire = _wire(self._store, name, WORKER, self._plan, self._host)
             if shard in self._links:
                 self._replaced.append((shard, self._links[shard]))
             self._links[shard] = Link(wire, frame_layout(self._role, self._plan), epoch)
@@ -81,11 +80,13 @@ class NcclLanes:
         """Raises: ConfigError if there is a lane already: shards do not come and go over NCCL yet."""
         if self._lane is not None:
             raise ConfigError("pools.experts.size", "a change while serving", "the size at the start, on GPUs")
-        name, size, device = _lane_name(self._worker_id, epoch), len(shards) + 1, torch.device(self._plan.device)
-        control = _group(self._store, name, 0, size, self._plan, self._host)
-        data = NcclGroup(self._store, name, 0, size, device)
-        layout = frame_layout(self._role, self._plan)
-        self._lane = NcclLaneExchange(control, data, len(shards), layout, epoch, device)
+        name, device = _lane_name(self._worker_id, epoch), torch.device(self._plan.device)
+        wires = [
+            _wire(self._store, _link_name(self._worker_id, shard, epoch), WORKER, self._plan, self._host)
+            for shard in shards
+        ]
+        data = NcclGroup(self._store, name, 0, len(shards) + 1, device)
+        self._lane = NcclLaneExchange(wires, data, frame_layout(self._role, self._plan), epoch, device)
 
     def exchange(self, shards: Sequence[WorkerId]) -> Exchange:
         assert self._lane is not None
@@ -123,14 +124,13 @@ def open_port(
     Raises: LaneTimeoutError.
     """
     layout, silence_s = frame_layout(role, plan), plan.config.lane.timeout_s
+    wire = _wire(store, _link_name(peer.worker_id, shard, epoch), SHARD, plan, host)
     if plan.device == "cpu":
-        wire = _wire(store, _link_name(peer.worker_id, shard, epoch), SHARD, plan, host)
         return LanePort(wire, layout, epoch, silence_s)
     name, rank, size = _lane_name(peer.worker_id, epoch), linked.index(shard) + 1, len(linked) + 1
     device = torch.device(plan.device)
-    control = _group(store, name, rank, size, plan, host)
     data = NcclGroup(store, name, rank, size, device)
-    return NcclLanePort(control, data, layout, epoch, silence_s, device)
+    return NcclLanePort(wire, data, layout, epoch, silence_s, device)
 
 
 def serving_dtype(plan: ServingPlan) -> torch.dtype:
@@ -148,11 +148,6 @@ def frame_layout(role: Role, plan: ServingPlan) -> FrameLayout:
         else config.decode.max_batch * (1 + config.speculation.num_speculative_tokens),
         dtype=serving_dtype(plan),
     )
-
-
-def _group(store: GroupStore, name: str, rank: int, size: int, plan: ServingPlan, host: str) -> Group:
-    lane = plan.config.lane
-    return Group(store, name, rank, size, host, lane.connect_s, lane.timeout_s)
 
 
 def _wire(store: GroupStore, name: str, rank: int, plan: ServingPlan, host: str) -> Wire:

@@ -30,14 +30,16 @@ from octet.errors import LaneError
 from octet.faults import reach
 from octet.ids import Epoch, WorkerId
 from octet.pulse import Pulse
-from router.channel import GroupChannel
-from router.group import Group, GroupStore
+from router.channel import WireChannel
+from router.group_store import GroupStore
+from router.handshake import GUEST_SIDE, HOST_SIDE
 from router.telemetry_samples import ShardSample
 from router.transition import SlotFill
+from router.wire import Wire
 
 _log = logging.getLogger(__name__)
 
-_BORROWER, _LENDER = 1, 0
+_LENDER, _BORROWER = HOST_SIDE, GUEST_SIDE
 _TRANSFER_CONNECT_S = 10.0
 """A lender that does not come within this time is done without: there is the checkpoint."""
 
@@ -205,10 +207,6 @@ class ShardWorker:
         finally:
             channel.close()
 
-    def _channel(
-        self, store: GroupStore, rank: int, lender: WorkerId, borrower: WorkerId, attempt: str
-    ) -> GroupChannel:
-        timeout_s = self._plan.config.lane.timeout_s
-        name = f"weights/{lender}/{borrower}/{attempt}"
-        group = Group(store, name, rank, 2, self._host, _TRANSFER_CONNECT_S, timeout_s)
-        return GroupChannel(group, Epoch(0), timeout_s)
+    def _channel(self, store: GroupStore, rank: int, lender: WorkerId, borrower: WorkerId, attempt: str) -> WireChannel:
+        name, timeout_s = f"weights/{lender}/{borrower}/{attempt}", self._plan.config.lane.timeout_s
+        return WireChannel(Wire.join(store, name, rank, self._host, _TRANSFER_CONNECT_S, timeout_s), Epoch(0))

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from cluster.members import Endpoint
 from octet.ids import WorkerId
 from octet.secret import ClusterSecret
-from router.group import GroupStore
+from router.group_store import GroupStore
 
 
 class Stores:

@@ -9,13 +9,13 @@ import torch
 
 from experts.slots import ExpertSlots, Fill
 from octet.errors import LaneError
-from router.channel import GroupChannel
+from router.channel import WireChannel
 
 Expert = tuple[int, int]
 """Layer and logical expert."""
 
 
-def lend(slots: ExpertSlots, experts: Sequence[Expert], channel: GroupChannel, bytes_per_s: float | None) -> None:
+def lend(slots: ExpertSlots, experts: Sequence[Expert], channel: WireChannel, bytes_per_s: float | None) -> None:
     """Send experts in this order, at most so fast; one that is not held (any more) is answered with "gone".
 
     Raises: LaneError.
@@ -30,7 +30,7 @@ def lend(slots: ExpertSlots, experts: Sequence[Expert], channel: GroupChannel, b
 
 
 def borrow(
-    slots: ExpertSlots, fills: Sequence[Fill], channel: GroupChannel, note: Callable[[int], None] = lambda count: None
+    slots: ExpertSlots, fills: Sequence[Fill], channel: WireChannel, note: Callable[[int], None] = lambda count: None
 ) -> list[Fill]:
     """Fill slots with what `lend` sends. Returns: the fills that did not come, for another source.
 

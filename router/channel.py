@@ -1,4 +1,4 @@
-"""A two-ended channel that carries large tensors, like a lane of two: KV pages, and experts' weights between shards.
+"""A two-ended channel that carries large tensors one way: KV pages, and experts' weights between shards.
 
 A decode worker pulls KV pages: it asks with a message, then receives. The answer is one frame, "gone", or as many as
 the pages have parts: neither end ever holds a whole prompt's KV beside its pages.
@@ -7,6 +7,7 @@ the pages have parts: neither end ever holds a whole prompt's KV beside its page
 from __future__ import annotations
 
 import queue
+import time
 from typing import Protocol
 
 import torch
@@ -14,7 +15,7 @@ import torch
 from octet.errors import LaneError, LaneTimeoutError
 from octet.ids import Epoch
 from router.frames import HEADER_BYTES, Header, Kind
-from router.group import Group
+from router.wire import Wire
 
 
 class KvChannel(Protocol):
@@ -27,33 +28,47 @@ class KvChannel(Protocol):
     def close(self) -> None: ...
 
 
-class GroupChannel:
-    """Over a process group of two."""
+class WireChannel:
+    """Over a wire. A part is one frame, which goes from and into the memory of its tensor.
 
-    def __init__(self, group: Group, epoch: Epoch, timeout_s: float) -> None:
-        self._group, self._epoch, self._timeout_s = group, epoch, timeout_s
+    What comes is believed to be as long as was asked for, and nothing else is read: any other frame breaks the channel.
+    """
+
+    def __init__(self, wire: Wire, epoch: Epoch) -> None:
+        """
+        Args:
+            wire: its default deadline is that of each part.
+        """
+        self._wire, self._epoch = wire, epoch
 
     def send(self, pages: torch.Tensor | None) -> None:
-        payload = None if pages is None else pages.reshape(-1).view(torch.uint8)
-        size = 0 if payload is None else len(payload)
-        frame = torch.empty(HEADER_BYTES + size, dtype=torch.uint8)
-        Header(kind=Kind.GONE if payload is None else Kind.PAGES, epoch=self._epoch, payload_bytes=size).write(frame)
-        if payload is not None:
-            frame[HEADER_BYTES:] = payload
-        self._group.send(frame, to=1).wait(self._timeout_s)
+        payload = torch.empty(0, dtype=torch.uint8) if pages is None else pages.reshape(-1).view(torch.uint8).cpu()
+        header = memoryview(bytearray(HEADER_BYTES))
+        kind = Kind.GONE if pages is None else Kind.PAGES
+        Header(kind=kind, epoch=self._epoch, payload_bytes=payload.nbytes).write(header)
+        self._wire.send(header, payload.numpy().data, until_s=self._deadline_s())
 
     def receive(self, payload_bytes: int) -> torch.Tensor | None:
-        frame = torch.empty(HEADER_BYTES + payload_bytes, dtype=torch.uint8)
-        self._group.receive(frame, source=0).wait(self._timeout_s)
-        header = Header.read(frame, self._epoch)
-        if header.kind is Kind.GONE:
+        until_s, raw = self._deadline_s(), memoryview(bytearray(HEADER_BYTES))
+        self._wire.receive_into(raw, until_s)
+        try:
+            header = Header.read(raw, self._epoch)
+        except LaneError:
+            self._wire.abort()
+            raise
+        if header.kind is Kind.GONE and header.payload_bytes == 0:
             return None
         if header.kind is not Kind.PAGES or header.payload_bytes != payload_bytes:
-            raise LaneError(f"KV frame: found {header}, expected {payload_bytes} bytes of pages")
-        return frame[HEADER_BYTES:]
+            self._wire.fail(LaneError, f"KV frame: found {header}, expected {payload_bytes} bytes of pages")
+        pages = torch.empty(payload_bytes, dtype=torch.uint8)
+        self._wire.receive_into(pages.numpy().data, until_s)
+        return pages
 
     def close(self) -> None:
-        self._group.abort()
+        self._wire.abort()
+
+    def _deadline_s(self) -> float:
+        return time.monotonic() + self._wire.timeout_s
 
 
 class LocalChannel:

@@ -1,7 +1,7 @@
 """The way of rows between an attention worker and its expert shards, whatever carries it.
 
 `Exchange` is the attention worker's end, `Port` a shard's. Implementations: `LocalExchange` here (one process),
-`router.lane` (gloo), `router.nccl_lane` (NCCL). One conformance test holds them all to this contract.
+`router.lane` (wires), `router.nccl_lane` (NCCL). One conformance test holds them all to this contract.
 
 Shapes: `T` tokens, `U` rows sent to one shard, `H` hidden, `K` experts per token.
 """

@@ -23,8 +23,9 @@ from octet.errors import ExpertMissingError, LaneError, LaneTimeoutError
 from octet.ids import Epoch
 from router.exchange import Call, Ticket
 from router.frames import HEADER_BYTES, FrameBuffer, FrameLayout, Header, Kind, new_frames
+from router.handshake import GUEST_SIDE, HOST_SIDE
 from router.plan import DispatchPlan, ShardArrays
-from router.wire import GUEST_SIDE, HOST_SIDE, Wire, milliseconds, wire_cpu
+from router.wire import Wire, milliseconds, wire_cpu
 
 OPEN_ROUNDS = 2
 """Rounds that may be under way at once: two micro-batches take turns."""

@@ -1,16 +1,19 @@
-"""A lane over NCCL: frames between GPUs, each announced by a header over the lane's CPU group.
+"""A lane over NCCL: frames between GPUs, each announced by a header over a wire between attention worker and shard.
 
 An NCCL receive occupies multiprocessors until its sender comes, and a shard has as many lanes as there are attention
-workers. So nobody posts one before it knows that the frame is there, and how long it is: the header says so, over
-gloo. Silence and lost peers are likewise noticed on the CPU group, where a wait costs nothing.
+workers. So nobody posts one before it knows that the frame is there, and how long it is: the header says so. Silence
+and lost peers are likewise noticed on the wires, where a wait costs nothing.
 
-Ranks are those of the CPU group: the attention worker is 0, shard `i` is `i + 1`.
+Ranks are those of the NCCL group: the attention worker is 0, shard `i` is `i + 1`.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,9 +22,10 @@ from octet.errors import ExpertMissingError, LaneError
 from octet.ids import Epoch
 from router.exchange import Call, Ticket, rows_of
 from router.frames import HEADER_BYTES, FrameLayout, Header, Kind
-from router.group import Group, GroupStore, Transfer
+from router.group_store import GroupStore
 from router.lane import OPEN_ROUNDS
 from router.plan import DispatchPlan
+from router.wire import Wire
 
 
 class NcclGroup:
@@ -51,47 +55,44 @@ class NcclGroup:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Round:
-    """One dispatch under way. `headers` are what the shards announce their replies with."""
+    """One dispatch under way."""
 
     layer: int
     sequence: int
     rows: dict[int, torch.Tensor]
     """The tokens `[U]` sent, by shard."""
-    headers: list[torch.Tensor | None]
-    announced: list[Transfer | None]
 
 
 class NcclLaneExchange:
     """The attention worker's end. Belongs to one thread and its CUDA stream."""
 
     def __init__(
-        self, control: Group, data: NcclGroup, num_shards: int, layout: FrameLayout, epoch: Epoch, device: torch.device
+        self, wires: Sequence[Wire], data: NcclGroup, layout: FrameLayout, epoch: Epoch, device: torch.device
     ) -> None:
-        self._control, self._data, self._num_shards = control, data, num_shards
+        """
+        Args:
+            wires: one per shard, in the order of the placement's.
+        """
+        self._wires, self._data = tuple(wires), data
         self._layout, self._epoch, self._device = layout, epoch, device
         self._open: collections.deque[_Round] = collections.deque()
         self._sequence = 0
 
     @property
     def num_shards(self) -> int:
-        return self._num_shards
+        return len(self._wires)
 
     def send(self, layer: int, x_TH: torch.Tensor, plan: DispatchPlan) -> Ticket:
         if len(self._open) == OPEN_ROUNDS:
             raise LaneError(f"{OPEN_ROUNDS} rounds are under way: receive one first")
-        parts = {shard: part for shard in range(self._num_shards) if (part := plan.of(shard)) is not None}
-        frames = {shard + 1: self._layout.pack_call(rows_of(x_TH, part), self._device) for shard, part in parts.items()}
+        parts = {shard: part for shard in range(self.num_shards) if (part := plan.of(shard)) is not None}
+        frames = {shard: self._layout.pack_call(rows_of(x_TH, part), self._device) for shard, part in parts.items()}
         rows = {shard: part.rows_U for shard, part in parts.items()}
-        headers: list[torch.Tensor | None] = [None] * self._num_shards
-        announced: list[Transfer | None] = [None] * self._num_shards
-        for rank in frames:
-            shard = rank - 1
-            header = torch.empty(HEADER_BYTES, dtype=torch.uint8)
-            headers[shard], announced[shard] = header, self._control.receive(header, rank)
-            self._announce(rank, Kind.CALL, layer, len(rows[shard]), len(frames[rank]))
+        for shard, frame in frames.items():
+            self._announce(shard, Kind.CALL, layer, len(rows[shard]), len(frame))
         if frames:
-            self._data.exchange(frames, {})
-        started = _Round(layer, self._sequence, rows, headers, announced)
+            self._data.exchange({shard + 1: frame for shard, frame in frames.items()}, {})
+        started = _Round(layer, self._sequence, rows)
         self._open.append(started)
         self._sequence += 1
         return started
@@ -102,14 +103,12 @@ class NcclLaneExchange:
         current = self._open.popleft()
         frames: dict[int, torch.Tensor] = {}
         refused: list[int] = []
-        for shard, (raw, transfer) in enumerate(zip(current.headers, current.announced, strict=True)):
-            if raw is None or transfer is None:
-                continue
-            transfer.wait()
-            header = Header.read(raw, self._epoch)
+        for shard, rows_U in current.rows.items():
+            wire = self._wires[shard]
+            header = _heard(wire, self._epoch, wire.timeout_s)
             if header.sequence != current.sequence:
                 raise LaneError(f"shard {shard} answered frame {header.sequence}, expected {current.sequence}")
-            self._layout.check_reply(header, len(current.rows[shard]))
+            self._layout.check_reply(header, len(rows_U))
             if header.kind is Kind.REFUSAL:
                 refused.append(shard)
             frame = torch.empty(header.payload_bytes, dtype=torch.uint8, device=self._device)
@@ -124,32 +123,28 @@ class NcclLaneExchange:
             y_TH.index_add_(0, rows_U, frames[shard + 1].view(dtype).view(-1, hidden).float())
 
     def heartbeat(self) -> None:
-        for rank in range(1, self._num_shards + 1):
-            self._announce(rank, Kind.HEARTBEAT)
+        for shard in range(self.num_shards):
+            self._announce(shard, Kind.HEARTBEAT)
 
     def close(self) -> None:
         """Tell every shard, and break the connections."""
-        try:
-            for rank in range(1, self._num_shards + 1):
-                self._announce(rank, Kind.CLOSE)
-        except LaneError:
+        for shard, wire in enumerate(self._wires):
             # A shard that is gone already needs no telling.
-            return
-        finally:
-            self._control.abort()
-            self._data.abort()
+            with contextlib.suppress(LaneError):
+                self._announce(shard, Kind.CLOSE)
+            wire.abort()
+        self._data.abort()
 
-    def _announce(self, rank: int, kind: Kind, layer: int = 0, num_rows: int = 0, payload_bytes: int = 0) -> None:
-        frame = torch.empty(HEADER_BYTES, dtype=torch.uint8)
-        Header(
+    def _announce(self, shard: int, kind: Kind, layer: int = 0, num_rows: int = 0, payload_bytes: int = 0) -> None:
+        header = Header(
             kind=kind,
             epoch=self._epoch,
             sequence=self._sequence,
             layer=layer,
             num_rows=num_rows,
             payload_bytes=payload_bytes,
-        ).write(frame)
-        self._control.send(frame, rank).wait()
+        )
+        _tell(self._wires[shard], header)
 
 
 class NcclLanePort:
@@ -157,21 +152,23 @@ class NcclLanePort:
 
     def __init__(
         self,
-        control: Group,
+        wire: Wire,
         data: NcclGroup,
         layout: FrameLayout,
         epoch: Epoch,
         timeout_s: float,
         device: torch.device,
     ) -> None:
-        self._control, self._data, self._layout = control, data, layout
+        """
+        Args:
+            timeout_s: silence after which the attention worker is given up; it sends heartbeats more often than that.
+        """
+        self._wire, self._data, self._layout = wire, data, layout
         self._epoch, self._timeout_s, self._device = epoch, timeout_s, device
 
     def receive(self) -> Call | None:
-        raw = torch.empty(HEADER_BYTES, dtype=torch.uint8)
         while True:
-            self._control.receive(raw, 0).wait(self._timeout_s)
-            header = Header.read(raw, self._epoch)
+            header = _heard(self._wire, self._epoch, self._timeout_s)
             if header.kind is Kind.CLOSE:
                 return None
             if header.kind is not Kind.HEARTBEAT:
@@ -191,18 +188,31 @@ class NcclLanePort:
         self._post(call, Kind.REFUSAL, 0, torch.tensor(text, dtype=torch.uint8, device=self._device))
 
     def close(self) -> None:
-        self._control.abort()
+        self._wire.abort()
         self._data.abort()
 
     def _post(self, call: Call, kind: Kind, num_rows: int, frame: torch.Tensor) -> None:
-        header = torch.empty(HEADER_BYTES, dtype=torch.uint8)
-        Header(
+        header = Header(
             kind=kind,
             epoch=self._epoch,
             sequence=call.sequence,
             layer=call.layer,
             num_rows=num_rows,
             payload_bytes=len(frame),
-        ).write(header)
-        self._control.send(header, 0).wait()
+        )
+        _tell(self._wire, header)
         self._data.exchange({0: frame}, {})
+
+
+def _tell(wire: Wire, header: Header) -> None:
+    """Raises: LaneError."""
+    memory = memoryview(bytearray(HEADER_BYTES))
+    header.write(memory)
+    wire.send(memory, until_s=time.monotonic() + wire.timeout_s)
+
+
+def _heard(wire: Wire, epoch: Epoch, timeout_s: float) -> Header:
+    """The next header. Raises: LaneError."""
+    memory = memoryview(bytearray(HEADER_BYTES))
+    wire.receive_into(memory, time.monotonic() + timeout_s)
+    return Header.read(memory, epoch)

@@ -1,7 +1,8 @@
 """A wire: one TCP connection between two of our processes, which carries frames in order, each way.
 
 Whoever waits for a frame reads it from the socket itself, and who sends one writes it there: no thread stands between.
-Before the first frame both ends show each other that they know the cluster's secret.
+Small frames, of which each layer has some, go through compiled calls (`router.wire_cpu`); large ones, and headers on
+GPUs, through the two methods here, which do without numba.
 """
 
 from __future__ import annotations
@@ -9,34 +10,20 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import secrets
-import selectors
+import select
 import socket
 import time
 import weakref
 from types import ModuleType
-from typing import cast
-
-from torch.distributed import DistError
+from typing import NoReturn
 
 from octet.errors import LaneError, LaneTimeoutError, PeerLostError
-from octet.secret import ClusterSecret
-from router.group import GroupStore
-
-HOST_SIDE, GUEST_SIDE = 0, 1
-"""Ranks of a wire: the one that hosts the store listens, the other connects."""
-
-_NONCE_BYTES, _PROOF_BYTES = 32, 32
-_GUEST_PROOF, _HOST_PROOF = "wire guest", "wire host"
-"""Each end signs both nonces for its own side alone, so that neither end's proof can be handed back to it."""
-_KNOCK_S = 2.0
-"""How long whoever connects may take to show who it is."""
-_MAX_KNOCKING = 128
-"""Who connects when so many have not shown who they are takes the place of the one that has waited longest."""
+from router.group_store import GroupStore
+from router.handshake import meet
 
 
 class Wire:
-    """A connected end. Any thread may call `abort`."""
+    """A connected end. Any thread may call `abort`; otherwise one thread sends and one receives."""
 
     def __init__(self, connection: socket.socket, timeout_s: float) -> None:
         """
@@ -53,36 +40,66 @@ class Wire:
 
     @staticmethod
     def join(store: GroupStore, name: str, rank: int, host: str, connect_s: float, timeout_s: float) -> Wire:
-        """Connect to the other rank, which joins at the same time.
+        """Connect to the other rank, which joins at the same time. See `router.handshake.meet`."""
+        return Wire(meet(store, name, rank, host, connect_s), timeout_s)
 
-        Args:
-            host: this end's address.
+    def send(self, *parts: memoryview, until_s: float) -> None:
+        """Send all bytes of these, one after the other, by `until_s` of the monotonic clock.
 
-        Raises: LaneTimeoutError if it does not come.
+        Returns once the system has taken them: the other end may not have read them yet.
+        Raises: LaneTimeoutError, PeerLostError, LaneError; the wire is of no more use then.
         """
-        deadline_s = time.monotonic() + connect_s
-        try:
-            if rank == HOST_SIDE:
-                connection = _accept(store, name, host, deadline_s)
-            else:
-                connection = _connect(store, name, deadline_s)
-        except (OSError, RuntimeError, DistError) as error:
-            raise LaneTimeoutError(f"wire {name}: nobody joined rank {rank} in {connect_s} s: {error}") from None
-        return Wire(connection, timeout_s)
+        left = [part for part in parts if part.nbytes]
+        while left:
+            # The other end may have gone while it was not reading; nobody makes room then.
+            events = self._await(select.POLLOUT | select.POLLRDHUP, until_s, "a frame was not read in time")
+            if events & select.POLLRDHUP:
+                self._fail_lost()
+            try:
+                sent = self._connection.sendmsg(left)
+            except BlockingIOError:
+                continue
+            except OSError:
+                self._fail_lost()
+            while left and sent >= left[0].nbytes:
+                sent -= left.pop(0).nbytes
+            if sent:
+                left[0] = left[0][sent:]
+
+    def receive_into(self, room: memoryview, until_s: float) -> None:
+        """Fill all of it with what comes next, by `until_s` of the monotonic clock.
+
+        Raises: LaneTimeoutError, PeerLostError, LaneError; the wire is of no more use then.
+        """
+        have = 0
+        while have < room.nbytes:
+            self._await(select.POLLIN, until_s, "no whole frame came in time")
+            try:
+                count = self._connection.recv_into(room[have:])
+            except BlockingIOError:
+                continue
+            except OSError:
+                count = 0
+            if count == 0:
+                self._fail_lost()
+            have += count
 
     def check(self, status: int, timeout_s: float) -> None:
         """Raises: LaneError for what a call of `router.wire_cpu` ended with; the wire is of no more use then."""
         if status >= 0:
             return
+        if status == wire_cpu().TIMED_OUT:
+            self.fail(LaneTimeoutError, f"nothing came for {timeout_s:g} s")
+        if status == wire_cpu().NO_FRAME:
+            self.fail(LaneError, "not a frame: it says that it is longer than any may be")
+        self._fail_lost()
+
+    def fail(self, kind: type[LaneError], text: str) -> NoReturn:
+        """Break the connection and raise this, or that this end had broken it already."""
+        # No variable holds the error: it would hold this wire, and its port, until the next garbage collection.
         given_up = self._given_up
         self.abort()
-        if given_up:
-            raise LaneError("this end has given the wire up")
-        if status == wire_cpu().TIMED_OUT:
-            raise LaneTimeoutError(f"nothing came for {timeout_s:g} s")
-        if status == wire_cpu().NO_FRAME:
-            raise LaneError("not a frame: it says that it is longer than any may be")
-        raise PeerLostError("the other end has closed the connection")
+        raise LaneError("this end has given the wire up") if given_up else kind(text)
 
     def abort(self) -> None:
         """Break the connection: whoever waits on it, here or at the other end, gets an error now. Idempotent."""
@@ -90,142 +107,23 @@ class Wire:
         with contextlib.suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)
 
+    def _await(self, events: int, until_s: float, what: str) -> int:
+        """Which of the events there are, and of those that are always told. Raises: LaneTimeoutError, LaneError."""
+        poll = select.poll()
+        poll.register(self.fd, events)
+        left_s = until_s - time.monotonic()
+        # What came before this end gave up is not read any more.
+        if self._given_up or left_s <= 0 or not (there := poll.poll(1000 * left_s)):
+            self.fail(LaneTimeoutError, what)
+        return there[0][1]
+
+    def _fail_lost(self) -> NoReturn:
+        self.fail(PeerLostError, "the other end has closed the connection")
+
 
 def milliseconds(seconds: float) -> int:
     """At least one: `poll` returns at once for none."""
     return max(1, round(1000 * seconds))
-
-
-def _accept(store: GroupStore, name: str, host: str, deadline_s: float) -> socket.socket:
-    """Whoever shows first that it is a member. Strangers wait beside it, not before it. Raises: OSError."""
-    with (
-        socket.create_server((host, 0), family=_family(host), backlog=_MAX_KNOCKING) as listener,
-        selectors.DefaultSelector() as selector,
-    ):
-        listener.setblocking(False)
-        selector.register(listener, selectors.EVENT_READ)
-        store.publish(name, f"{host} {listener.getsockname()[1]}".encode())
-        knocking: dict[socket.socket, _Knock] = {}
-
-        def turn_away(connection: socket.socket) -> None:
-            selector.unregister(connection)
-            del knocking[connection]
-            connection.close()
-            store.note_refusal(f"wire {name}")
-
-        try:
-            while True:
-                patience_s = [knock.until_s - time.monotonic() for knock in knocking.values()]
-                for key, _ in selector.select(max(0.0, min([_left(deadline_s), *patience_s]))):
-                    if key.fileobj is listener:
-                        knock = _Knock.answer(listener)
-                        if knock is not None:
-                            knocking[knock.connection] = knock
-                            selector.register(knock.connection, selectors.EVENT_READ)
-                        continue
-                    knock = knocking[cast("socket.socket", key.fileobj)]
-                    told = knock.hear()
-                    if told and knock.welcome(store.secret, name, deadline_s):
-                        del knocking[knock.connection]
-                        return knock.connection
-                    if told is not None:
-                        turn_away(knock.connection)
-                now_s = time.monotonic()
-                for connection, knock in list(knocking.items()):
-                    if now_s >= knock.until_s or len(knocking) > _MAX_KNOCKING:
-                        turn_away(connection)
-        finally:
-            for connection in knocking:
-                connection.close()
-
-
-class _Knock:
-    """Somebody who has connected to the host and has to show who it is."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self.connection, self.until_s = connection, time.monotonic() + _KNOCK_S
-        self._nonce, self._heard = secrets.token_bytes(_NONCE_BYTES), b""
-
-    @classmethod
-    def answer(cls, listener: socket.socket) -> _Knock | None:
-        """None if whoever it was is gone. Raises: OSError."""
-        try:
-            connection, _ = listener.accept()
-        except (BlockingIOError, ConnectionAbortedError):
-            return None
-        try:
-            connection.setblocking(False)
-            knock = cls(connection)
-            connection.sendall(knock._nonce)
-        except OSError:
-            connection.close()
-            return None
-        return knock
-
-    def hear(self) -> bool | None:
-        """Whether it has said all that it has to; None if more has to come."""
-        try:
-            part = self.connection.recv(_NONCE_BYTES + _PROOF_BYTES - len(self._heard))
-        except BlockingIOError:
-            return None
-        except OSError:
-            return False
-        self._heard += part
-        if len(self._heard) == _NONCE_BYTES + _PROOF_BYTES:
-            return True
-        return None if part else False
-
-    def welcome(self, secret: ClusterSecret, name: str, deadline_s: float) -> bool:
-        """Whether it is a member; shows it then that this end is one too."""
-        theirs, proof = self._heard[:_NONCE_BYTES], self._heard[_NONCE_BYTES:]
-        if not secret.has_signed(_GUEST_PROOF, name.encode() + self._nonce + theirs, proof):
-            return False
-        try:
-            self.connection.settimeout(min(_KNOCK_S, _left(deadline_s)))
-            self.connection.sendall(secret.sign(_HOST_PROOF, name.encode() + self._nonce + theirs))
-        except OSError:
-            return False
-        return True
-
-
-def _connect(store: GroupStore, name: str, deadline_s: float) -> socket.socket:
-    """Raises: OSError, RuntimeError or DistError."""
-    host, port = store.look_up(name, _left(deadline_s)).split(b" ")
-    connection = socket.create_connection((host.decode(), int(port)), _left(deadline_s))
-    try:
-        theirs, mine = _read(connection, _NONCE_BYTES, deadline_s), secrets.token_bytes(_NONCE_BYTES)
-        connection.sendall(mine + store.secret.sign(_GUEST_PROOF, name.encode() + theirs + mine))
-        proof = _read(connection, _PROOF_BYTES, deadline_s)
-        if not store.secret.has_signed(_HOST_PROOF, name.encode() + theirs + mine, proof):
-            raise OSError("a stranger answered")
-    except BaseException:
-        connection.close()
-        raise
-    return connection
-
-
-def _read(connection: socket.socket, size: int, deadline_s: float) -> bytes:
-    """Raises: OSError, however slowly it comes."""
-    data = b""
-    while len(data) < size:
-        connection.settimeout(_left(deadline_s))
-        part = connection.recv(size - len(data))
-        if not part:
-            raise ConnectionResetError("closed by peer")
-        data += part
-    return data
-
-
-def _left(deadline_s: float) -> float:
-    """Raises: TimeoutError."""
-    left_s = deadline_s - time.monotonic()
-    if left_s <= 0:
-        raise TimeoutError("timed out")
-    return left_s
-
-
-def _family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 @functools.cache

@@ -1,8 +1,9 @@
 """What every `router.exchange.Exchange` and `Port` does, whatever carries the rows.
 
 An implementation is held to the contract by a subclass of `ExchangeConformance` whose `implementation` opens its lanes;
-`tests/unit/router/test_exchange.py` does so for `LocalExchange` and wires. Everything that a shard is given to run is
-picklable, so that an implementation may put its shards into processes of their own.
+`tests/unit/router/test_exchange.py` does so for `LocalExchange` and wires, `test_nccl_lane.py` for NCCL lanes.
+Everything that a shard is given to run is picklable, so that an implementation may put its shards into processes of
+their own.
 
 Shapes: `U` rows sent to one shard, `H` hidden, `K` experts per token.
 """
@@ -15,10 +16,10 @@ import functools
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from typing import ClassVar, NoReturn, Protocol, TypeVar
+from typing import ClassVar, NoReturn, Protocol
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ from octet.ids import Epoch
 from octet.secret import ClusterSecret
 from router.exchange import Call, Exchange, ExpertRows, LocalExchange, Port, Serve, Ticket, rows_of
 from router.frames import FrameLayout
-from router.group import Group, GroupStore
+from router.group_store import GroupStore
 from router.lane import SHARD, LaneExchange, LanePort, Link
 from router.plan import PlanByShard, ShardPlan
 from router.wire import Wire
@@ -51,8 +52,6 @@ SHORT_S = 0.5
 """A deadline that a test waits for."""
 MARGIN_S = 5.0
 """What a loaded machine may add to a deadline."""
-
-_End = TypeVar("_End")
 
 _random = torch.Generator()
 _random.seed()
@@ -198,7 +197,7 @@ class Local:
 class WireEnds:
     wires: Sequence[Wire]
     exchange: ByShard
-    ports: Sequence[LanePort]
+    ports: Sequence[Port]
 
     def vanish(self) -> None:
         for wire in self.wires:
@@ -228,32 +227,29 @@ class Wires:
     def open(self, settings: LaneSettings) -> Iterator[WireEnds]:
         pairs = [form_pair(settings.reply_s) for _ in range(settings.num_shards)]
         try:
-            yield WireEnds(
-                [worker for worker, _ in pairs],
-                ByShard(LaneExchange([Link(worker, settings.layout, EPOCH) for worker, _ in pairs])),
-                [LanePort(shard, settings.layout, settings.port_epoch, settings.silence_s) for _, shard in pairs],
-            )
+            exchange, ports = self.ends([worker for worker, _ in pairs], [shard for _, shard in pairs], settings)
+            yield WireEnds([worker for worker, _ in pairs], ByShard(exchange), ports)
         finally:
             for pair in pairs:
                 for wire in pair:
                     wire.abort()
 
+    def ends(
+        self, workers: Sequence[Wire], shards: Sequence[Wire], settings: LaneSettings
+    ) -> tuple[Exchange, Sequence[Port]]:
+        """Of a lane over these wires, one to each shard."""
+        return (
+            LaneExchange([Link(worker, settings.layout, EPOCH) for worker in workers]),
+            [LanePort(shard, settings.layout, settings.port_epoch, settings.silence_s) for shard in shards],
+        )
+
 
 def form_pair(transfer_s: float) -> tuple[Wire, Wire]:
-    """Both ends of a new link, in this process."""
-    return join_both(lambda store, name, rank: Wire.join(store, name, rank, HOST, CONNECT_S, transfer_s))
-
-
-def form_group(transfer_s: float) -> tuple[Group, Group]:
-    """Both ends of a new process group of two, in this process."""
-    return join_both(lambda store, name, rank: Group(store, name, rank, 2, HOST, CONNECT_S, transfer_s))
-
-
-def join_both(join: Callable[[GroupStore, str, int], _End]) -> tuple[_End, _End]:
-    """Each rank has a thread while they connect, as they wait for each other."""
+    """Both ends of a new wire, in this process."""
     name = uuid.uuid4().hex
+    # Each has a thread while they connect, as they wait for each other.
     with ThreadPoolExecutor(2) as pool:
-        ends = [pool.submit(join, _store(rank), name, rank) for rank in range(2)]
+        ends = [pool.submit(Wire.join, _store(rank), name, rank, HOST, CONNECT_S, transfer_s) for rank in range(2)]
         return ends[0].result(), ends[1].result()
 
 

@@ -20,7 +20,7 @@ from rich.table import Table
 from octet.ids import Epoch
 from octet.secret import ClusterSecret
 from router.frames import FrameLayout
-from router.group import GroupStore
+from router.group_store import GroupStore
 from router.lane import SHARD, WORKER, LaneExchange, LanePort, Link
 from router.plan import PlanByShard, ShardPlan
 from router.wire import Wire

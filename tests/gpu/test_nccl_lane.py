@@ -15,8 +15,10 @@ import torch
 from octet.errors import ExpertMissingError
 from router.exchange import Serve
 from router.frames import FrameLayout
-from router.group import Group, GroupStore
+from router.group_store import GroupStore
+from router.handshake import GUEST_SIDE, HOST_SIDE
 from router.nccl_lane import NcclGroup, NcclLaneExchange, NcclLanePort
+from router.wire import Wire
 from tests.exchange_conformance import CONNECT_S, EPOCH, HOST, PATIENT_S, SECRET, ByShard, ExchangeConformance
 
 _ONE_GPU_FOR_ALL = {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_MAX_CTAS": "2", "NCCL_NVLS_ENABLE": "0"}
@@ -31,8 +33,8 @@ def _serve(store: str, name: str, rank: int, size: int, layout: FrameLayout, sha
     device = _device(rank)
     torch.cuda.set_device(device)
     joined = GroupStore.join(store, CONNECT_S, SECRET)
-    control = Group(joined, name, rank, size, HOST, CONNECT_S, PATIENT_S)
-    port = NcclLanePort(control, NcclGroup(joined, name, rank, size, device), layout, EPOCH, PATIENT_S, device)
+    wire = Wire.join(joined, f"{name}/{rank}", GUEST_SIDE, HOST, CONNECT_S, PATIENT_S)
+    port = NcclLanePort(wire, NcclGroup(joined, name, rank, size, device), layout, EPOCH, PATIENT_S, device)
     while (call := port.receive()) is not None:
         try:
             y_UH = shard(call.layer, call.rows)
@@ -59,9 +61,9 @@ class Nccl:
         ]
         for process in processes:
             process.start()
-        control = Group(store, name, 0, size, HOST, CONNECT_S, PATIENT_S)
+        wires = [Wire.join(store, f"{name}/{rank}", HOST_SIDE, HOST, CONNECT_S, PATIENT_S) for rank in range(1, size)]
         data = NcclGroup(store, name, 0, size, self.device)
-        exchange = ByShard(NcclLaneExchange(control, data, len(shards), layout, EPOCH, self.device))
+        exchange = ByShard(NcclLaneExchange(wires, data, layout, EPOCH, self.device))
         try:
             yield exchange
         finally:

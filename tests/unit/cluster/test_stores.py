@@ -10,7 +10,7 @@ from cluster.stores import Stores
 from octet.errors import LaneTimeoutError
 from octet.ids import WorkerId
 from octet.secret import ClusterSecret
-from router.group import GroupStore
+from router.group_store import GroupStore
 
 HOST = "127.0.0.1"
 SECRET = ClusterSecret.draw()

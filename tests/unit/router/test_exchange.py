@@ -19,7 +19,7 @@ import torch
 from octet.errors import LaneError, LaneTimeoutError, PeerLostError, WrongEpochError
 from octet.ids import Epoch
 from router.frames import FrameLayout
-from router.group import GroupStore
+from router.group_store import GroupStore
 from router.lane import WORKER, LaneExchange, LanePort, Link
 from router.wire import Wire
 from tests.exchange_conformance import (

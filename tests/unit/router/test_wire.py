@@ -21,10 +21,11 @@ from octet.errors import ExpertMissingError, LaneError, LaneTimeoutError, PeerLo
 from octet.ids import Epoch
 from ops.chaos.observe import num_ports
 from router.frames import MAGIC, FrameLayout, new_frames
-from router.group import GroupStore
+from router.group_store import GroupStore
+from router.handshake import GUEST_SIDE, HOST_SIDE
 from router.lane import LaneExchange, LanePort, Link
 from router.plan import PlanByShard, ShardPlan
-from router.wire import GUEST_SIDE, HOST_SIDE, Wire
+from router.wire import Wire
 from tests.exchange_conformance import CONNECT_S, EPOCH, HOST, MARGIN_S, PATIENT_S, SECRET, form_pair, next_call, within
 
 LONG = FrameLayout(hidden_size=4096, experts_per_token=4, max_rows=1024, dtype=torch.float32)
@@ -63,7 +64,7 @@ def test_strangers_that_knock_are_turned_away() -> None:
 
 
 def test_silent_strangers_hold_up_no_member(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("router.wire._KNOCK_S", 10 * CONNECT_S)
+    monkeypatch.setattr("router.handshake._KNOCK_S", 10 * CONNECT_S)
     store, name = GroupStore.host(HOST, CONNECT_S, SECRET), uuid.uuid4().hex
     joined = GroupStore.join(store.address, CONNECT_S, SECRET)
     with ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as closing:
@@ -78,7 +79,7 @@ def test_silent_strangers_hold_up_no_member(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_stranger_that_says_little_by_little_is_turned_away_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("router.wire._KNOCK_S", 0.3)
+    monkeypatch.setattr("router.handshake._KNOCK_S", 0.3)
     store, name = GroupStore.host(HOST, CONNECT_S, SECRET), uuid.uuid4().hex
     joined = GroupStore.join(store.address, CONNECT_S, SECRET)
     with ThreadPoolExecutor(1) as pool:
