@@ -322,6 +322,27 @@ def bench_changes(
     raise typer.Exit(bench_random_changes(model_dir, options, random_events, seed, json_file))
 
 
+@bench.command("degraded")
+def bench_degraded(
+    model_dir: Annotated[pathlib.Path | None, typer.Argument(help="Default: the embedded model.")] = None,
+    shards: Annotated[int, typer.Option(min=2, help="Before one of them is killed.")] = 4,
+    streams: Annotated[int, typer.Option(min=1, help="Closed loop: so many users at once.")] = 8,
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 48,
+    new_tokens: Annotated[int, typer.Option(min=2)] = 128,
+    repeats: Annotated[int, typer.Option(min=1)] = 5,
+    seconds: Annotated[float, typer.Option(min=1, help="Of each window.")] = 10.0,
+    json_file: _JsonFile = None,
+) -> None:
+    """Tokens per second with one of the expert shards dead, and not replaced, against all of them."""
+    from ops.bench.changes.command import ChangesOptions
+    from ops.bench.changes.degraded import bench_degraded as run
+
+    options = ChangesOptions(
+        kinds=(), streams=streams, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats
+    )
+    raise typer.Exit(run(model_dir, options, shards, seconds, json_file))
+
+
 @bench.command("kernels")
 def bench_kernels(
     device: Annotated[str, typer.Option(help="cuda, with the shapes of GLM-4.6; or cpu, with tiny ones.")] = "cuda",

@@ -62,7 +62,7 @@ def bench_changes(model_dir: pathlib.Path | None, options: ChangesOptions, json_
     with console.status("") as status:
         for layout, names in layouts.items():
             status.update(f"starting a cluster: {layout}")
-            with _own_cluster(model_dir, options, overrides(layout, num_experts)) as cluster:
+            with own_cluster(model_dir, options, overrides(layout, num_experts)) as cluster:
                 results |= asyncio.run(_run(cluster, options, names, status.update))
     print_results(machine, results, options.streams, console)
     if json_file is not None:
@@ -81,7 +81,7 @@ def bench_random_changes(
     """
     model_dir = EMBEDDED_MODEL if model_dir is None else model_dir
     machine, console = describe(), Console(highlight=False, width=_WIDTH)
-    with console.status("starting a cluster") as status, _own_cluster(model_dir, options, SHORT_WINDOW) as cluster:
+    with console.status("starting a cluster") as status, own_cluster(model_dir, options, SHORT_WINDOW) as cluster:
         report = asyncio.run(_run_random(cluster, options, count, seed, status.update))
     random_events.print_report(machine, report, seed, console)
     if json_file is not None:
@@ -90,7 +90,7 @@ def bench_random_changes(
 
 
 @contextlib.contextmanager
-def _own_cluster(model_dir: pathlib.Path, options: ChangesOptions, fields: Sequence[str]) -> Iterator[RunningCluster]:
+def own_cluster(model_dir: pathlib.Path, options: ChangesOptions, fields: Sequence[str]) -> Iterator[RunningCluster]:
     """Pages are enough for every stream on any one worker."""
     pages = 2 * options.streams * -(-(options.prompt_tokens + options.new_tokens) // _PAGE_SIZE)
     own = (
@@ -109,7 +109,7 @@ def _own_cluster(model_dir: pathlib.Path, options: ChangesOptions, fields: Seque
 
 
 @contextlib.asynccontextmanager
-async def _under_load(cluster: RunningCluster, options: ChangesOptions) -> AsyncIterator[tuple[Stage, Streams]]:
+async def under_load(cluster: RunningCluster, options: ChangesOptions) -> AsyncIterator[tuple[Stage, Streams]]:
     """Streams run, and have been warmed up."""
     async with AsyncClient(cluster.address, timeout_s=_TIMEOUT_S) as client:
         vocab_size = (await client.model_info()).vocab_size
@@ -125,7 +125,7 @@ async def _run(
 ) -> dict[str, Result]:
     windows: dict[str, list[Windows]] = {name: [] for name in names}
     refused: dict[str, list[str]] = {name: [] for name in names}
-    async with _under_load(cluster, options) as (stage, streams):
+    async with under_load(cluster, options) as (stage, streams):
         for number in range(options.repeats):
             for name in names:
                 say(f"{name}, {number + 1} of {options.repeats}")
@@ -147,7 +147,7 @@ async def _run_random(
     cluster: RunningCluster, options: ChangesOptions, count: int, seed: int, say: Callable[[str], None]
 ) -> RandomReport:
     async with AsyncClient(cluster.address, timeout_s=_TIMEOUT_S) as client:
-        async with _under_load(cluster, options) as (stage, streams):
+        async with under_load(cluster, options) as (stage, streams):
             before, begin_s = await take_stock(stage), time.monotonic()
             events = await random_events.play(stage, count, seed, say)
         # Streams have ended, and their client's connection with them.
