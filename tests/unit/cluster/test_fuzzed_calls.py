@@ -182,6 +182,9 @@ class Machine(RuleBasedStateMachine):
         self.calls: list[Call] = []
         self.bodies: dict[str, pb.GenerateRequest] = {}
         """By id: the body that was accepted last."""
+        self.misled: set[str] = set()
+        """Ids of requests whose clients said that they had tokens which the answer does not have: nobody can tell how it
+        goes on."""
         self.loop.do(self.start())
 
     async def start(self) -> None:
@@ -258,6 +261,14 @@ class Machine(RuleBasedStateMachine):
         if accepted:
             assert accepted == (request.request_id or accepted)
             self.bodies[accepted] = request
+            if any(
+                token_id != token_of(request.sampling.seed, choice, index)
+                for choice, received in enumerate(request.received)
+                for index, token_id in enumerate(received.ids)
+            ):
+                self.misled.add(accepted)
+            if accepted in self.misled:
+                self.calls[-1].seed = None
 
     @rule(data=st.data(), offsets=st.lists(st.integers(0, 4), max_size=4), known=st.booleans(), request_id=REQUEST_IDS)
     def resume(self, data: st.DataObject, offsets: list[int], known: bool, request_id: str) -> None:
@@ -270,7 +281,8 @@ class Machine(RuleBasedStateMachine):
             call = Call("GenerationResume", request, self.service.GenerationResume, None)
             call.offsets = offsets
             if body is not None:
-                call.seed, call.length = body.sampling.seed, body.stopping.max_new_tokens
+                call.length = body.stopping.max_new_tokens
+                call.seed = None if request_id in self.misled else body.sampling.seed
             self.calls.append(call)
 
         self.loop.do(act())
