@@ -183,8 +183,7 @@ class Machine(RuleBasedStateMachine):
         self.bodies: dict[str, pb.GenerateRequest] = {}
         """By id: the body that was accepted last."""
         self.misled: set[str] = set()
-        """Ids of requests whose clients said that they had tokens which the answer does not have: nobody can tell how it
-        goes on."""
+        """Ids of requests whose clients say that they have other tokens than the answer's: how it goes on is not known."""
         self.loop.do(self.start())
 
     async def start(self) -> None:
