@@ -183,7 +183,7 @@ class Machine(RuleBasedStateMachine):
         self.bodies: dict[str, pb.GenerateRequest] = {}
         """By id: the body that was accepted last."""
         self.misled: set[str] = set()
-        """Ids of requests whose clients say that they have other tokens than the answer's: how it goes on is not known."""
+        """Ids of requests whose clients say that they have other tokens than those of the answer."""
         self.loop.do(self.start())
 
     async def start(self) -> None:
