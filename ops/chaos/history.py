@@ -50,7 +50,9 @@ class Stream:
     timeout_s: float
     deltas: list[Delta] = dataclasses.field(default_factory=list)
     calls_s: list[float] = dataclasses.field(default_factory=list)
-    """When the client called: once, and once more for each time that it lost its connection."""
+    """When the client called: once, and once more for each time that it lost its connection, or came back."""
+    away_s: list[tuple[float, float]] = dataclasses.field(default_factory=list)
+    """From when to when its user was away by its own will."""
     accepted: bool = False
     endings: list[tuple[float, str]] = dataclasses.field(default_factory=list)
     """When the request ended for its client, and with which status."""
