@@ -107,6 +107,8 @@ class Facts:
     """One for each expert."""
     most_slots: int
     """And the room for replicas."""
+    waiting_for: str
+    """What no node has room for."""
     actors: Mapping[str, int]
     """Of this cluster, by kind."""
     bundles: int
@@ -156,3 +158,5 @@ class History:
     after: Facts
     complete: bool = True
     """Whether lost members had to be replaced by the end."""
+    host_lost: bool = False
+    """Whether a host is gone for good: what no other has room for is not replaced, and the cluster says so."""

@@ -41,6 +41,7 @@ def facts_of(
         slots=sum(member.num_held for member in members),
         least_slots=num_experts,
         most_slots=num_experts + num_redundant,
+        waiting_for=status.waiting_for,
         actors=collections.Counter(name.partition("-")[0] for name in ray.actors),
         bundles=ray.bundles,
         processes=collections.Counter(processes.values()),
@@ -55,6 +56,14 @@ def state_of(pid: int) -> str:
     except OSError:
         return ""
     return "" if state in "ZX" else state
+
+
+def name_of(pid: int) -> str:
+    """Of its program, in at most 15 characters; empty where it is gone."""
+    try:
+        return pathlib.Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
 
 
 _LISTENING = "0A"

@@ -31,8 +31,8 @@ def test_it_takes_either_files_or_a_seed(files: tuple[pathlib.Path, ...], seed: 
 
 def test_a_cut_between_hosts_takes_hosts_and_those_a_cluster_of_their_own() -> None:
     cutting = (Schedule(events=(Cut(at_s=1.0),)),)
-    ChaosOptions(schedules=cutting, two_hosts=True).check()
+    ChaosOptions(schedules=cutting, num_hosts=2).check()
     with pytest.raises(ConfigError, match="--hosts 2"):
         ChaosOptions(schedules=cutting).check()
     with pytest.raises(ConfigError, match="--against"):
-        ChaosOptions(schedules=cutting, two_hosts=True, against=Against(ray_address="auto", namespace="octet")).check()
+        ChaosOptions(schedules=cutting, num_hosts=2, against=Against(ray_address="auto", namespace="octet")).check()
