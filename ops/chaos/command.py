@@ -13,7 +13,7 @@ from rich.console import Console
 
 from cluster.launch import RunningCluster, attach
 from octet.client import AsyncClient
-from octet.errors import ConfigError
+from octet.errors import CheckpointError, ConfigError, OctetError
 from ops.bench.machine import describe
 from ops.chaos.drawing import draw_schedule
 from ops.chaos.history import Question
@@ -28,6 +28,8 @@ from ops.chaos.timeline import timeline
 from ops.progress import StartDisplay
 
 _TIMEOUT_S = 120.0
+_STARTS = 6
+"""Of a cluster whose Ray loses replies."""
 _WIDTH = 160
 
 
@@ -103,9 +105,18 @@ def _cluster(model_dir: pathlib.Path | None, options: ChaosOptions, rig: Rig) ->
         yield attach(against.ray_address, against.namespace)
         return
     with contextlib.ExitStack() as stack:
-        with StartDisplay(Console(stderr=True)) as display, rig.starting():
+        console = Console(stderr=True)
+        with StartDisplay(console) as display, rig.starting():
             overrides = (*rig.overrides, *options.overrides)
-            cluster = stack.enter_context(own_cluster(model_dir, overrides, display.show))
+            # A reply that is lost while the cluster starts may fail the start, which leaves nothing.
+            for starts_left in reversed(range(_STARTS if options.lost_replies else 1)):
+                try:
+                    cluster = stack.enter_context(own_cluster(model_dir, overrides, display.show))
+                    break
+                except OctetError as error:
+                    if not starts_left or isinstance(error, ConfigError | CheckpointError):
+                        raise
+                    console.print(f"started anew: {error}", markup=False)
         yield cluster
 
 

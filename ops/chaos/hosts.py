@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 
-from cluster.nodes import connected
+from cluster.nodes import connected, wait_for_nodes
 from octet.errors import ConfigError
 from ops.chaos.cable import ADDRESSES, Cable, Host, cable
 
@@ -74,8 +74,10 @@ def two_hosts(directory: pathlib.Path | None = None) -> Iterator[Hosts]:
             health = f"--system-config={json.dumps(_HEALTH)}"
             head = ("--head", f"--port={_PORT}", "--include-dashboard=false", f"--temp-dir={directory or own}", health)
             hosts.start_node("near", *head)
-            hosts.start_node("far", f"--address={hosts.ray_address}")
-            with connected(hosts.ray_address, len(ADDRESSES), _START_S):
+            with connected(hosts.ray_address, 1, _START_S):
+                # A node that finds no head within seconds gives up, and a busy machine takes longer to start one.
+                hosts.start_node("far", f"--address={hosts.ray_address}")
+                wait_for_nodes(len(ADDRESSES), _START_S)
                 yield hosts
         finally:
             # Before the directory, into which they write.
