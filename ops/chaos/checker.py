@@ -233,9 +233,9 @@ def baseline(before: Facts, after: Facts, complete: bool, host_lost: bool = Fals
         yield found("slots", f"{after.slots} filled, expected {after.least_slots} to {after.most_slots}")
     if not complete:
         return
-    if host_lost and after.waiting_for:
+    if host_lost and after.unplaced:
         if after.state != "DEGRADED":
-            yield found("state", f"{after.state}, though no node has room for {after.waiting_for}")
+            yield found("state", f"{after.state}, though no node has room for all")
         return
     if after.state != before.state:
         yield found("state", f"{before.state} before, {after.state} after")

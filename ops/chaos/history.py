@@ -107,11 +107,11 @@ class Facts:
     """One for each expert."""
     most_slots: int
     """And the room for replicas."""
-    waiting_for: str
-    """What no node has room for."""
     actors: Mapping[str, int]
     """Of this cluster, by kind."""
     bundles: int
+    unplaced: int
+    """Groups of bundles for which no node has room."""
     processes: Mapping[str, int]
     """That Ray names after an actor of ours, by class: also those that no actor stands for any more."""
     ports: int

@@ -41,9 +41,9 @@ def facts_of(
         slots=sum(member.num_held for member in members),
         least_slots=num_experts,
         most_slots=num_experts + num_redundant,
-        waiting_for=status.waiting_for,
         actors=collections.Counter(name.partition("-")[0] for name in ray.actors),
         bundles=ray.bundles,
+        unplaced=ray.unplaced,
         processes=collections.Counter(processes.values()),
         ports=ports,
     )

@@ -30,8 +30,8 @@ def print_verdict(verdict: Verdict, console: Console) -> None:
         at_s, lasted_s = fault.at_s - history.begin_s, fault.until_s - fault.at_s
         note = f" ({fault.note})" if fault.note else ""
         console.print(f"  {at_s:6.2f} s  {fault.what}: {lasted_s:.2f} s{note}", markup=False)
-    if history.host_lost and history.after.waiting_for:
-        console.print(f"  not replaced: no node has room for {history.after.waiting_for}", markup=False)
+    if history.host_lost and history.after.unplaced:
+        console.print(f"  {history.after.state}: no node that is left has room for all who were lost")
     for violation in verdict.violations:
         console.print(f"  [red]violation[/] {violation}")
 
@@ -74,7 +74,7 @@ def as_json(machine: Machine, verdicts: Sequence[Verdict]) -> dict[str, Any]:
                 "faults": [dataclasses.asdict(fault) for fault in verdict.history.faults],
                 "streams": len(verdict.history.streams),
                 "resumed": dataclasses.asdict(resumed(verdict.history.streams)),
-                "not_replaced": verdict.history.after.waiting_for if verdict.history.host_lost else "",
+                "no_room": verdict.history.host_lost and verdict.history.after.unplaced > 0,
                 "violations": [dataclasses.asdict(violation) for violation in verdict.violations],
             }
             for verdict in verdicts

@@ -173,7 +173,7 @@ class Stage:
         while True:
             after = await self.facts()
             # Where there is room, Ray takes a moment to give it.
-            placed = not (host_lost and complete and after.waiting_for) or time.monotonic() > placing_until_s
+            placed = not (host_lost and complete and after.unplaced) or time.monotonic() > placing_until_s
             kept = placed and not any(baseline(before, after, complete, host_lost))
             if kept or time.monotonic() > deadline_s:
                 return after

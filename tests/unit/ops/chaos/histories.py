@@ -55,9 +55,9 @@ def facts(**changes: Any) -> Facts:
         "slots": 32,
         "least_slots": 32,
         "most_slots": 40,
-        "waiting_for": "",
         "actors": {"prefill": 1, "decode": 2, "experts": 2, "controller": 1, "frontend": 1, "router": 1},
         "bundles": 5,
+        "unplaced": 0,
         "processes": {"PrefillWorker": 1, "DecodeWorker": 2, "ExpertShard": 2},
         "ports": 20,
     }

@@ -141,7 +141,7 @@ def test_what_was_not_to_be_replaced_may_be_missing() -> None:
 
 
 def test_what_no_host_that_is_left_has_room_for_may_be_missing_if_the_cluster_says_so() -> None:
-    missing = {"epoch": 2, "sizes": {"prefill": 1, "decode": 1, "experts": 2}, "waiting_for": "1 × {'CPU': 8}"}
+    missing = {"epoch": 2, "sizes": {"prefill": 1, "decode": 1, "experts": 2}, "unplaced": 1}
     assert check(history(host_lost=True, after=facts(state="DEGRADED", **missing))) == []
     assert kinds(history(host_lost=True, after=facts(state="READY", **missing))) == ["not at baseline"]
     assert kinds(history(after=facts(state="DEGRADED", **missing))) == ["not at baseline"]

@@ -110,4 +110,5 @@ def test_what_a_process_says_of_when_something_was_is_put_right(tmp_path: pathli
         now_s = time.time()
         assert clock.off_s == off_s
         assert clock.right_s(now_s + off_s) == pytest.approx(now_s)
+        assert clock.right_s(before_s) == before_s, "it was told before the first jump"
     assert clock.right_s(before_s - 60) == before_s - 60
