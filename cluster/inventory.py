@@ -17,15 +17,18 @@ class Inventory:
     """Names of living actors of the namespace."""
     bundles: int
     """Of all placement groups of this Ray that are not removed, whoever made them."""
+    unplaced: int = 0
+    """Those of these groups for which no node has room, wholly or in part."""
 
 
 def inventory(namespace: str) -> Inventory:
     """Needs this process's connection to Ray."""
     actors = list_named_actors(all_namespaces=True)
-    groups = placement_group_table().values()
+    groups = [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
     return Inventory(
         actors=frozenset(actor["name"] for actor in actors if actor["namespace"] == namespace),
-        bundles=sum(len(group["bundles"]) for group in groups if group["state"] != "REMOVED"),
+        bundles=sum(len(group["bundles"]) for group in groups),
+        unplaced=sum(group["state"] != "CREATED" for group in groups),
     )
 
 

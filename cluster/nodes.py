@@ -20,13 +20,19 @@ def connected(address: str, num_nodes: int, timeout_s: float) -> Iterator[None]:
     deadline_s = time.monotonic() + timeout_s
     _connect(address, deadline_s)
     try:
-        while sum(node["Alive"] for node in ray.nodes()) < num_nodes:
-            if time.monotonic() > deadline_s:
-                raise StartupError(f"Ray had fewer than {num_nodes} nodes after {timeout_s:g} s")
-            time.sleep(_POLL_S)
+        wait_for_nodes(num_nodes, deadline_s - time.monotonic())
         yield
     finally:
         ray.shutdown()
+
+
+def wait_for_nodes(num_nodes: int, timeout_s: float) -> None:
+    """Until so many are alive. Raises: StartupError."""
+    deadline_s = time.monotonic() + timeout_s
+    while sum(node["Alive"] for node in ray.nodes()) < num_nodes:
+        if time.monotonic() > deadline_s:
+            raise StartupError(f"Ray had fewer than {num_nodes} nodes after {timeout_s:g} s")
+        time.sleep(_POLL_S)
 
 
 def _connect(address: str, deadline_s: float) -> None:

@@ -65,7 +65,7 @@ def check(history: History, epsilon_s: float = EPSILON_S) -> list[Violation]:
             found += look(stream)
     found += _commits(history.commits)
     found += _epochs(history)
-    found += baseline(history.before, history.after, history.complete)
+    found += baseline(history.before, history.after, history.complete, history.host_lost)
     return found
 
 
@@ -215,11 +215,12 @@ def _epochs(history: History) -> Found:
             yield Violation(kind="epoch went back", subject="the cluster", found=f"{later} after {earlier}")
 
 
-def baseline(before: Facts, after: Facts, complete: bool) -> Found:
+def baseline(before: Facts, after: Facts, complete: bool, host_lost: bool = False) -> Found:
     """Nothing is held any more that was not held before.
 
     Args:
         complete: whether members that were lost had to be replaced by now.
+        host_lost: those for whom no other host has room need not be, if the cluster says so.
     """
 
     def found(subject: str, what: str) -> Violation:
@@ -231,6 +232,10 @@ def baseline(before: Facts, after: Facts, complete: bool) -> Found:
     if not after.least_slots <= after.slots <= after.most_slots:
         yield found("slots", f"{after.slots} filled, expected {after.least_slots} to {after.most_slots}")
     if not complete:
+        return
+    if host_lost and after.unplaced:
+        if after.state != "DEGRADED":
+            yield found("state", f"{after.state}, though no node has room for all")
         return
     if after.state != before.state:
         yield found("state", f"{before.state} before, {after.state} after")

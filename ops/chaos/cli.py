@@ -30,6 +30,12 @@ def run(
     hosts: Annotated[
         int, typer.Option(min=1, max=2, help="2: the cluster is on two, in network namespaces; takes root.")
     ] = 1,
+    ray_replies: Annotated[
+        float,
+        typer.Option(
+            "--lose-ray-replies", min=0.0, max=0.2, metavar="SHARE", help="Ray loses these of the calls of actors."
+        ),
+    ] = 0.0,
     against: Annotated[
         str | None,
         typer.Option(
@@ -54,7 +60,8 @@ def run(
         asked=Asked(new_tokens=new_tokens),
         overrides=tuple(overrides or ()),
         against=None if against is None else Against(ray_address=address, namespace=against),
-        two_hosts=hosts == 2,
+        num_hosts=hosts,
+        lost_replies=ray_replies,
         each_complete=settle,
     )
     raise typer.Exit(run_chaos(model_dir, options, json_file, html_file))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import random
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import grpc
@@ -18,6 +19,25 @@ from ops.chaos.history import Delta, Question, Stream
 
 _REFUSED_S = 0.2
 """Before somebody who was refused asks again."""
+_LEAVERS = 0.25
+"""What part of the streams is left by its user."""
+_AWAY_S = (0.02, 0.5)
+"""For so long, at least and at most."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Leave:
+    """A user drops the connection after so many tokens, and is back as many seconds later."""
+
+    after_tokens: int
+    away_s: float
+
+
+def draw_leave(draw: random.Random, question: Question) -> Leave | None:
+    """None for those who stay to the end."""
+    leaves = draw.random() < _LEAVERS
+    leave = Leave(draw.randint(1, question.num_choices * question.max_new_tokens - 1), draw.uniform(*_AWAY_S))
+    return leave if leaves else None
 
 
 class _Noted(Resumption):
@@ -31,6 +51,12 @@ class _Noted(Resumption):
         self._stream.calls_s.append(time.time())
         return super().next_request()
 
+    def next_resume(self) -> pb.GenerationResumeRequest:
+        """The rest of a request that the server knows."""
+        self._stream.calls_s.append(time.time())
+        offsets = [len(choice.ids) for choice in self._request.received]
+        return pb.GenerationResumeRequest(request_id=self.request_id, offsets=offsets)
+
     def note_metadata(self, metadata: Any) -> None:
         super().note_metadata(metadata)
         self._stream.accepted = self._accepted
@@ -41,12 +67,13 @@ class RecordingClient(AsyncClient):
 
     _stream: Stream | None = None
 
-    async def record(self, stream: Stream) -> None:
+    async def record(self, stream: Stream, leave: Leave | None = None) -> None:
         """Ask, and note all that comes; then ask for the whole answer, which the cluster has kept."""
         question, self._stream = stream.question, stream
         options = {**options_of(question), "request_id": stream.request_id}
         try:
-            async for chunk in self.stream(list(question.prompt), timeout_s=stream.timeout_s, **options):
+            asked = self.stream(list(question.prompt), timeout_s=stream.timeout_s, **options)
+            async for chunk in asked if leave is None else self._with_a_break(stream, leave, options):
                 stream.deltas.append(_delta(chunk))
             stream.endings.append((time.time(), "OK"))
         except CallError as error:
@@ -68,10 +95,62 @@ class RecordingClient(AsyncClient):
                 return
             stream.final = tuple(tuple(choice.token_ids) for choice in answer.choices)
 
+    async def _with_a_break(
+        self, stream: Stream, leave: Leave, options: dict[str, Any]
+    ) -> AsyncIterator[pb.GenerateChunk]:
+        """As `stream`, but that its user leaves, and then asks for the rest as a client without our library would."""
+        asked = _noted(stream, options)
+        try:
+            async for chunk in self._calls(stream, leave, asked):
+                yield chunk
+        finally:
+            await self._leave(asked)
+
+    async def _calls(self, stream: Stream, leave: Leave, asked: _Noted) -> AsyncIterator[pb.GenerateChunk]:
+        num_tokens, by_offsets = 0, False
+        while True:
+            if by_offsets:
+                call = self._generation.GenerationResume(asked.next_resume(), timeout=asked.time_left_s)
+            else:
+                call = self._generation.GenerateStream(asked.next_request(), timeout=asked.time_left_s)
+            try:
+                asked.note_metadata(await call.initial_metadata())
+                async for chunk in call:
+                    try:
+                        news = asked.take(chunk)
+                    except CallError:
+                        # So that the record has the gap, too.
+                        yield chunk
+                        raise
+                    if news:
+                        yield chunk
+                    num_tokens += len(chunk.token_ids)
+                    if num_tokens >= leave.after_tokens and asked.runs_on and not stream.away_s:
+                        break
+                else:
+                    asked.note_end()
+                    return
+            except grpc.RpcError as error:
+                if by_offsets and error.code() is grpc.StatusCode.NOT_FOUND:
+                    # Another frontend has taken its place meanwhile; it goes on from the tokens themselves.
+                    by_offsets = False
+                    continue
+                await self._wait(asked, error)
+                continue
+            finally:
+                call.cancel()
+            left_s, by_offsets = time.time(), True
+            await asyncio.sleep(leave.away_s)
+            stream.away_s.append((left_s, time.time()))
+
     def _ask(self, prompt: Any, timeout_s: float | None, options: dict[str, Any]) -> Resumption:
         if self._stream is None:
             return super()._ask(prompt, timeout_s, options)
-        return _Noted(make_request(prompt, **options), self._stream.timeout_s, self._stream)
+        return _noted(self._stream, options)
+
+
+def _noted(stream: Stream, options: dict[str, Any]) -> _Noted:
+    return _Noted(make_request(list(stream.question.prompt), **options), stream.timeout_s, stream)
 
 
 def options_of(question: Question) -> dict[str, Any]:
@@ -105,23 +184,24 @@ class Users:
     def __init__(self, address: str, questions: Sequence[Question], count: int, timeout_s: float, seed: int) -> None:
         """
         Args:
-            seed: of who asks what.
+            seed: of who asks what, and who leaves when.
         """
         self._address, self._questions, self._timeout_s = address, questions, timeout_s
         self._draws = [random.Random(f"{seed}/{number}") for number in range(count)]
+        self._leaves = [random.Random(f"{seed}/{number}/leaves") for number in range(count)]
         self._stopping = False
         self._tasks: list[asyncio.Task[None]] = []
         self.streams: list[Stream] = []
 
     async def __aenter__(self) -> Users:
-        self._tasks = [asyncio.create_task(self._use(draw)) for draw in self._draws]
+        self._tasks = [asyncio.create_task(self._use(*draws)) for draws in zip(self._draws, self._leaves, strict=True)]
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
         self._stopping = True
         await asyncio.gather(*self._tasks)
 
-    async def _use(self, draw: random.Random) -> None:
+    async def _use(self, draw: random.Random, leaves: random.Random) -> None:
         client = RecordingClient(self._address)
         async with client:
             while not self._stopping:
@@ -132,6 +212,6 @@ class Users:
                     timeout_s=self._timeout_s,
                 )
                 self.streams.append(stream)
-                await client.record(stream)
+                await client.record(stream, draw_leave(leaves, stream.question))
                 if stream.endings[-1][1] != "OK":
                     await asyncio.sleep(_REFUSED_S)

@@ -13,22 +13,23 @@ from rich.console import Console
 
 from cluster.launch import RunningCluster, attach
 from octet.client import AsyncClient
-from octet.errors import ConfigError
+from octet.errors import CheckpointError, ConfigError, OctetError
 from ops.bench.machine import describe
-from ops.chaos.cable import Cable
 from ops.chaos.drawing import draw_schedule
 from ops.chaos.history import Question
-from ops.chaos.hosts import Hosts, two_hosts
 from ops.chaos.own import own_cluster
 from ops.chaos.questions import Asked, make_questions
 from ops.chaos.report import as_json, print_figures, print_verdict
+from ops.chaos.rig import Rig, check_events, rigged
 from ops.chaos.run import Load, Verdict, run_schedule
-from ops.chaos.schedule import Cut, Schedule, Slow, load_schedule
+from ops.chaos.schedule import Schedule, load_schedule
 from ops.chaos.stage import Stage
 from ops.chaos.timeline import timeline
 from ops.progress import StartDisplay
 
 _TIMEOUT_S = 120.0
+_STARTS = 6
+"""Of a cluster whose Ray loses replies."""
 _WIDTH = 160
 
 
@@ -48,18 +49,20 @@ class ChaosOptions:
     overrides: tuple[str, ...] = ()
     """Of the own cluster's configuration."""
     against: Against | None = None
-    two_hosts: bool = False
+    num_hosts: int = 1
     """Let the own cluster be on two hosts, in network namespaces."""
+    lost_replies: float = 0.0
+    """What share of the replies to calls of actors the own cluster's Ray loses."""
     each_complete: bool = False
     """Replace what was lost before the next schedule begins, and not only before the end."""
 
     def check(self) -> None:
         """Raises: ConfigError where they contradict each other."""
-        if self.two_hosts and self.against is not None:
+        if self.num_hosts > 1 and self.against is not None:
             raise ConfigError("chaos run", "--hosts and --against", "one of them: hosts are a cluster's of its own")
-        of_cable = [event for schedule in self.schedules for event in schedule.events if isinstance(event, Cut | Slow)]
-        if of_cable and not self.two_hosts:
-            raise ConfigError("events", f"'{of_cable[0].do}'", "a cluster on two hosts", "Pass --hosts 2")
+        if self.lost_replies and self.against is not None:
+            raise ConfigError("chaos run", "--lose-ray-replies and --against", "one of them: it is a Ray's of its own")
+        check_events(self.schedules, own=self.against is None, hosts=self.num_hosts)
 
 
 def schedules_of(
@@ -85,10 +88,9 @@ def run_chaos(
     options.check()
     machine, console = describe(), Console(highlight=False, width=_WIDTH)
     with contextlib.ExitStack() as stack:
-        hosts = stack.enter_context(two_hosts()) if options.two_hosts else None
-        cluster = stack.enter_context(_cluster(model_dir, options, hosts))
-        cable = hosts.cable if hosts is not None else None
-        verdicts = asyncio.run(run_all(cluster, options, lambda verdict: print_verdict(verdict, console), cable))
+        rig = stack.enter_context(rigged(options.schedules, options.num_hosts, options.lost_replies))
+        cluster = stack.enter_context(_cluster(model_dir, options, rig))
+        verdicts = asyncio.run(run_all(cluster, options, lambda verdict: print_verdict(verdict, console), rig))
     print_figures(machine, verdicts, console)
     if json_file is not None:
         json_file.write_text(json.dumps(as_json(machine, verdicts), indent=2) + "\n")
@@ -98,35 +100,44 @@ def run_chaos(
 
 
 @contextlib.contextmanager
-def _cluster(model_dir: pathlib.Path | None, options: ChaosOptions, hosts: Hosts | None) -> Iterator[RunningCluster]:
+def _cluster(model_dir: pathlib.Path | None, options: ChaosOptions, rig: Rig) -> Iterator[RunningCluster]:
     if (against := options.against) is not None:
         yield attach(against.ray_address, against.namespace)
         return
     with contextlib.ExitStack() as stack:
-        with StartDisplay(Console(stderr=True)) as display:
-            overrides = (*(hosts.overrides if hosts is not None else ()), *options.overrides)
-            cluster = stack.enter_context(own_cluster(model_dir, overrides, display.show))
+        console = Console(stderr=True)
+        with StartDisplay(console) as display, rig.starting():
+            overrides = (*rig.overrides, *options.overrides)
+            # A reply that is lost while the cluster starts may fail the start, which leaves nothing.
+            for starts_left in reversed(range(_STARTS if options.lost_replies else 1)):
+                try:
+                    cluster = stack.enter_context(own_cluster(model_dir, overrides, display.show))
+                    break
+                except OctetError as error:
+                    if not starts_left or isinstance(error, ConfigError | CheckpointError):
+                        raise
+                    console.print(f"started anew: {error}", markup=False)
         yield cluster
 
 
 @contextlib.asynccontextmanager
 async def questioned(
-    cluster: RunningCluster, asked: Asked, cable: Cable | None = None
+    cluster: RunningCluster, asked: Asked, rig: Rig | None = None
 ) -> AsyncIterator[tuple[Stage, list[Question]]]:
     """The cluster, and questions whose answers without faults are known."""
     async with AsyncClient(cluster.address, timeout_s=_TIMEOUT_S) as client:
-        yield Stage(cluster.plan, cluster.address, client, cable), await make_questions(client, asked)
+        yield Stage(cluster.plan, cluster.address, client, rig), await make_questions(client, asked)
 
 
 async def run_all(
     cluster: RunningCluster,
     options: ChaosOptions,
     say: Callable[[Verdict], None] = lambda verdict: None,
-    cable: Cable | None = None,
+    rig: Rig | None = None,
 ) -> list[Verdict]:
     """All schedules on one cluster; after the last one, everything is as it was before the first."""
     verdicts: list[Verdict] = []
-    async with questioned(cluster, options.asked, cable) as (stage, questions):
+    async with questioned(cluster, options.asked, rig) as (stage, questions):
         start = await stage.facts()
         for number, schedule in enumerate(options.schedules):
             last = number == len(options.schedules) - 1

@@ -24,7 +24,9 @@ class AuditTrail:
         Raises: TraceError for a line that is none; half a line at the end is what a killed frontend leaves.
         """
         known = list(self._members.values())
-        commits = [commit for file in sorted(self._directory.glob("*.jsonl")) for commit in self._news(file)]
+        # By the kernel's word: a frontend's own clock, after which its file is named, may have jumped.
+        files = sorted(self._directory.glob("*.jsonl"), key=lambda file: file.stat().st_mtime_ns)
+        commits = [commit for file in files for commit in self._news(file)]
         for commit in commits:
             if commit.kind == "workers":
                 self._members[commit.frontend] = commit

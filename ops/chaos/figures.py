@@ -51,7 +51,7 @@ def answers_of(streams: Iterable[Stream]) -> list[Answer]:
         for choice in range(stream.question.num_choices):
             deltas = [delta for delta in stream.deltas if delta.choice == choice]
             times_s = [delta.at_s for delta in deltas for _ in delta.token_ids]
-            found.append(Answer(sent_s=stream.sent_s, times_s=times_s, ended_s=ended_s))
+            found.append(Answer(sent_s=stream.sent_s, times_s=times_s, ended_s=ended_s, away_s=stream.away_s))
     return found
 
 
@@ -112,10 +112,27 @@ def quiet_gap_s(history: History) -> float:
     gaps = [
         later - earlier
         for answer in answers_of(history.streams)
-        for earlier, later in zip(answer.times_s, answer.times_s[1:], strict=False)
+        for earlier, later in answer.gaps()
         if not any(window.touches(earlier, later) for window in windows)
     ]
     return max(gaps, default=0.0)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Resumed:
+    """How many streams took more than one call."""
+
+    streams: int
+    left: int
+    """Of them: their users left, and came back."""
+
+    def __str__(self) -> str:
+        return f"{self.streams} resumed ({self.left} of them left by their users)"
+
+
+def resumed(streams: Iterable[Stream]) -> Resumed:
+    several = [stream for stream in streams if stream.resumes]
+    return Resumed(streams=len(several), left=sum(bool(stream.away_s) for stream in several))
 
 
 def _rate(answers: Sequence[Answer], begin_s: float, end_s: float) -> float:

@@ -50,7 +50,9 @@ class Stream:
     timeout_s: float
     deltas: list[Delta] = dataclasses.field(default_factory=list)
     calls_s: list[float] = dataclasses.field(default_factory=list)
-    """When the client called: once, and once more for each time that it lost its connection."""
+    """When the client called: once, and once more for each time that it lost its connection, or came back."""
+    away_s: list[tuple[float, float]] = dataclasses.field(default_factory=list)
+    """From when to when its user was away by its own will."""
     accepted: bool = False
     endings: list[tuple[float, str]] = dataclasses.field(default_factory=list)
     """When the request ended for its client, and with which status."""
@@ -108,6 +110,8 @@ class Facts:
     actors: Mapping[str, int]
     """Of this cluster, by kind."""
     bundles: int
+    unplaced: int
+    """Groups of bundles for which no node has room."""
     processes: Mapping[str, int]
     """That Ray names after an actor of ours, by class: also those that no actor stands for any more."""
     ports: int
@@ -154,3 +158,5 @@ class History:
     after: Facts
     complete: bool = True
     """Whether lost members had to be replaced by the end."""
+    host_lost: bool = False
+    """Whether a host is gone for good: what no other has room for is not replaced, and the cluster says so."""

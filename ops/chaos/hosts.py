@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pathlib
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 
-from cluster.nodes import connected
+from cluster.nodes import connected, wait_for_nodes
 from octet.errors import ConfigError
 from ops.chaos.cable import ADDRESSES, Cable, Host, cable
 
@@ -51,10 +52,13 @@ class Hosts:
 
 
 @contextlib.contextmanager
-def two_hosts() -> Iterator[Hosts]:
+def two_hosts(directory: pathlib.Path | None = None) -> Iterator[Hosts]:
     """Within the context this thread, and all that it starts, is on the near host, and connected to Ray.
 
     Ray's token is to be in the environment before Ray is imported.
+
+    Args:
+        directory: of Ray's session and logs; one of its own by default.
 
     Raises: ConfigError where there can be no second host, StartupError.
     """
@@ -62,16 +66,18 @@ def two_hosts() -> Iterator[Hosts]:
         raise ConfigError("RAY_AUTH_MODE", os.environ.get("RAY_AUTH_MODE"), "token, before Ray is imported")
     with (
         cable() as laid,
-        tempfile.TemporaryDirectory(prefix="octet-ray-", ignore_cleanup_errors=True) as directory,
+        tempfile.TemporaryDirectory(prefix="octet-ray-", ignore_cleanup_errors=True) as own,
         laid.here("near"),
     ):
         hosts = Hosts(laid)
         try:
             health = f"--system-config={json.dumps(_HEALTH)}"
-            head = ("--head", f"--port={_PORT}", "--include-dashboard=false", f"--temp-dir={directory}", health)
+            head = ("--head", f"--port={_PORT}", "--include-dashboard=false", f"--temp-dir={directory or own}", health)
             hosts.start_node("near", *head)
-            hosts.start_node("far", f"--address={hosts.ray_address}")
-            with connected(hosts.ray_address, len(ADDRESSES), _START_S):
+            with connected(hosts.ray_address, 1, _START_S):
+                # A node that finds no head within seconds gives up, and a busy machine takes longer to start one.
+                hosts.start_node("far", f"--address={hosts.ray_address}")
+                wait_for_nodes(len(ADDRESSES), _START_S)
                 yield hosts
         finally:
             # Before the directory, into which they write.

@@ -3,20 +3,40 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from typing import TypeVar
 
 from octet.client import CallError
 from octet.errors import ConfigError, OctetError
 from octet.faults import Fault
 from ops.chaos.cable import Cable
 from ops.chaos.history import Injected
-from ops.chaos.observe import state_of
-from ops.chaos.schedule import Arm, Cut, Event, Kill, Rebalance, Scale, Schedule, Slow, Stop
+from ops.chaos.observe import name_of, state_of
+from ops.chaos.resources import filled, memory_limit
+from ops.chaos.schedule import (
+    Arm,
+    Cut,
+    Event,
+    FillDisk,
+    JumpClock,
+    Kill,
+    KillNode,
+    LimitMemory,
+    Rebalance,
+    Scale,
+    Schedule,
+    Slow,
+    Stop,
+)
 from ops.chaos.stage import Stage, ids_of, signal_to
+
+T = TypeVar("T")
 
 _POLL_S = 0.02
 _PATIENCE_S = 8.0
@@ -27,6 +47,8 @@ _CHANGE_S = 120.0
 _TURN_S = 1.5
 _GHOST_S = 90.0
 """How long the process of a member that was lost with its host may be there after the host is back."""
+_HEADROOM_KIB, _GROWING_S = 64, 60.0
+"""How much more memory a limited process may take, and how long it is given to take it."""
 _OF_CHANGES = ("link", "prepare", "adopt", "retire", "change.linked", "change.prepared", "change.adopted")
 """Steps that everybody reaches who takes part; others are reached by who has work."""
 
@@ -88,6 +110,14 @@ async def _play(stage: Stage, event: Event, armed: asyncio.Event, over: asyncio.
                 return await _cut(stage, event)
             case Slow():
                 return await _slow(stage, event)
+            case KillNode():
+                return await _kill_node(stage, event)
+            case LimitMemory():
+                return await _limit_memory(stage, event)
+            case FillDisk():
+                return await _fill_disk(stage, event)
+            case JumpClock():
+                return await _jump_clock(stage, event)
     except OctetError as error:
         # What others do to the cluster may let this fail: the cluster says so, and is as it was.
         return _done(event, at_s, event.kind, fired=False, note=str(error))
@@ -240,11 +270,70 @@ async def _slow(stage: Stage, event: Slow) -> Injected:
     return _done(event, at_s, f"{event.kind} for {event.for_s:g} s", note=_lost(far.keys() - present))
 
 
+async def _kill_node(stage: Stage, event: KillNode) -> Injected:
+    cable, far = _cable(stage), await stage.far_members()
+    raylets = [pid for pid in cable.processes("far") if name_of(pid) == "raylet"]
+    at_s = time.time()
+    for pid in raylets:
+        signal_to(pid, signal.SIGKILL)
+    well = await stage.without(far)
+    until_s = time.monotonic() + _GHOST_S
+    for pid in far.values():
+        await _seen(lambda pid=pid: not state_of(pid), until_s)  # type: ignore[misc]
+    ghosts = [name for name, pid in far.items() if state_of(pid)]
+    note = _lost(far) + (f"; {', '.join(ghosts)} did not end" if ghosts else "")
+    return _done(event, at_s, event.kind, note=note if well else "it was never done without the other host")
+
+
+async def _limit_memory(stage: Stage, event: LimitMemory) -> Injected:
+    name = await stage.name_of(event.target, event.which, deadly=True)
+    pid, at_s = await stage.pid(name), time.time()
+    async with _threaded(memory_limit(pid, _HEADROOM_KIB)) as limit:
+        await _seen(lambda: not state_of(pid), time.monotonic() + _GROWING_S)
+        killed = limit.num_killed > 0
+    what = f"limit memory of {name}"
+    if not killed:
+        return _done(event, at_s, what, fired=False, note=f"it took no more for {_GROWING_S:g} s")
+    well = await stage.without({name: pid})
+    return _done(event, at_s, what, note="the kernel killed it" if well else "it was never done without")
+
+
+@contextlib.asynccontextmanager
+async def _threaded(context: AbstractContextManager[T]) -> AsyncIterator[T]:
+    """Begun and ended outside of the thread in which users note when a token came."""
+    with contextlib.ExitStack() as stack:
+        yield await asyncio.to_thread(stack.enter_context, context)
+        await asyncio.to_thread(stack.close)
+
+
+async def _fill_disk(stage: Stage, event: FillDisk) -> Injected:
+    if (disk := stage.rig.disk) is None:
+        raise ConfigError("events", "a disk to be filled", "a cluster that was started on a small one")
+    async with _threaded(filled(disk)):
+        at_s = time.time()
+        await asyncio.sleep(event.for_s)
+    return _done(event, at_s, f"{event.kind} for {event.for_s:g} s")
+
+
+async def _jump_clock(stage: Stage, event: JumpClock) -> Injected:
+    if (clock := stage.rig.clock) is None:
+        raise ConfigError("events", "a clock that jumps", "a cluster that was started with one")
+    at_s = time.time()
+    clock.jump(clock.off_s + event.by_s)
+    jumped = len(await asyncio.to_thread(clock.followers))
+    what, note = event.kind, f"for {jumped} processes"
+    if event.for_s is not None:
+        await asyncio.sleep(event.for_s)
+        clock.jump(clock.off_s - event.by_s)
+        what += f" for {event.for_s:g} s"
+    return _done(event, at_s, what, fired=jumped > 0, note=note)
+
+
 def _cable(stage: Stage) -> Cable:
     """Raises: ConfigError."""
-    if stage.cable is None:
+    if stage.rig.cable is None:
         raise ConfigError("events", "a fault of the cable between hosts", "a cluster on two of them", "--hosts 2")
-    return stage.cable
+    return stage.rig.cable
 
 
 def _lost(names: Iterable[str]) -> str:

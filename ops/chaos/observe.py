@@ -43,6 +43,7 @@ def facts_of(
         most_slots=num_experts + num_redundant,
         actors=collections.Counter(name.partition("-")[0] for name in ray.actors),
         bundles=ray.bundles,
+        unplaced=ray.unplaced,
         processes=collections.Counter(processes.values()),
         ports=ports,
     )
@@ -55,6 +56,14 @@ def state_of(pid: int) -> str:
     except OSError:
         return ""
     return "" if state in "ZX" else state
+
+
+def name_of(pid: int) -> str:
+    """Of its program, in at most 15 characters; empty where it is gone."""
+    try:
+        return pathlib.Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
 
 
 _LISTENING = "0A"

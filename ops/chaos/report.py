@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ops.bench.machine import Machine
-from ops.chaos.figures import by_kind, costs, quiet_gap_s
+from ops.chaos.figures import by_kind, costs, quiet_gap_s, resumed
 from ops.chaos.run import Verdict
 
 SCHEMA = "octet.chaos/1"
@@ -20,17 +20,18 @@ def print_verdict(verdict: Verdict, console: Console) -> None:
     """One schedule: a line, one for each fault, and one for each violation."""
     history = verdict.history
     tokens = sum(len(delta.token_ids) for stream in history.streams for delta in stream.deltas)
-    resumes = sum(stream.resumes for stream in history.streams)
     epochs = f"epoch {history.before.epoch} → {history.after.epoch}"
     mark = "[red]VIOLATED[/]" if verdict.violations else "[green]kept[/]"
     console.print(
-        f"[bold]{history.name}[/]: {mark}; {len(history.streams)} streams, {tokens} tokens, {resumes} resumed, "
-        f"{epochs}, {history.after.at_s - history.begin_s:.1f} s"
+        f"[bold]{history.name}[/]: {mark}; {len(history.streams)} streams, {tokens} tokens, "
+        f"{resumed(history.streams)}, {epochs}, {history.after.at_s - history.begin_s:.1f} s"
     )
     for fault in history.faults:
         at_s, lasted_s = fault.at_s - history.begin_s, fault.until_s - fault.at_s
         note = f" ({fault.note})" if fault.note else ""
         console.print(f"  {at_s:6.2f} s  {fault.what}: {lasted_s:.2f} s{note}", markup=False)
+    if history.host_lost and history.after.unplaced:
+        console.print(f"  {history.after.state}: no node that is left has room for all who were lost")
     for violation in verdict.violations:
         console.print(f"  [red]violation[/] {violation}")
 
@@ -54,7 +55,7 @@ def print_figures(machine: Machine, verdicts: Sequence[Verdict], console: Consol
     quiet = max((quiet_gap_s(verdict.history) for verdict in verdicts), default=0.0)
     console.print(
         f"{len(verdicts)} schedules, {sum(len(v.history.faults) for v in verdicts)} faults, {len(streams)} streams; "
-        f"longest gap without a fault {quiet * 1e3:.0f} ms; {violated} schedules with violations"
+        f"{resumed(streams)}; longest gap without a fault {quiet * 1e3:.0f} ms; {violated} schedules with violations"
     )
 
 
@@ -72,6 +73,8 @@ def as_json(machine: Machine, verdicts: Sequence[Verdict]) -> dict[str, Any]:
                 "schedule": verdict.schedule.model_dump(mode="json"),
                 "faults": [dataclasses.asdict(fault) for fault in verdict.history.faults],
                 "streams": len(verdict.history.streams),
+                "resumed": dataclasses.asdict(resumed(verdict.history.streams)),
+                "no_room": verdict.history.host_lost and verdict.history.after.unplaced > 0,
                 "violations": [dataclasses.asdict(violation) for violation in verdict.violations],
             }
             for verdict in verdicts

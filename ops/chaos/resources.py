@@ -1,4 +1,4 @@
-"""What a machine runs out of, or gets wrong: disk, memory, and the time of day. Needs root, or libfaketime."""
+"""What a machine runs out of: disk and memory. Needs root."""
 
 from __future__ import annotations
 
@@ -6,28 +6,15 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-import shutil
 import subprocess
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 
 _MEMORY = pathlib.Path("/sys/fs/cgroup/memory")
-_FAKETIME = (
-    "/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1",
-    "/usr/lib/aarch64-linux-gnu/faketime/libfaketimeMT.so.1",
-)
-_SLEEP = """
-#include <errno.h>
-#include <sys/syscall.h>
-#include <time.h>
-#include <unistd.h>
-int clock_nanosleep(clockid_t clock, int flags, const struct timespec *until, struct timespec *left) {
-    return syscall(SYS_clock_nanosleep, clock, flags, until, left) ? errno : 0;
-}
-"""
-"""libfaketime 0.9.10 fails every sleep by a clock that it does not fake, and Python sleeps by such a one."""
 _BLOCK = 2**16
+_LEAVE_S, _POLL_S = 10.0, 0.01
 
 
 @contextlib.contextmanager
@@ -35,7 +22,11 @@ def small_disk(mib: int) -> Iterator[pathlib.Path]:
     """A file system of its own, of that size. Raises: CalledProcessError where this process may not mount."""
     # The paths of Ray's sockets below it have a limit.
     directory = pathlib.Path(tempfile.mkdtemp(prefix="oct-", dir="/tmp"))
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mib}m", "octet", str(directory)], check=True)
+    try:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mib}m", "octet", str(directory)], check=True)
+    except BaseException:
+        directory.rmdir()
+        raise
     try:
         yield directory
     finally:
@@ -75,8 +66,36 @@ class MemoryLimit:
         return int(dict(line.split() for line in lines).get("oom_kill", 0))
 
 
+def _dissolve(group: pathlib.Path) -> None:
+    """Its processes go back to where they were. One that has just been killed takes its time to leave."""
+    deadline_s = time.monotonic() + _LEAVE_S
+    while True:
+        for left in (group / "cgroup.procs").read_text().split():
+            with contextlib.suppress(ProcessLookupError, OSError):
+                (_MEMORY / "cgroup.procs").write_text(left)
+        try:
+            group.rmdir()
+        except OSError:
+            if time.monotonic() > deadline_s:
+                raise
+            time.sleep(_POLL_S)
+        else:
+            return
+
+
 def may_limit_memory() -> bool:
     return os.access(_MEMORY / "cgroup.procs", os.W_OK)
+
+
+def why_no_small_disk() -> str:
+    """Why no file system can be mounted here; empty where one can."""
+    if os.geteuid() != 0:
+        return "mounting a file system takes root"
+    try:
+        with small_disk(1):
+            return ""
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"a file system in memory cannot be mounted: {error}"
 
 
 @contextlib.contextmanager
@@ -90,43 +109,4 @@ def memory_limit(pid: int, kib: int) -> Iterator[MemoryLimit]:
         (group / "cgroup.procs").write_text(str(pid))
         yield MemoryLimit(group)
     finally:
-        for left in (group / "cgroup.procs").read_text().split():
-            with contextlib.suppress(ProcessLookupError, OSError):
-                (_MEMORY / "cgroup.procs").write_text(left)
-        group.rmdir()
-
-
-class WallClock:
-    """The time of day of the processes that are started with `env`; their other clocks go on as they are."""
-
-    def __init__(self, directory: pathlib.Path) -> None:
-        self._file = directory / "faketime"
-        self._sleep = directory / "sleep.so"
-        source = self._sleep.with_suffix(".c")
-        source.write_text(_SLEEP)
-        subprocess.run(["cc", "-shared", "-fPIC", "-o", str(self._sleep), str(source)], check=True, timeout=60)
-        self.jump(0)
-
-    def jump(self, seconds: float) -> None:
-        """So far from the right time, from now on."""
-        next_file = self._file.with_suffix(".next")
-        next_file.write_text(f"{seconds:+f}\n")
-        next_file.replace(self._file)
-
-    @property
-    def env(self) -> dict[str, str]:
-        library = faketime_library()
-        assert library is not None
-        return {
-            "LD_PRELOAD": f"{self._sleep}:{library}",
-            "FAKETIME_TIMESTAMP_FILE": str(self._file),
-            "FAKETIME_NO_CACHE": "1",
-            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-        }
-
-
-def faketime_library() -> str | None:
-    """Where libfaketime is, if it is installed, and a compiler for what it lacks."""
-    if shutil.which("cc") is None:
-        return None
-    return next((path for path in _FAKETIME if pathlib.Path(path).exists()), None)
+        _dissolve(group)

@@ -71,7 +71,8 @@ async def run_schedule(
     end_s = time.time()
     if any(event.do == "scale" for event in schedule.events):
         stage.restore_sizes()
-    after = await stage.settle(before, complete)
+    host_lost = any(event.do == "kill_node" or (event.do == "cut" and event.for_s is None) for event in schedule.events)
+    after = await stage.settle(before, complete, host_lost)
     history = History(
         name=schedule.name,
         begin_s=begin_s,
@@ -83,6 +84,7 @@ async def run_schedule(
         before=before,
         after=after,
         complete=complete,
+        host_lost=host_lost,
     )
     return Verdict(schedule=schedule, history=history, violations=tuple(check(history)))
 

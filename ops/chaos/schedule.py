@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeAlias
 
 import pydantic
@@ -17,6 +18,7 @@ from ops.chaos.cable import Way
 PoolName = Literal["prefill", "decode", "experts"]
 Target = Literal["prefill", "decode", "experts", "router", "frontend", "controller"]
 DURATION_S = 4.0
+LONGEST_JUMP_S = 366 * 86400.0
 
 
 class _Event(pydantic.BaseModel):
@@ -136,7 +138,61 @@ class Slow(_Event):
         return f"delay {self.delay_s * 1e3:g} ms" if self.delay_s else f"throttle {self.mbit_per_s:g} Mbit/s"
 
 
-Event: TypeAlias = Annotated[Kill | Stop | Arm | Scale | Rebalance | Cut | Slow, pydantic.Field(discriminator="do")]
+class KillNode(_Event):
+    """SIGKILL to the raylet of the other host: its members die with it. For good. Takes `--hosts 2`."""
+
+    do: Literal["kill_node"] = "kill_node"
+
+    @property
+    def kind(self) -> str:
+        return "kill node"
+
+
+class LimitMemory(_Aimed):
+    """The kernel kills a process for the memory that it takes."""
+
+    do: Literal["limit_memory"] = "limit_memory"
+
+    @property
+    def kind(self) -> str:
+        return f"limit memory of {self.target}"
+
+
+class FillDisk(_Event):
+    """Not a byte is free where Ray has its session and logs."""
+
+    do: Literal["fill_disk"] = "fill_disk"
+    for_s: float = pydantic.Field(gt=0)
+
+    @property
+    def kind(self) -> str:
+        return "fill disk"
+
+
+class JumpClock(_Event):
+    """The time of day jumps in the cluster's Python processes, from where it is; see `wall_clock.c`."""
+
+    do: Literal["jump_clock"] = "jump_clock"
+    by_s: float
+    for_s: float | None = pydantic.Field(None, gt=0)
+    """For good where it is not given."""
+
+    @pydantic.field_validator("by_s")
+    @classmethod
+    def _it_jumps(cls, by_s: float) -> float:
+        if not 0 < abs(by_s) <= LONGEST_JUMP_S:
+            raise ValueError(f"by at most {LONGEST_JUMP_S:g} s, forward or back, and not by 0")
+        return by_s
+
+    @property
+    def kind(self) -> str:
+        return f"jump clock by {self.by_s:+g} s"
+
+
+Event: TypeAlias = Annotated[
+    Kill | Stop | Arm | Scale | Rebalance | Cut | Slow | KillNode | LimitMemory | FillDisk | JumpClock,
+    pydantic.Field(discriminator="do"),
+]
 
 
 class Schedule(pydantic.BaseModel):
@@ -149,10 +205,12 @@ class Schedule(pydantic.BaseModel):
 
     @pydantic.model_validator(mode="after")
     def _one_thing_at_a_time_happens_between_hosts(self) -> Schedule:
-        of_cable = sorted((e for e in self.events if isinstance(e, Cut | Slow)), key=lambda event: event.at_s)
-        for earlier, later in itertools.pairwise(of_cable):
-            if earlier.for_s is None or later.at_s < earlier.at_s + earlier.for_s:
-                raise ValueError(f"{later.kind} at {later.at_s} s begins before {earlier.kind} is over")
+        _apart([event for event in self.events if isinstance(event, Cut | Slow | KillNode)])
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _a_disk_is_full_once_at_a_time(self) -> Schedule:
+        _apart([event for event in self.events if isinstance(event, FillDisk)])
         return self
 
     @pydantic.model_validator(mode="after")
@@ -161,6 +219,14 @@ class Schedule(pydantic.BaseModel):
         if late:
             raise ValueError(f"{late[0].kind} comes at {late[0].at_s} s, after duration_s ({self.duration_s})")
         return self
+
+
+def _apart(events: Sequence[Cut | Slow | KillNode | FillDisk]) -> None:
+    """Raises: ValueError."""
+    for earlier, later in itertools.pairwise(sorted(events, key=lambda event: event.at_s)):
+        for_s = None if isinstance(earlier, KillNode) else earlier.for_s
+        if for_s is None or later.at_s < earlier.at_s + for_s:
+            raise ValueError(f"{later.kind} at {later.at_s} s begins before {earlier.kind} is over")
 
 
 def load_schedule(file: pathlib.Path) -> Schedule:

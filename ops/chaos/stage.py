@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import pathlib
 import signal
@@ -18,14 +19,16 @@ from octet.errors import UnavailableError
 from octet.faults import Fault, Struck
 from octet.v1 import octet_pb2 as pb
 from ops.bench.changes.leftovers import actor_processes
-from ops.chaos.cable import Cable
 from ops.chaos.checker import baseline
 from ops.chaos.commits import AuditTrail
 from ops.chaos.history import Facts
 from ops.chaos.observe import facts_of, num_ports
+from ops.chaos.rig import Rig
 
 _POLL_S, _ANSWER_S = 0.1, 15.0
 _SETTLE_S = 120.0
+_PLACING_S = 15.0
+"""After which Ray has no room for what it has not placed."""
 SERVICES = {"frontend": "frontend-0", "controller": "controller", "router": "router"}
 """Names of the actors outside the pools."""
 
@@ -33,13 +36,13 @@ SERVICES = {"frontend": "frontend-0", "controller": "controller", "router": "rou
 class Stage:
     """Of a cluster whose processes run below this one, or at least on this machine. Belongs to one event loop."""
 
-    def __init__(self, plan: ServingPlan, address: str, client: AsyncClient, cable: Cable | None = None) -> None:
+    def __init__(self, plan: ServingPlan, address: str, client: AsyncClient, rig: Rig | None = None) -> None:
         """
         Args:
             plan: with `chaos.enabled`, and an `audit_dir` on this machine.
-            cable: to the other host, where there is one.
+            rig: what it was started with.
         """
-        self.plan, self.address, self.client, self.cable = plan, address, client, cable
+        self.plan, self.address, self.client, self.rig = plan, address, client, rig or Rig()
         self.namespace = plan.config.ray.namespace
         self.sizes: dict[str, int] = {
             "prefill": plan.config.pools.prefill.size,
@@ -69,7 +72,7 @@ class Stage:
 
     async def far_members(self) -> dict[str, int]:
         """Pids by id of the members that serve on the other host."""
-        there = set(self.cable.processes("far")) if self.cable is not None else set()
+        there = set(self.rig.cable.processes("far")) if self.rig.cable is not None else set()
         members = [member for pool in (await self.status()).pools for member in pool.members if _serves(member)]
         return {member.worker_id: member.pid for member in members if member.pid in there}
 
@@ -102,16 +105,22 @@ class Stage:
     async def struck(self, name: str) -> tuple[Struck, ...]:
         """The faults that have struck; none of an actor that does not answer."""
         try:
-            return await asyncio.to_thread(struck, self.namespace, name)
+            return self._dated(await asyncio.to_thread(struck, self.namespace, name))
         except UnavailableError:
             return ()
 
     async def disarm(self, name: str) -> tuple[Struck, ...]:
         """Likewise, and nothing strikes from here on."""
         try:
-            return await asyncio.to_thread(disarm, self.namespace, name)
+            return self._dated(await asyncio.to_thread(disarm, self.namespace, name))
         except UnavailableError:
             return ()
+
+    def _dated(self, found: tuple[Struck, ...]) -> tuple[Struck, ...]:
+        """By the harness's own clock."""
+        if (clock := self.rig.clock) is None:
+            return found
+        return tuple(dataclasses.replace(one, at_s=clock.right_s(one.at_s)) for one in found)
 
     async def until(self, condition: Callable[[pb.GetStatusResponse], bool], timeout_s: float = _SETTLE_S) -> bool:
         """Returns: whether it came true in time."""
@@ -155,12 +164,18 @@ class Stage:
             layers * self.plan.config.pools.experts.redundant_experts,
         )
 
-    async def settle(self, before: Facts, complete: bool, timeout_s: float = _SETTLE_S) -> Facts:
+    async def settle(
+        self, before: Facts, complete: bool, host_lost: bool = False, timeout_s: float = _SETTLE_S
+    ) -> Facts:
         """Facts when everything is as it was, or at the latest after this time."""
-        deadline_s = time.monotonic() + timeout_s
+        now_s = time.monotonic()
+        deadline_s, placing_until_s = now_s + timeout_s, now_s + _PLACING_S
         while True:
             after = await self.facts()
-            if not any(baseline(before, after, complete)) or time.monotonic() > deadline_s:
+            # Where there is room, Ray takes a moment to give it.
+            placed = not (host_lost and complete and after.unplaced) or time.monotonic() > placing_until_s
+            kept = placed and not any(baseline(before, after, complete, host_lost))
+            if kept or time.monotonic() > deadline_s:
                 return after
             if complete and after.state == before.state and after.sizes != before.sizes:
                 # What was lost is replaced by itself; this is what a change of size has left.

@@ -6,7 +6,8 @@ import html
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
-from ops.chaos.figures import answers_of
+from ops.bench.changes.gaps import Answer
+from ops.chaos.figures import answers_of, resumed
 from ops.chaos.history import History, Stream
 from ops.chaos.run import Verdict
 
@@ -19,6 +20,7 @@ body { margin: 24px auto; max-width: 1280px; font: 14px/1.5 system-ui, sans-seri
 h2 { font-size: 16px; margin: 28px 0 4px; } .bad { color: #b2182b; } .good { color: #1a7f4b; }
 svg { display: block; } text { font: 11px system-ui, sans-serif; fill: #4a5560; }
 .stream { fill: #9cc3e6; } .gap { fill: #e08214; } .ended { fill: #b2182b; } .resume { fill: #542788; }
+.away { fill: #e4e7eb; }
 .fault { fill: #b2182b; opacity: .16; } .missed { fill: #999; opacity: .16; }
 .epoch { stroke: #542788; stroke-dasharray: 3 3; }
 .rate { fill: none; stroke: #2f6fb0; stroke-width: 1.5; } .axis { stroke: #c5ccd3; }
@@ -32,8 +34,9 @@ def timeline(verdicts: Sequence[Verdict]) -> str:
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Faults and streams</title><style>{_STYLE}</style>'
         "<h1>Faults and streams</h1><p>Red bands are faults until their effect is over (grey: never struck), dashed "
         "lines are new epochs, the blue line is tokens per second. Each row is a stream, from the request to its end: "
-        f"orange is a gap of more than {_GAP_S * 1e3:.0f} ms, a violet tick a client that resumed, a red end one that "
-        f"did not finish. Point at anything for its name.</p>{body}</html>\n"
+        f"orange is a gap of more than {_GAP_S * 1e3:.0f} ms, a violet tick a client that resumed, grey before it a "
+        f"user who was away by its own will, a red end a stream that did not finish. "
+        f"Point at anything for its name.</p>{body}</html>\n"
     )
 
 
@@ -43,6 +46,7 @@ def _section(verdict: Verdict) -> Iterator[str]:
     yield f'<h2>{html.escape(history.name)}: <span class="{css}">{state}</span></h2>'
     if verdict.violations:
         yield "<ul>" + "".join(f'<li class="bad">{html.escape(str(v))}' for v in verdict.violations) + "</ul>"
+    yield f"<p>{len(history.streams)} streams, {resumed(history.streams)}</p>"
     yield from _drawing(history)
 
 
@@ -97,9 +101,14 @@ def _row(stream: Stream, x: Callable[[float], float], y: int, end_s: float) -> I
     name = f"{stream.request_id} {stream.question.name}: {status}, {stream.resumes} resumed"
     yield f'<text x="4" y="{y + 8}">{html.escape(stream.question.name)}</text>'
     yield _rect("stream", x(stream.sent_s), x(ended_s), y, 8, name)
-    for earlier, later in itertools.pairwise([stream.sent_s, *(delta.at_s for delta in stream.deltas)]):
+    waited = Answer(
+        sent_s=stream.sent_s, times_s=[stream.sent_s, *(d.at_s for d in stream.deltas)], away_s=stream.away_s
+    )
+    for earlier, later in waited.gaps():
         if later - earlier > _GAP_S:
             yield _rect("gap", x(earlier), x(later), y, 8, f"{(later - earlier) * 1e3:.0f} ms")
+    for left_s, back_s in stream.away_s:
+        yield _rect("away", x(left_s), x(back_s), y, 8, f"away for {(back_s - left_s) * 1e3:.0f} ms")
     for at_s in stream.calls_s[1:]:
         yield _rect("resume", x(at_s), x(at_s), y - 1, 10, "resumed")
     if status != "OK":

@@ -5,17 +5,16 @@ Hosts are network namespaces. Each test starts a Ray of two nodes of its own, in
 
 from __future__ import annotations
 
-import json
 import pathlib
 import re
-import subprocess
-import sys
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from ops.chaos.cable import why_not
-from ops.chaos.schedule import Cut, Event, Schedule, Slow, dump_schedule
+from ops.chaos.schedule import Cut, Event, KillNode, Schedule, Slow
+from tests.chaos import harness
 
 REASON = why_not()
 pytestmark = [pytest.mark.long, pytest.mark.timeout(460), pytest.mark.skipif(bool(REASON), reason=REASON)]
@@ -25,31 +24,11 @@ _LONGEST_GAP_S = 15.0
 """Generous, for a slow machine: what a cut costs is printed."""
 
 
-def run(directory: pathlib.Path, *schedules: Schedule) -> list[dict[str, Any]]:
+def run(directory: pathlib.Path, *schedules: Schedule, options: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Under load, one after the other. Returns: what came of them; every promise was kept."""
-    command = [
-        sys.executable,
-        "-m",
-        "ops.cli",
-        "chaos",
-        "run",
-        "--hosts",
-        "2",
-        "--json",
-        str(directory / "report.json"),
-    ]
-    for schedule in schedules:
-        file = directory / f"{schedule.name}.json"
-        file.write_text(dump_schedule(schedule))
-        command += ["--schedule", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=_RUN_S, check=False)
-    print(done.stdout)
-    assert (directory / "report.json").exists(), done.stderr
-    report = json.loads((directory / "report.json").read_text())
-    assert [run["violations"] for run in report["runs"]] == [[]] * len(schedules), done.stdout
-    assert done.returncode == 0
+    report = harness.run(directory, schedules, "--hosts", "2", *options, env={}, timeout_s=_RUN_S)
     gaps = [figure["gap_max_s"] for figure in report["figures"].values()]
-    assert max(gaps) < _LONGEST_GAP_S, done.stdout
+    assert max(gaps) < _LONGEST_GAP_S, report["figures"]
     runs: list[dict[str, Any]] = report["runs"]
     return runs
 
@@ -83,3 +62,17 @@ def test_nobody_is_taken_for_lost_by_a_short_cut_or_a_slow_network(tmp_path: pat
     schedules = [Schedule(name=name, duration_s=1.0, events=(event,)) for name, event in events.items()]
     for one in run(tmp_path, *schedules):
         assert [fault["note"] for fault in one["faults"]] == ["nobody was lost"]
+
+
+@pytest.mark.parametrize("room", [True, False], ids=["room", "no room"])
+def test_streams_go_on_without_a_node_whose_raylet_was_killed(tmp_path: pathlib.Path, room: bool) -> None:
+    schedule = Schedule(name="node", duration_s=3.0, events=(KillNode(at_s=1.0),))
+    # Of decode workers that want most of a host, there is one on each.
+    large = ("pools.decode.num_cpus=12", "pools.decode.threads=1")
+    options = () if room else tuple(part for field in large for part in ("--set", field))
+    (only,) = run(tmp_path, schedule, options=options)
+    (fault,) = only["faults"]
+    lost = re.match(r"(.*) was lost$", fault["note"])
+    assert lost, fault["note"]
+    assert "decode" in {name.partition("-")[0] for name in lost[1].split(", ")}
+    assert only["no_room"] == (not room)

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -35,6 +35,14 @@ class Answer:
     """Why it failed."""
     differs: bool = False
     """From the quiet answer."""
+    away_s: Sequence[tuple[float, float]] = ()
+    """From when to when nobody listened."""
+
+    def gaps(self) -> Iterator[tuple[float, float]]:
+        """From each token to the next. Whoever was away between them has waited since coming back."""
+        for before_s, after_s in itertools.pairwise(self.times_s):
+            since_s = max((back_s for left_s, back_s in self.away_s if before_s <= left_s < after_s), default=before_s)
+            yield min(since_s, after_s), after_s
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,12 +58,7 @@ class Seen:
 
 def look(answers: Sequence[Answer], window: Window) -> Seen:
     """0 where nothing overlaps."""
-    gaps = [
-        after - before
-        for answer in answers
-        for before, after in itertools.pairwise(answer.times_s)
-        if window.touches(before, after)
-    ]
+    gaps = [after - before for answer in answers for before, after in answer.gaps() if window.touches(before, after)]
     waits = [a.times_s[0] - a.sent_s for a in answers if a.times_s and window.touches(a.sent_s, a.times_s[0])]
     tokens = sum(window.begin_s <= at_s < window.end_s for answer in answers for at_s in answer.times_s)
     return Seen(

@@ -12,9 +12,10 @@ import grpc
 import pytest
 
 from octet.client import CallError, Client
-from ops.chaos.resources import WallClock, faketime_library
+from ops.chaos.wall_clock import WallClock, why_no_wall_clock
 
-pytestmark = pytest.mark.skipif(faketime_library() is None, reason="needs libfaketime")
+REASON = why_no_wall_clock()
+pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON)
 TIMEOUT_S, NUM_TOKENS = 30.0, 60
 
 

@@ -57,6 +57,7 @@ def facts(**changes: Any) -> Facts:
         "most_slots": 40,
         "actors": {"prefill": 1, "decode": 2, "experts": 2, "controller": 1, "frontend": 1, "router": 1},
         "bundles": 5,
+        "unplaced": 0,
         "processes": {"PrefillWorker": 1, "DecodeWorker": 2, "ExpertShard": 2},
         "ports": 20,
     }

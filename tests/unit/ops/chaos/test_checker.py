@@ -140,6 +140,14 @@ def test_what_was_not_to_be_replaced_may_be_missing() -> None:
     assert kinds(leak) == ["not at baseline"]
 
 
+def test_what_no_host_that_is_left_has_room_for_may_be_missing_if_the_cluster_says_so() -> None:
+    missing = {"epoch": 2, "sizes": {"prefill": 1, "decode": 1, "experts": 2}, "unplaced": 1}
+    assert check(history(host_lost=True, after=facts(state="DEGRADED", **missing))) == []
+    assert kinds(history(host_lost=True, after=facts(state="READY", **missing))) == ["not at baseline"]
+    assert kinds(history(after=facts(state="DEGRADED", **missing))) == ["not at baseline"]
+    assert kinds(history(host_lost=True, after=facts(epoch=2, state="DEGRADED"))) == ["not at baseline"]
+
+
 @given(st.data())
 def test_any_change_of_the_tokens_that_a_client_saw_is_caught(data: st.DataObject) -> None:
     ids = list(EXPECTED)

@@ -7,9 +7,11 @@ import pathlib
 import pytest
 
 from octet.errors import ConfigError
+from ops.chaos import rig
 from ops.chaos.command import Against, ChaosOptions, schedules_of
 from ops.chaos.drawing import draw_schedule
-from ops.chaos.schedule import Cut, Schedule, dump_schedule
+from ops.chaos.ray_replies import failures
+from ops.chaos.schedule import Cut, Event, FillDisk, JumpClock, KillNode, LimitMemory, Schedule, dump_schedule
 
 
 def test_seeds_are_counted_up_from_the_first() -> None:
@@ -31,8 +33,54 @@ def test_it_takes_either_files_or_a_seed(files: tuple[pathlib.Path, ...], seed: 
 
 def test_a_cut_between_hosts_takes_hosts_and_those_a_cluster_of_their_own() -> None:
     cutting = (Schedule(events=(Cut(at_s=1.0),)),)
-    ChaosOptions(schedules=cutting, two_hosts=True).check()
+    ChaosOptions(schedules=cutting, num_hosts=2).check()
     with pytest.raises(ConfigError, match="--hosts 2"):
         ChaosOptions(schedules=cutting).check()
     with pytest.raises(ConfigError, match="--against"):
-        ChaosOptions(schedules=cutting, two_hosts=True, against=Against(ray_address="auto", namespace="octet")).check()
+        ChaosOptions(schedules=cutting, num_hosts=2, against=Against(ray_address="auto", namespace="octet")).check()
+
+
+RUNNING = Against(ray_address="auto", namespace="octet")
+MEMORY, DISK, CLOCK = LimitMemory(at_s=1, target="decode"), FillDisk(at_s=1, for_s=1), JumpClock(at_s=1, by_s=5)
+
+
+@pytest.mark.parametrize(
+    ("event", "against", "told"),
+    [
+        (MEMORY, None, r"limit_memory at 1 s.*no control group of memory.*version 1.*Leave the event out"),
+        (DISK, None, r"fill_disk at 1 s.*no mounting here.*Run as root"),
+        (CLOCK, None, r"jump_clock at 1 s.*no compiler here.*Install gcc"),
+        (KillNode(at_s=1), None, r"kill_node at 1 s.*one host.*--hosts 2"),
+        (DISK, RUNNING, r"fill_disk at 1 s.*runs already.*--against"),
+        (CLOCK, RUNNING, r"jump_clock at 1 s.*runs already.*--against"),
+    ],
+)
+def test_what_cannot_be_done_here_is_told_before_anything_begins(
+    monkeypatch: pytest.MonkeyPatch, event: Event, against: Against | None, told: str
+) -> None:
+    monkeypatch.setattr(rig, "may_limit_memory", lambda: False)
+    monkeypatch.setattr(rig, "why_no_small_disk", lambda: "no mounting here")
+    monkeypatch.setattr(rig, "why_no_wall_clock", lambda: "no compiler here")
+    with pytest.raises(ConfigError, match=told):
+        ChaosOptions(schedules=(Schedule(events=(event,)),), against=against).check()
+
+
+def test_what_can_be_done_here_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rig, "may_limit_memory", lambda: True)
+    monkeypatch.setattr(rig, "why_no_small_disk", str)
+    monkeypatch.setattr(rig, "why_no_wall_clock", str)
+    ChaosOptions(schedules=(Schedule(events=(MEMORY, DISK, CLOCK, KillNode(at_s=2))),), num_hosts=2).check()
+
+
+def test_nothing_happens_between_hosts_after_one_is_gone() -> None:
+    gone, cut = Schedule(events=(KillNode(at_s=1),)), Schedule(events=(Cut(at_s=1, for_s=1),))
+    ChaosOptions(schedules=(cut, gone), num_hosts=2).check()
+    with pytest.raises(ConfigError, match=r"cut at 1 s.*no other host"):
+        ChaosOptions(schedules=(gone, cut), num_hosts=2).check()
+
+
+def test_a_ray_of_its_own_loses_replies_in_whole_percent() -> None:
+    (fields,) = failures(0.03).values()
+    assert (fields["req_failure_prob"], fields["resp_failure_prob"]) == (0, 3)
+    with pytest.raises(ConfigError, match="--lose-ray-replies"):
+        ChaosOptions(schedules=(Schedule(),), lost_replies=0.01, against=RUNNING).check()

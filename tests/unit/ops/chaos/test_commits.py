@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
 
 import pytest
@@ -60,3 +61,11 @@ def test_half_a_line_of_a_killed_frontend_is_left_out_and_any_other_is_refused(t
     file.write_text('{"kind":"acc\n{"kind":"workers","at_s":1,"workers":["decode-0"]}\n')
     with pytest.raises(TraceError, match="acc"):
         AuditTrail(tmp_path).read()
+
+
+def test_frontends_come_in_the_order_in_which_they_wrote_whatever_their_clocks_said(tmp_path: pathlib.Path) -> None:
+    for at_s, name in enumerate(("9-frontend-0-5.jsonl", "1-frontend-0-6.jsonl")):
+        file = tmp_path / name
+        file.write_text('{"kind":"workers","at_s":1,"workers":["decode-0"]}\n')
+        os.utime(file, (at_s, at_s))
+    assert [commit.frontend for commit in AuditTrail(tmp_path).read()] == ["9-frontend-0-5", "1-frontend-0-6"]

@@ -54,6 +54,16 @@ def test_quiet_gaps_are_those_that_touch_no_fault() -> None:
     assert quiet_gap_s(run(told(100.0, 101.0, 104.0, 105.5), faults=[fault(102.0, 102.1)])) == 1.5
 
 
+def test_time_in_which_a_user_was_away_is_no_gap() -> None:
+    left = told(100.0, 101.0, 104.0, 104.5)
+    left.away_s.append((101.0, 103.75))
+    found = run(left, faults=[fault(102.0, 103.9)])
+    assert costs(found)[0].gap_s == 0.5
+    assert quiet_gap_s(found) == 1.0
+    left.away_s.clear()
+    assert costs(found)[0].gap_s == 3.0
+
+
 def test_the_timeline_names_faults_epochs_gaps_and_violations() -> None:
     samples = [
         Sample(at_s=101.0, epoch=1, state="READY", sizes={}),
@@ -63,8 +73,17 @@ def test_the_timeline_names_faults_epochs_gaps_and_violations() -> None:
         stream(calls_s=[100.0, 101.5]), told(100.0, 102.0), begin_s=100.0, faults=[fault(101.0, 102.0)], samples=samples
     )
     violation = Violation(kind="usage", subject="r0", found="a <b>")
+    found.streams[0].away_s.append((101.1, 101.5))
     page = timeline([Verdict(schedule=Schedule(), history=found, violations=(violation,))])
-    for told_there in ("kill &lt;decode-0&gt;", "epoch 2", "2000 ms", "resumed", "usage: r0: a &lt;b&gt;", "violated"):
+    for told_there in (
+        "kill &lt;decode-0&gt;",
+        "epoch 2",
+        "2000 ms",
+        "1 resumed (1 of them",
+        "away for 400 ms",
+        "usage: r0: a &lt;b&gt;",
+        "violated",
+    ):
         assert told_there in page
     drawing = page[page.index("<svg") : page.index("</svg>") + len("</svg>")]
     assert len(list(xml.etree.ElementTree.fromstring(drawing).iter("rect"))) >= 4

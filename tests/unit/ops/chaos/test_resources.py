@@ -1,18 +1,16 @@
-"""Resources that run out, and a clock that jumps, for small processes: what the harness does to a cluster's."""
+"""Resources that run out, for small processes: what the harness does to a cluster's."""
 
 from __future__ import annotations
 
 import errno
 import os
-import pathlib
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
-from ops.chaos.resources import WallClock, faketime_library, filled, may_limit_memory, memory_limit, small_disk
+from ops.chaos.resources import filled, may_limit_memory, memory_limit, small_disk
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -51,36 +49,3 @@ def test_a_process_over_its_limit_of_memory_is_killed(kib: int, killed: int) -> 
         assert process.returncode == (-signal.SIGKILL if killed else 0)
         assert (b"grown" in told) == (not killed)
     assert not limit.directory.exists()
-
-
-_TELL = """
-import sys, time
-for _ in sys.stdin:
-    time.sleep(0.01)
-    print(time.time(), time.monotonic(), flush=True)
-"""
-
-
-@pytest.mark.skipif(faketime_library() is None, reason="needs libfaketime")
-@pytest.mark.parametrize("jump_s", [3600.0, -3600.0])
-def test_the_time_of_day_jumps_and_no_other_clock(tmp_path: pathlib.Path, jump_s: float) -> None:
-    clock = WallClock(tmp_path)
-    env = {**os.environ, **clock.env}
-    command = [sys.executable, "-c", _TELL]
-    with subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-
-        def ask() -> tuple[float, float]:
-            assert process.stdin is not None
-            assert process.stdout is not None
-            print(file=process.stdin, flush=True)
-            wall_s, steady_s = map(float, process.stdout.readline().split())
-            return wall_s - time.time(), steady_s - time.monotonic()
-
-        off_s, steady_off_s = ask()
-        assert abs(off_s) < 5
-        assert abs(steady_off_s) < 5
-        clock.jump(jump_s)
-        off_s, steady_off_s = ask()
-        assert abs(off_s - jump_s) < 5
-        assert abs(steady_off_s) < 5
-        process.communicate(timeout=10)

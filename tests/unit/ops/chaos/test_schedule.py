@@ -14,7 +14,11 @@ from octet.faults import POINTS
 from ops.chaos.drawing import draw_schedule
 from ops.chaos.schedule import (
     Arm,
+    FillDisk,
+    JumpClock,
     Kill,
+    KillNode,
+    LimitMemory,
     PoolName,
     Schedule,
     Stop,
@@ -81,6 +85,11 @@ def test_a_schedule_in_yaml(tmp_path: pathlib.Path) -> None:
         ({"at_s": 1, "do": "cut", "way": "sideways"}, r"events.0.cut.way"),
         ({"at_s": 1, "do": "slow", "delay_s": 0.05}, r"events.0.slow.for_s"),
         ({"at_s": 1, "do": "slow", "for_s": 1, "delay_s": 0.05, "mbit_per_s": 1}, "one of delay_s and mbit_per_s"),
+        ({"at_s": 1, "do": "limit_memory"}, r"events.0.limit_memory.target"),
+        ({"at_s": 1, "do": "fill_disk"}, r"events.0.fill_disk.for_s"),
+        ({"at_s": 1, "do": "jump_clock", "by_s": 0}, r"events.0.jump_clock.by_s"),
+        ({"at_s": 1, "do": "jump_clock", "by_s": 1e12}, "at most 3.*e.07 s, forward or back"),
+        ({"at_s": 1, "do": "kill_node", "target": "far"}, r"events.0.kill_node.target"),
         ({"at_s": 1, "do": "arm", "target": "decode", "point": "nowhere"}, "no step 'nowhere'"),
         ({"at_s": 1, "do": "arm", "target": "decode", "point": "serve"}, "a step of experts, not of decode"),
     ],
@@ -96,6 +105,30 @@ def test_two_things_at_a_time_do_not_happen_between_hosts() -> None:
     for cut in ({"at_s": 1, "do": "cut", "for_s": 2.5}, {"at_s": 1, "do": "cut"}):
         with pytest.raises(ConfigError, match=r"begins before cut is over"):
             parse_schedule({"duration_s": 4, "events": [slow, cut]})
+
+
+def test_a_disk_is_full_once_at_a_time_and_nothing_happens_between_hosts_of_which_one_is_gone() -> None:
+    events: list[dict[str, Any]] = [{"at_s": 1, "do": "fill_disk", "for_s": 2}, {"at_s": 3, "do": "kill_node"}]
+    assert parse_schedule({"duration_s": 4, "events": events})
+    for late in ({"at_s": 2, "do": "fill_disk", "for_s": 1}, {"at_s": 4, "do": "cut"}):
+        with pytest.raises(ConfigError, match=r"begins before (fill disk|kill node) is over"):
+            parse_schedule({"duration_s": 4, "events": [*events, late]})
+
+
+def test_every_event_is_read_as_it_was_written(tmp_path: pathlib.Path) -> None:
+    schedule = Schedule(
+        name="all",
+        events=(
+            LimitMemory(at_s=0.5, target="experts", which=1),
+            FillDisk(at_s=1, for_s=0.5),
+            JumpClock(at_s=1, by_s=-3600),
+            JumpClock(at_s=2, by_s=60, for_s=1),
+            KillNode(at_s=3),
+        ),
+    )
+    file = tmp_path / "all.json"
+    file.write_text(dump_schedule(schedule))
+    assert load_schedule(file) == schedule
 
 
 @pytest.mark.parametrize("text", ["- 1\n- 2\n", "events: [", "just words"])
