@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
-from octet.background import step_back
+from octet.background import COMPUTING, step_back
 from octet.config import LaneConfig
 from octet.errors import LaneError, LaneTimeoutError, UnavailableError, WireError
 from octet.faults import reach
@@ -123,6 +123,7 @@ class EngineLoop:
                 self._held.append(message)
 
     def _run(self) -> None:
+        step_back(COMPUTING)
         try:
             while not self._stopping.is_set():
                 self._turn()

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 
 from cluster.chunks import concatenate, to_chunk
 from cluster.frontend import Frontend
+from cluster.pace import Pace
 from cluster.record import Reader
 from cluster.status_codes import Context, abort
 from cluster.validation import GenerateSpec, check_ids, input_ids, parse_request, require_tokenizer
@@ -29,7 +30,7 @@ class GenerationService(rpc.GenerationServicer):
             max_stall_s: a client that takes no chunk for so long is cut off.
         """
         self._frontend, self._model_name, self._num_parameters = frontend, model_name, num_parameters
-        self._max_stall_s = max_stall_s
+        self._max_stall_s, self._pace = max_stall_s, Pace()
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
         response = pb.GenerateResponse()
@@ -106,8 +107,10 @@ class GenerationService(rpc.GenerationServicer):
 
     async def _stream(self, reader: Reader, context: Context) -> None:
         await _tell_accepted(context, reader)
+        now_s, pace = asyncio.get_running_loop().time, self._pace
         with reader.interruptible():
             async for increment in reader.increments():
+                begun_s = now_s()
                 try:
                     async with asyncio.timeout(self._max_stall_s):
                         await context.write(to_chunk(reader.request_id, increment))
@@ -115,6 +118,9 @@ class GenerationService(rpc.GenerationServicer):
                     raise SlowReaderError(
                         f"the client took nothing for {self._max_stall_s:g} s (frontend.max_stall_s)"
                     ) from None
+                pace.note(now_s() - begun_s, self._frontend.num_live)
+                if pace.rest_s:
+                    await asyncio.sleep(pace.rest_s)
 
 
 @contextlib.asynccontextmanager

@@ -25,6 +25,8 @@ _POLL_S = 0.3
 _ANSWER_S = 30.0
 _OBJECT_STORE_BYTES = 128 * 2**20
 """Octet puts nothing large into Ray's object store."""
+_SETTINGS = {"worker_niceness": 2}
+"""Ray's own 15 leaves those hardly any room that step back (`octet.background`): 19 is the most."""
 
 Report = Callable[[StartProgress], None]
 
@@ -109,7 +111,7 @@ def _connect(config: OctetConfig) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if config.ray.address is None:
-        options |= {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
+        options |= {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES, "_system_config": _SETTINGS}
     try:
         ray.init(address=config.ray.address or "local", namespace=config.ray.namespace, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:

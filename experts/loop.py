@@ -18,7 +18,7 @@ import torch
 
 from experts.meter import FrameMeter
 from experts.shard import ExpertShard, Rows
-from octet.background import wake_behind
+from octet.background import COMPUTING, step_back, wake_behind
 from octet.counters import FrameCounters
 from octet.errors import LaneError
 from octet.faults import reach
@@ -92,6 +92,7 @@ class ShardLoop:
     def _serve(self, name: str, lane: LaneEnd, priority: int) -> None:
         meter = self._meters[name]
         # A worker that has sent a frame has others to send yet, and its shared expert to compute.
+        step_back(COMPUTING)
         wake_behind()
         try:
             while (call := lane.receive()) is not None:

@@ -9,6 +9,10 @@ import threading
 _log = logging.getLogger(__name__)
 
 
+COMPUTING = 8
+"""Of threads that compute, beyond those that answer: where they share cores, calls are answered in between."""
+
+
 def step_back(niceness: int) -> None:
     """Give the calling thread, and those that it starts, a smaller share of a busy core.
 
