@@ -7,6 +7,7 @@ GCS is gone, what was written last waits for its return, and the controller does
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 
 import ray
 from ray.experimental import internal_kv
@@ -48,6 +49,16 @@ class Keeper:
     def give_back(self, group: PlacementGroup) -> None:
         """Remove a placement group, now or when the GCS answers."""
         self._errands.run(lambda: remove_placement_group(group))
+
+    def give_back_named(self, names: Collection[str]) -> None:
+        """The same with those that may have been made: whoever asked for them has had no answer."""
+
+        def remove() -> None:
+            for group, info in placement_group_table().items():
+                if info["name"] in names and info["state"] != "REMOVED":
+                    remove_placement_group(group_of(group))
+
+        self._errands.run(remove)
 
     def _put(self, packed: bytes) -> None:
         if packed is self._newest:

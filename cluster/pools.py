@@ -206,10 +206,14 @@ class Pools:
 
         def ask() -> list[PlacementGroup]:
             names = [self._keeper.group_name(uuid.uuid4().hex) for _ in sizes]
-            return [
-                placement_group([bundle] * size, strategy=strategy, name=name)
-                for size, name in zip(sizes, names, strict=True)
-            ]
+            try:
+                return [
+                    placement_group([bundle] * size, strategy=strategy, name=name)
+                    for size, name in zip(sizes, names, strict=True)
+                ]
+            except ray.exceptions.RayError as error:
+                self._keeper.give_back_named(names)
+                raise StartupError(f"Ray did not say that it reserves {bundle} for {sizes} members: {error}") from error
 
         return await _in_thread(ask, self._keeper.give_back)
 

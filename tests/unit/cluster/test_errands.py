@@ -39,12 +39,28 @@ def test_one_that_takes_long_holds_up_nobody_and_the_others_follow_it() -> None:
     assert made == ["slow", "a", "b", "c"]
 
 
-def test_a_call_that_fails_is_logged_and_the_next_is_made(caplog: pytest.LogCaptureFixture) -> None:
-    errands = Errands(patience_s=10)
+def test_a_call_that_fails_is_made_again(caplog: pytest.LogCaptureFixture) -> None:
+    made: list[int] = []
+
+    def fail_twice() -> None:
+        made.append(len(made))
+        if len(made) <= 2:
+            raise RuntimeError("the answer was lost")
+
+    errands = Errands(patience_s=10, retry_s=0.01)
+    assert errands.run(fail_twice)
+    assert made == [0, 1, 2]
+    assert "the answer was lost" in caplog.text
+
+
+def test_one_that_always_fails_is_given_up_and_the_next_is_made() -> None:
+    made: list[int] = []
 
     def fail() -> None:
+        made.append(len(made))
         raise RuntimeError("the GCS says no")
 
+    errands = Errands(patience_s=10, retry_s=0.01)
     assert errands.run(fail)
-    assert "the GCS says no" in caplog.text
+    assert 1 < len(made) < 20
     assert errands.run(lambda: None)

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import pytest
+import ray
 
 import cluster.keeper
 import cluster.pools
@@ -74,3 +75,24 @@ async def test_what_is_given_up_leaves_no_group(groups: list[Group]) -> None:
     with pytest.raises(asyncio.CancelledError):
         await starting
     assert groups == []
+
+
+async def test_what_ray_may_have_reserved_is_given_back_where_its_answer_was_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: dict[str, dict[str, str]] = {"other": {"name": "octet/other/1", "state": "CREATED"}}
+
+    def lose(bundles: list[dict[str, float]], strategy: str, name: str) -> Any:
+        made[str(len(made))] = {"name": name, "state": "CREATED"}
+        raise ray.exceptions.RaySystemError("the answer was lost")
+
+    monkeypatch.setattr(cluster.pools, "placement_group", lose)
+    monkeypatch.setattr(cluster.keeper, "placement_group_table", lambda: dict(made))
+    monkeypatch.setattr(cluster.keeper, "group_of", lambda group: group)
+    monkeypatch.setattr(cluster.keeper, "remove_placement_group", made.pop)
+    pools = Pools(make_plan(load_config()), None)
+    with pytest.raises(StartupError, match="did not say"):
+        await pools.start("decode", 2, 5.0)
+    assert list(made) == ["other"]
+    assert pools.groups == ()
+    assert pools.waiting_for == ""
