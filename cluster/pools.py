@@ -179,10 +179,11 @@ class Pools:
         bundle = _bundle(config)
         sizes = group_sizes(missing, missing if config.strategy.startswith("STRICT") else together)
         groups: list[PlacementGroup] = []
-        self._waiting[pool] += missing
+        self._waiting[pool] += count
         try:
             groups += await self._ask_for(sizes, bundle, config.strategy)
-            for group in groups:
+            # Ray places a bundle again whose node is gone: one that is free may be waiting for another node.
+            for group in {*groups, *(berth.group for berth in berths)}:
                 # `ready()` would start a process to find out.
                 while not await asyncio.to_thread(group.wait, _WAIT_S):
                     pass
@@ -192,7 +193,7 @@ class Pools:
             free += berths
             raise
         finally:
-            self._waiting[pool] -= missing
+            self._waiting[pool] -= count
         for group, size in zip(groups, sizes, strict=True):
             self._groups[group] = 0
             self._noted[group] = NotedGroup(group=group.id.hex(), pool=pool, size=size)

@@ -11,6 +11,7 @@ import ray
 
 import cluster.keeper
 import cluster.pools
+from cluster.controller_journal import NotedGroup
 from cluster.planning import make_plan
 from cluster.pools import Pools, group_sizes
 from octet.config import load_config
@@ -96,3 +97,24 @@ async def test_what_ray_may_have_reserved_is_given_back_where_its_answer_was_los
     assert list(made) == ["other"]
     assert pools.groups == ()
     assert pools.waiting_for == ""
+
+
+async def test_a_place_that_is_free_is_waited_for_where_its_node_is_gone(
+    groups: list[Group], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray looks for another node for it."""
+    left = Group([{"CPU": 1.0}])
+    monkeypatch.setattr(cluster.pools, "group_of", lambda group: left)
+    pools = Pools(make_plan(load_config(None, ["pools.decode.num_cpus=1"])), None)
+    pools.take_over({}, [NotedGroup(group="00", pool="decode", size=1)], [])
+    starting = asyncio.create_task(pools.start("decode", 1, 0.1))
+    await asyncio.sleep(0.03)
+    assert groups == [], "none is asked for beside it"
+    assert pools.waiting_for == "1 × {'CPU': 1.0} for the decode pool"
+    with pytest.raises(StartupError, match="no node had room"):
+        await starting
+    assert pools.waiting_for == ""
+    starting = asyncio.create_task(pools.start("decode", 1, 0.1))
+    await asyncio.sleep(0.03)
+    assert groups == [], "it is free again"
+    starting.cancel()
