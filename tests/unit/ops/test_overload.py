@@ -13,7 +13,7 @@ def outcome(sent_s: float, end_s: float, error: str = "") -> Outcome:
 
 def test_goodput_is_what_was_complete_in_the_second_half() -> None:
     outcomes = [outcome(0.0, 1.0), outcome(4.0, 1.5), outcome(8.0, 1.0), outcome(9.5, 1.0)]
-    assert to_row(1.0, 0.4, outcomes, 10.0).goodput_per_s == pytest.approx(2 / 5)
+    assert to_row(1.0, 0.4, outcomes, 10.0, []).goodput_per_s == pytest.approx(2 / 5)
 
 
 def test_what_was_refused_and_what_was_late_are_counted_apart() -> None:
@@ -23,7 +23,9 @@ def test_what_was_refused_and_what_was_late_are_counted_apart() -> None:
         outcome(2.0, 0.03, "RESOURCE_EXHAUSTED"),
         outcome(3.0, 5.0, "DEADLINE_EXCEEDED"),
     ]
-    row = to_row(10.0, 4.0, outcomes, 10.0)
+    row = to_row(10.0, 4.0, outcomes, 10.0, [0.01, 0.03])
     assert (row.requests, row.refused, row.late) == (4, 2, 1)
     assert row.refusal_s.p50 == pytest.approx(0.02)
+    assert row.bystander_refused == 2
+    assert row.bystander_refusal_s.p50 == pytest.approx(0.02)
     assert row.ttft_s.p50 == pytest.approx(0.5)
