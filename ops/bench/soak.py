@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
 import json
 import os
@@ -32,6 +33,7 @@ from octet.client import AsyncClient, CallError
 from octet.config import load_config
 from octet.v1 import octet_pb2 as pb
 
+_RAYLET = b"RAY_RAYLET_PID="
 _SAMPLE_S = 5.0
 _SETTLE_S = 20.0
 _MAX_GROWTH, _MAX_GROWTH_BYTES = 0.01, 2 * 2**20
@@ -184,7 +186,7 @@ def family_memory() -> dict[tuple[int, str], int]:
             except OSError:
                 continue
             pid = int(entry.name)
-            parents[pid] = int(fields[1])
+            parents[pid] = int(fields[1]) if fields[1] != "1" else _raylet_of(entry)
             names[pid] = _name(words)
     memory = {}
     for pid, name in names.items():
@@ -194,6 +196,15 @@ def family_memory() -> dict[tuple[int, str], int]:
         if ancestor == os.getpid() and (anonymous := _anonymous_bytes(pid)) is not None:
             memory[pid, "this process" if pid == os.getpid() else name] = anonymous
     return memory
+
+
+def _raylet_of(entry: pathlib.Path) -> int:
+    """Whose process it is that has outlived its parent, as a server of forks does; 0 if no raylet's."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in (entry / "environ").read_bytes().split(b"\0"):
+            if line.startswith(_RAYLET):
+                return int(line.removeprefix(_RAYLET))
+    return 0
 
 
 def _name(words: list[str]) -> str:
