@@ -7,6 +7,7 @@ from typing import Any, cast
 import pytest
 
 from cluster.engine_loop import EngineLoop
+from octet.background import COMPUTING
 from octet.config import LaneConfig
 from octet.ids import LeaseId, RequestId, WorkerId
 from octet.messages import Abort, KvPull, Message, WorkerLoad
@@ -73,4 +74,4 @@ def test_a_step_is_stepped_back_while_few_requests_are_here(num_requests: int, b
     played.loop.start(cast(Any, None), cast(Any, played))
     assert played.done.wait(PATIENT_S)
     played.loop.stop(PATIENT_S)
-    assert played.niceness == min(before + back, 19)
+    assert played.niceness == min(before + COMPUTING + back, 19)
