@@ -24,8 +24,14 @@ LONGEST_JUMP_S = 366 * 86400.0
 class _Event(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
 
+    do: str
     at_s: float = pydantic.Field(ge=0)
     """After the beginning of the load."""
+
+    @property
+    def kind(self) -> str:
+        """By which reports put events together."""
+        return self.do.replace("_", " ")
 
 
 class _Aimed(_Event):
@@ -101,10 +107,6 @@ class Rebalance(_Event):
 
     do: Literal["rebalance"] = "rebalance"
 
-    @property
-    def kind(self) -> str:
-        return "rebalance"
-
 
 class Cut(_Event):
     """Packets between two hosts vanish, and nobody is told. Takes `--hosts 2`."""
@@ -143,10 +145,6 @@ class KillNode(_Event):
 
     do: Literal["kill_node"] = "kill_node"
 
-    @property
-    def kind(self) -> str:
-        return "kill node"
-
 
 class LimitMemory(_Aimed):
     """The kernel kills a process for the memory that it takes."""
@@ -163,10 +161,6 @@ class FillDisk(_Event):
 
     do: Literal["fill_disk"] = "fill_disk"
     for_s: float = pydantic.Field(gt=0)
-
-    @property
-    def kind(self) -> str:
-        return "fill disk"
 
 
 class JumpClock(_Event):

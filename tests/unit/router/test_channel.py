@@ -29,6 +29,7 @@ from router.group_store import GroupStore
 from router.handshake import GUEST_SIDE, HOST_SIDE
 from router.wire import Wire
 from tests.exchange_conformance import CONNECT_S, HOST, MARGIN_S, PATIENT_S, SECRET, SHORT_S, form_pair, within
+from tests.unit.router.wires import hearing
 
 EPOCH = Epoch(2)
 LONG = 64 * 2**20
@@ -246,12 +247,7 @@ def _frame(kind: int, epoch: int, payload_bytes: int, payload: bytes = b"") -> b
 
 def receive_raw(sent: bytes, expected_bytes: int) -> torch.Tensor | None:
     """What a channel makes of these bytes, behind which the connection ends."""
-    with socket.create_server((HOST, 0)) as listener:
-        other = socket.create_connection(listener.getsockname())
-        wire = Wire(listener.accept()[0], PATIENT_S)
-    with other:
-        other.sendall(sent)
-        other.shutdown(socket.SHUT_WR)
+    with hearing(sent, HOST, PATIENT_S) as wire:
         try:
             return WireChannel(wire, EPOCH).receive(expected_bytes)
         finally:

@@ -27,6 +27,7 @@ from router.lane import LaneExchange, LanePort, Link
 from router.plan import PlanByShard, ShardPlan
 from router.wire import Wire
 from tests.exchange_conformance import CONNECT_S, EPOCH, HOST, MARGIN_S, PATIENT_S, SECRET, form_pair, next_call, within
+from tests.unit.router.wires import hearing
 
 LONG = FrameLayout(hidden_size=4096, experts_per_token=4, max_rows=1024, dtype=torch.float32)
 """16 MiB: more than the system holds of a connection whose other end does not read."""
@@ -283,12 +284,7 @@ def test_whatever_comes_over_a_wire_is_a_frame_or_a_typed_error(
 ) -> None:
     """Raw bytes, and headers of every kind with any numbers in them: neither end fails otherwise, or waits."""
     layout = FrameLayout(hidden_size=8, experts_per_token=2, max_rows=3, dtype=dtype)
-    with socket.create_server((HOST, 0)) as listener:
-        other = socket.create_connection(listener.getsockname())
-        wire = Wire(listener.accept()[0], PATIENT_S)
-    with other:
-        other.sendall(sent)
-        other.shutdown(socket.SHUT_WR)
+    with hearing(sent, HOST, PATIENT_S) as wire:
         with contextlib.suppress(LaneError, ExpertMissingError, WrongEpochError):
             if to_shard:
                 call = LanePort(wire, layout, EPOCH, PATIENT_S).receive()
