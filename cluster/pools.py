@@ -203,33 +203,43 @@ class Pools:
         return berths
 
     async def _ask_for(self, sizes: Sequence[int], bundle: dict[str, float], strategy: str) -> list[PlacementGroup]:
-        """Placement groups that are not placed yet. In a thread, since the GCS may not answer."""
+        """Placement groups that are not placed yet. In a thread, since the GCS may not answer. Raises: StartupError."""
+        names = [self._keeper.group_name(uuid.uuid4().hex) for _ in sizes]
+        groups: list[PlacementGroup] = []
 
-        def ask() -> list[PlacementGroup]:
-            names = [self._keeper.group_name(uuid.uuid4().hex) for _ in sizes]
-            try:
-                return [
-                    placement_group([bundle] * size, strategy=strategy, name=name)
-                    for size, name in zip(sizes, names, strict=True)
-                ]
-            except ray.exceptions.RayError as error:
-                self._keeper.give_back_named(names)
-                raise StartupError(f"Ray did not say that it reserves {bundle} for {sizes} members: {error}") from error
-
-        return await _in_thread(ask, self._keeper.give_back)
-
-    async def _start_all(self, pool: Pool, first: int, berths: Sequence[Berth]) -> list[Member]:
-        """One in each. In a thread, since Ray asks the GCS whether there is another one of that name."""
-
-        def start() -> list[Member]:
-            return [self._start_in(berth, pool, first + number) for number, berth in enumerate(berths)]
+        def ask() -> None:
+            for size, name in zip(sizes, names, strict=True):
+                groups.append(placement_group([bundle] * size, strategy=strategy, name=name))
 
         try:
-            return await _in_thread(start, self.end)
+            # By their names: one may have been made whose answer was lost.
+            await _in_thread(ask, lambda: self._keeper.give_back_named(names))
         except ray.exceptions.RayError as error:
-            for berth in berths:
+            raise StartupError(f"Ray did not say that it reserves {bundle} for {sizes} members: {error}") from error
+        return groups
+
+    async def _start_all(self, pool: Pool, first: int, berths: Sequence[Berth]) -> list[Member]:
+        """One in each. In a thread, since Ray asks the GCS whether there is another one of that name.
+
+        Raises: StartupError, and then none is started.
+        """
+        members: list[Member] = []
+
+        def start() -> None:
+            for number, berth in enumerate(berths, first):
+                members.append(self._start_in(berth, pool, number))
+
+        def undo() -> None:
+            for berth in berths[len(members) :]:
                 self._free_berth(pool, berth)
+            for member in members:
+                self.end(member)
+
+        try:
+            await _in_thread(start, undo)
+        except (ray.exceptions.RayError, ValueError) as error:
             raise StartupError(f"Ray did not start a process for the {pool} pool: {error}") from error
+        return members
 
     def _start_in(self, berth: Berth, pool: Pool, number: int) -> Member:
         config = self._config(pool)
@@ -257,19 +267,22 @@ class Pools:
         return config
 
 
-async def _in_thread(work: Callable[[], list[_T]], undo: Callable[[_T], None]) -> list[_T]:
-    """What work returns, or each of it undone once it is through where nobody waits for it any more."""
+async def _in_thread(work: Callable[[], None], undo: Callable[[], None]) -> None:
+    """Where it fails, or nobody waits for it any more, it is undone as soon as it is through, in the event loop."""
     working = asyncio.ensure_future(asyncio.to_thread(work))
     try:
-        return await asyncio.shield(working)
-    except asyncio.CancelledError:
+        await asyncio.shield(working)
+    except BaseException:
+        if working.done():
+            undo()
+        else:
 
-        def end(done: asyncio.Future[list[_T]]) -> None:
-            if not done.cancelled() and done.exception() is None:
-                for one in done.result():
-                    undo(one)
+            def end(done: asyncio.Future[None]) -> None:
+                if not done.cancelled() and (error := done.exception()) is not None:
+                    _log.warning("what was given up has failed: %s", error)
+                undo()
 
-        working.add_done_callback(end)
+            working.add_done_callback(end)
         raise
 
 

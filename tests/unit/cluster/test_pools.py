@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
+import uuid
 from typing import Any
 
 import pytest
@@ -12,15 +14,18 @@ import ray
 import cluster.keeper
 import cluster.pools
 from cluster.controller_journal import NotedGroup
+from cluster.members import Pool
 from cluster.planning import make_plan
-from cluster.pools import Pools, group_sizes
+from cluster.pools import Berth, Member, Pools, group_sizes
 from octet.config import load_config
 from octet.errors import StartupError
+from octet.ids import WorkerId
 
 
 class Group:
     def __init__(self, bundles: list[dict[str, float]]) -> None:
         self.bundles, self.room = bundles, False
+        self.id = uuid.uuid4().bytes
 
     def wait(self, timeout_s: float) -> bool:
         if not self.room:
@@ -118,3 +123,38 @@ async def test_a_place_that_is_free_is_waited_for_where_its_node_is_gone(
     await asyncio.sleep(0.03)
     assert groups == [], "it is free again"
     starting.cancel()
+
+
+@pytest.mark.parametrize("given_up", [False, True])
+async def test_of_members_that_do_not_all_start_none_stays(
+    groups: list[Group], monkeypatch: pytest.MonkeyPatch, given_up: bool
+) -> None:
+    killed: list[str] = []
+    started = threading.Event()
+
+    def start_in(self: Pools, berth: Berth, pool: Pool, number: int) -> Member:
+        if number == 1:
+            started.set()
+            time.sleep(0.05)
+            raise ValueError("the name is taken")
+        return Member(worker_id=WorkerId(f"{pool}-{number}"), pool=pool, actor=f"{pool}-{number}", berth=berth)
+
+    monkeypatch.setattr(Pools, "_start_in", start_in)
+    monkeypatch.setattr(cluster.pools, "kill", killed.append)
+    pools = Pools(make_plan(load_config()), None)
+    starting = asyncio.create_task(pools.start("decode", 2, 5.0))
+    await asyncio.sleep(0.03)
+    for group in groups:
+        group.room = True
+    if given_up:
+        assert await asyncio.to_thread(started.wait, 5.0)
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+        await asyncio.sleep(0.2)
+    else:
+        with pytest.raises(StartupError, match="the name is taken"):
+            await starting
+    assert killed == ["decode-0"]
+    assert groups == []
+    assert pools.groups == ()
