@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import time
 
 import pytest
 
@@ -36,6 +37,14 @@ def clear_case(reference: Reference, length: int, num_tokens: int) -> tuple[list
     raise AssertionError(f"{MAX_DRAWS} draws gave no clear prompt of {length} tokens")
 
 
+def until_settled(engine: LocalEngine, patience_s: float = 10.0) -> list[int]:
+    """The free pages of both engines when no transfer holds any: the thread that sent them may be behind the answer."""
+    deadline_s = time.monotonic() + patience_s
+    while engine.load()[PREFILL].leases and time.monotonic() < deadline_s:
+        engine.step()
+    return [engine.load()[worker].kv_pages_free for worker in (PREFILL, DECODE)]
+
+
 @pytest.mark.parametrize("chunk_tokens", [333, 512, 4096])
 def test_a_prompt_of_many_chunks_continues_as_in_transformers(reference: Reference, chunk_tokens: int) -> None:
     prompt, continuation = clear_case(reference, random.randint(4500, 5000), 6)
@@ -51,9 +60,8 @@ def test_a_sequence_may_fill_the_whole_context_and_every_page(reference: Referen
         LocalEngine(reference.model_dir, num_pages=CONTEXT // PAGE_SIZE, page_size=PAGE_SIZE)
     ) as engine:
         (answer,) = engine.generate([make_request(prompt, max_new_tokens=3)])
-        loads = engine.load()
-    assert answer == [continuation]
-    assert [loads[worker].kv_pages_free for worker in (PREFILL, DECODE)] == [CONTEXT // PAGE_SIZE] * 2
+        assert answer == [continuation]
+        assert until_settled(engine) == [CONTEXT // PAGE_SIZE] * 2
 
 
 def test_a_longer_prompt_takes_pages_and_little_else(tmp_path_factory: pytest.TempPathFactory) -> None:
