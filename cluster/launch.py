@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -17,7 +18,7 @@ from cluster.keeper import Keeper
 from cluster.plan import ServingPlan
 from cluster.planning import make_plan
 from cluster.start_progress import StartProgress
-from cluster.worker_start import runtime_env
+from cluster.worker_start import forking, runtime_env
 from octet.config import OctetConfig, load_config
 from octet.errors import ConfigError, OctetError, StartupError
 
@@ -110,10 +111,12 @@ def _connect(config: OctetConfig) -> None:
     # Nothing is sent anywhere unless the user asks for it.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if config.ray.address is None:
+    own = config.ray.address is None
+    if own:
         options |= {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES, "_system_config": _SETTINGS}
     try:
-        ray.init(address=config.ray.address or "local", namespace=config.ray.namespace, **options)
+        with forking() if own and config.ray.fork_workers else contextlib.nullcontext():
+            ray.init(address=config.ray.address or "local", namespace=config.ray.namespace, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ConfigError("ray.address", config.ray.address, "a running Ray cluster", str(error)) from error
 

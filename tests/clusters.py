@@ -17,6 +17,7 @@ from ray.cluster_utils import Cluster
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
 from cluster.launch import RunningCluster, launch
+from cluster.worker_start import forking
 from octet.client import Client
 from octet.config import load_config
 from octet.v1 import octet_pb2 as pb
@@ -36,21 +37,20 @@ make_model: Any = Glm4MoeForCausalLM
 @pytest.fixture(scope="session")
 def nodes() -> Iterator[Cluster]:
     """Ray on one node, which others may join and leave."""
-    nodes = Cluster(
-        initialize_head=True,
-        head_node_args={
-            "num_cpus": 8,
-            "resources": {DECODE_PLACES: 1},
-            "object_store_memory": OBJECT_STORE_BYTES,
-            "include_dashboard": False,
-            # Ray's word that a node is gone comes within seconds; see docs/cluster.md.
-            "_system_config": {
-                "health_check_period_ms": 500,
-                "health_check_timeout_ms": 2000,
-                "health_check_failure_threshold": 10,
-            },
+    head_node = {
+        "num_cpus": 8,
+        "resources": {DECODE_PLACES: 1},
+        "object_store_memory": OBJECT_STORE_BYTES,
+        "include_dashboard": False,
+        # Ray's word that a node is gone comes within seconds; see docs/cluster.md.
+        "_system_config": {
+            "health_check_period_ms": 500,
+            "health_check_timeout_ms": 2000,
+            "health_check_failure_threshold": 10,
         },
-    )
+    }
+    with forking():
+        nodes = Cluster(initialize_head=True, head_node_args=head_node)
     ray.init(address=nodes.address, logging_level=logging.ERROR, log_to_driver=False)
     yield nodes
     ray.shutdown()

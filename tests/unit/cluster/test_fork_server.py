@@ -12,13 +12,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
+import ray
+from ray._private.runtime_env.context import RuntimeEnvContext
 
 from cluster import fork_client
+from cluster.worker_start import forking
 
 IDLE_S = 1.0
+FORK_CLIENT = (sys.executable, "-I", "-S", fork_client.__file__)
+RAYS_SETUP = pathlib.Path(ray.__file__).parent / "_private/workers/setup_worker.py"
 _TELL = """
 import json, os, pathlib, sys
 print(json.dumps({
@@ -59,9 +65,11 @@ def arguments(script: pathlib.Path, *more: str) -> list[str]:
     return [str(script), f"--object-store-name={script.parent}/plasma_store", *more]
 
 
-def start(script: pathlib.Path, *more: str, **env: str) -> subprocess.Popen[str]:
+def start(
+    script: pathlib.Path, *more: str, python: Sequence[str] = FORK_CLIENT, first: Sequence[str] = (), **env: str
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-I", "-S", fork_client.__file__, *arguments(script, *more)],
+        [*python, *first, *arguments(script, *more)],
         env=dict(os.environ) | env,
         cwd=script.parent,
         stdout=subprocess.PIPE,
@@ -70,8 +78,8 @@ def start(script: pathlib.Path, *more: str, **env: str) -> subprocess.Popen[str]
     )
 
 
-def told(script: pathlib.Path, *more: str, **env: str) -> dict[str, object]:
-    out, error = start(script, *more, **env).communicate(timeout=60)
+def told(script: pathlib.Path, *more: str, **how: Any) -> dict[str, object]:
+    out, error = start(script, *more, **how).communicate(timeout=60)
     assert error == ""
     answer: dict[str, object] = json.loads(out)
     return answer
@@ -126,7 +134,7 @@ def test_a_request_that_makes_no_sense_harms_nobody(
 def test_where_no_server_can_be_a_worker_starts_by_itself(script: pathlib.Path) -> None:
     # Beside a socket whose folder there is not, there can be none.
     process = subprocess.run(
-        [sys.executable, "-I", "-S", fork_client.__file__, str(script), "--object-store-name=/nowhere/plasma_store"],
+        [*FORK_CLIENT, str(script), "--object-store-name=/nowhere/plasma_store"],
         capture_output=True,
         text=True,
         timeout=60,
@@ -160,3 +168,72 @@ def test_what_members_need_starts_no_thread() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         env = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
         subprocess.run([sys.executable, "-c", program, f"{scratch}/fork"], env=env, timeout=120, check=True)
+
+
+def context(**fields: Any) -> list[str]:
+    """What a raylet adds to the arguments of a worker with a runtime environment, in Ray's own words."""
+    return [
+        "--language=PYTHON",
+        f"--serialized-runtime-env-context={RuntimeEnvContext(**fields).serialize()}",
+    ]
+
+
+@pytest.fixture
+def stand_in() -> str:
+    python = sys.executable
+    with forking():
+        stand_in = sys.executable
+    assert sys.executable == python
+    return stand_in
+
+
+def test_a_raylet_of_ours_has_workers_set_up_without_ray(
+    server: subprocess.Popen[bytes], script: pathlib.Path, stand_in: str
+) -> None:
+    ours = context(py_executable=f"$({fork_client.command()})", env_vars={"ASKED": "yes"})
+    answer = told(script, *ours, "--last", python=[stand_in], first=[str(RAYS_SETUP)])
+    assert answer["preloaded"]
+    assert answer["env"] == "yes"
+    # As Ray's own script leaves them.
+    assert answer["argv"] == arguments(script, "--last")
+
+
+@pytest.mark.parametrize("variables", [{}, {"ASKED": "yes"}])
+def test_a_raylet_of_ours_leaves_workers_of_other_pythons_to_ray(
+    server: subprocess.Popen[bytes], script: pathlib.Path, stand_in: str, variables: dict[str, str]
+) -> None:
+    theirs = context(py_executable=sys.executable, env_vars=variables)
+    answer = told(script, *theirs, python=[stand_in], first=[str(RAYS_SETUP)])
+    assert not answer["preloaded"]
+    assert answer["env"] == variables.get("ASKED")
+
+
+def test_a_raylet_of_ours_leaves_environments_of_more_than_a_python_to_ray(
+    server: subprocess.Popen[bytes], script: pathlib.Path, stand_in: str
+) -> None:
+    more = context(py_executable=fork_client.command(), command_prefix=["export ASKED=yes &&"])
+    answer = told(script, *more, python=[stand_in], first=[str(RAYS_SETUP)])
+    assert answer["preloaded"]
+    assert answer["env"] == "yes"
+
+
+@pytest.mark.parametrize(
+    "said", ["", "{", "[]", "1", '{"py_executable": null}', '{"py_executable": 1, "env_vars": {}}']
+)
+def test_what_does_not_read_as_an_environment_is_rays(said: str) -> None:
+    assert fork_client.set_up([str(RAYS_SETUP), "worker.py", f"--serialized-runtime-env-context={said}"]) is None
+
+
+def test_all_other_python_of_a_raylet_of_ours_is_python(stand_in: str, tmp_path: pathlib.Path) -> None:
+    program = "import sys; print(sys.executable, sys.argv[1:])"
+    said = subprocess.run(
+        [stand_in, "-c", program, "two words"], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert said.stdout == f"{sys.executable} {['two words']}\n"
+
+
+def test_where_nothing_temporary_may_be_run_a_raylet_is_started_by_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    python = sys.executable
+    with forking():
+        assert sys.executable == python
