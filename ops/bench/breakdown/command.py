@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -23,11 +24,16 @@ from ops.bench.breakdown.records import ShardCall, Step
 from ops.bench.breakdown.report import DecodeCase, PrefillCase, Report, as_json, print_report
 from ops.bench.checkpoints import BENCH, write_checkpoint
 from ops.bench.machine import Machine, Rates, cpu_rates, describe
+from ops.bench.turns import turn_s
 from ops.local import make_request
 
 _ELEMENT_BYTES = 4
 _TIMEOUT_S = 300.0
+_LEAST_S = 1e-6
+"""That anything takes."""
 _LONG_SEQUENCES = 8
+_MOVES, _STEPS_AFTER = 5, 6
+"""Hand-offs of one sequence by itself, for each length, and steps that follow."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +54,8 @@ class _Run:
     decode: list[Step]
     prefill: list[Step]
     calls: list[list[ShardCall]]
+    tokens_s: list[list[float]]
+    """By request: when its tokens came."""
 
 
 def bench_breakdown(model_dir: pathlib.Path | None, options: BreakdownOptions, json_file: pathlib.Path | None) -> None:
@@ -93,6 +101,7 @@ def _measure(pools: Pools, plan: ServingPlan, machine: Machine, options: Breakdo
     new.append(_run(pools, long_prompts, 2))
     # Once more: from the prefix cache they come together, and are decoded together.
     long = _run(pools, long_prompts, options.new_tokens)
+    moved = [_moved(pools, plan, count) for count in (options.prompt_tokens, options.long_prompt_tokens)]
     probed: dict[int, list[ServedStep]] = {count: [] for count in options.streams}
     plain: dict[int, list[ServedStep]] = {count: [] for count in options.streams}
     calls = [call for run in (*new, long) for of_shard in run.calls for call in of_shard]
@@ -122,17 +131,34 @@ def _measure(pools: Pools, plan: ServingPlan, machine: Machine, options: Breakdo
             [*_served(long, _LONG_SEQUENCES), *(step for kept in plain.values() for step in kept)],
             calls,
             [step for run in new for step in run.prefill],
+            moved,
         ),
+        turn_s=turn_s(),
     )
 
 
 def _run(pools: Pools, prompts: Sequence[Sequence[int]], new_tokens: int) -> _Run:
-    pools.generate([make_request(prompt, max_new_tokens=new_tokens) for prompt in prompts], _TIMEOUT_S)
+    requests = [make_request(prompt, max_new_tokens=new_tokens) for prompt in prompts]
+    tokens_s = pools.generate(requests, _TIMEOUT_S)
     return _Run(
         decode=pools.decode.call("take"),
         prefill=pools.prefill.call("take"),
         calls=[shard.call("take") for shard in pools.shards],
+        tokens_s=tokens_s,
     )
+
+
+def _moved(pools: Pools, plan: ServingPlan, num_tokens: int) -> tuple[int, float]:
+    """Hand sequences over that nothing else runs beside.
+
+    Returns: bytes, and how much later than after a step their second tokens came (median).
+    """
+    found = []
+    for _ in range(_MOVES):
+        run = _run(pools, _prompts(plan, 1, num_tokens), 2 + _STEPS_AFTER)
+        first_s, *later_s = (after - before for before, after in itertools.pairwise(run.tokens_s[0]))
+        found.append(first_s - statistics.median(later_s))
+    return num_tokens * plan.census.kv_bytes_per_token, max(statistics.median(found), _LEAST_S)
 
 
 def _served(run: _Run, num_sequences: int) -> list[ServedStep]:

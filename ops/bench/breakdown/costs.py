@@ -3,6 +3,8 @@
 decode step = attention(sequences, attended)
                 + Σ over MoE layers (exchange(bytes) + max over shards expert(experts, pairs))
 prefill step = prefill(tokens, attended)
+
+What they take of processors is fitted beside it: where members share cores, it is what they leave to each other.
 """
 
 from __future__ import annotations
@@ -19,6 +21,9 @@ from ops.bench.breakdown.records import ShardCall, Step
 
 _FAR = 2.0
 """Times the fit."""
+_ATTENTION = ("fixed_s", "per_sequence_s", "per_attended_s")
+_EXPERT = ("fixed_s", "per_expert_s", "per_pair_s")
+_PREFILL = ("fixed_s", "per_token_s", "per_attended_s")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,36 +79,55 @@ class PrefillCosts:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class HandoffCosts:
+    """From a sequence's first token to its first step, while nothing else is done."""
+
+    fixed_s: float
+    per_byte_s: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessorCosts:
+    """Processor time, over all threads, however long it took to get it."""
+
+    decode_cores: float
+    """That the decode worker uses, in the mean, while it does not wait for shards."""
+    prefill: PrefillCosts
+    """Of the prefill worker, without the experts."""
+    expert: ExpertCosts
+    """Of a shard, for a call, with receiving and replying."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
     attention: AttentionCosts
     expert: ExpertCosts
     exchange: ExchangeCosts
     prefill: PrefillCosts
+    handoff: HandoffCosts
+    processor: ProcessorCosts
     error: dict[str, float]
     """By the same names, and for whole steps of decode: the median of |fitted ÷ measured − 1|."""
 
 
-def fit_costs(decode: Sequence[ServedStep], calls: Sequence[ShardCall], prefill: Sequence[Step]) -> Costs:
+def fit_costs(
+    decode: Sequence[ServedStep],
+    calls: Sequence[ShardCall],
+    prefill: Sequence[Step],
+    handoffs: Sequence[tuple[int, float]],
+) -> Costs:
     """
     Args:
         decode: steady steps of several numbers of sequences and contexts.
         calls: of every shard.
+        handoffs: bytes, and seconds.
     """
     rounds = [served for step in decode for served in step.rounds]
-    attention = AttentionCosts(
-        **_fit(
-            ("fixed_s", "per_sequence_s", "per_attended_s"),
-            [(1, step.step.num_sequences, step.step.num_attended) for step in decode],
-            [step.attention_s for step in decode],
-        )
-    )
-    expert = ExpertCosts(
-        **_fit(
-            ("fixed_s", "per_expert_s", "per_pair_s"),
-            [(1, call.num_experts, call.num_pairs) for call in calls],
-            [call.total_s for call in calls],
-        )
-    )
+    of_decode = [(1, served.step.num_sequences, served.step.num_attended) for served in decode]
+    of_calls = [(1, call.num_experts, call.num_pairs) for call in calls]
+    of_prefill = [(1, step.num_tokens, step.num_attended) for step in prefill]
+    attention = AttentionCosts(**_fit(_ATTENTION, of_decode, [served.attention_s for served in decode]))
+    expert = ExpertCosts(**_fit(_EXPERT, of_calls, [call.total_s for call in calls]))
     exchange = ExchangeCosts(
         **_fit(
             ("fixed_s", "per_byte_s"),
@@ -111,13 +135,14 @@ def fit_costs(decode: Sequence[ServedStep], calls: Sequence[ShardCall], prefill:
             [served.way_s for served in rounds],
         )
     )
-    of_prefill = PrefillCosts(
-        **_fit(
-            ("fixed_s", "per_token_s", "per_attended_s"),
-            [(1, step.num_tokens, step.num_attended) for step in prefill],
-            [step.lap.total_s for step in prefill],
+    whole_prefill = PrefillCosts(**_fit(_PREFILL, of_prefill, [step.lap.total_s for step in prefill]))
+    of_shards = ExpertCosts(**_fit(_EXPERT, of_calls, [call.processor_s for call in calls]))
+
+    def own_s(served: ServedStep) -> float:
+        at_shards_s = sum(
+            max(of_shards.seconds(call.num_experts, call.num_pairs) for call in one.calls) for one in served.rounds
         )
-    )
+        return served.step.lap.total_s - at_shards_s
 
     def step_s(served: ServedStep) -> float:
         step = served.step
@@ -131,14 +156,26 @@ def fit_costs(decode: Sequence[ServedStep], calls: Sequence[ShardCall], prefill:
         attention=attention,
         expert=expert,
         exchange=exchange,
-        prefill=of_prefill,
+        prefill=whole_prefill,
+        handoff=HandoffCosts(
+            **_fit(
+                ("fixed_s", "per_byte_s"),
+                [(1, num_bytes) for num_bytes, _ in handoffs],
+                [seconds for _, seconds in handoffs],
+            )
+        ),
+        processor=ProcessorCosts(
+            decode_cores=statistics.median(served.step.processor_s / own_s(served) for served in decode),
+            prefill=PrefillCosts(**_fit(_PREFILL, of_prefill, [step.processor_s for step in prefill])),
+            expert=of_shards,
+        ),
         error={
             "attention": _error(
                 (attention.seconds(s.step.num_sequences, s.step.num_attended), s.attention_s) for s in decode
             ),
             "expert": _error((expert.seconds(c.num_experts, c.num_pairs), c.total_s) for c in calls),
             "exchange": _error((exchange.seconds(one.round.num_bytes), one.way_s) for one in rounds),
-            "prefill": _error((of_prefill.seconds(s.num_tokens, s.num_attended), s.lap.total_s) for s in prefill),
+            "prefill": _error((whole_prefill.seconds(s.num_tokens, s.num_attended), s.lap.total_s) for s in prefill),
             "decode_step": _error((step_s(served), served.step.lap.total_s) for served in decode),
         },
     )

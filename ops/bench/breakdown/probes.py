@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import functools
 import pkgutil
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -75,6 +76,8 @@ class StepRecorder:
         self._steps: list[Step] = []
         self._rounds: list[Round] = []
         self._spans: list[Span] = []
+        self._processor_s = 0.0
+        """Of this process, when the step under way began."""
         self._restore: list[Callable[[], None]] = []
         self._exchange: _RecordedExchange | None = None
 
@@ -118,6 +121,7 @@ class StepRecorder:
         @functools.wraps(step)
         def begun(*args: Any) -> Any:
             lap = self._stopwatch.lap()
+            processor_s, self._processor_s = self._processor_s, time.process_time()
             spans, rounds = self._spans, tuple(self._rounds)
             self._spans, self._rounds = [], []
             if lap is not None and spans:
@@ -128,6 +132,7 @@ class StepRecorder:
                         num_tokens=sum(span.stop - span.start for span in spans),
                         num_attended=sum(map(_attended, spans)),
                         rounds=rounds,
+                        processor_s=self._processor_s - processor_s,
                     )
                 )
             return step(*args)
@@ -205,7 +210,8 @@ class CallRecorder:
     """Records the calls of the shard of this process."""
 
     def __init__(self) -> None:
-        self._calls: list[tuple[int, torch.Tensor, float, float]] = []
+        self._calls: list[tuple[int, torch.Tensor, float, float, float]] = []
+        self._of_thread = threading.local()
 
     def install(self) -> None:
         _replace("experts.shard:ExpertShard", "serve", self._record)
@@ -218,18 +224,24 @@ class CallRecorder:
     def _record(self, serve: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         @functools.wraps(serve)
         def recorded(shard: Any, layer: int, rows: ExpertRows, *rest: Any) -> torch.Tensor:
+            if not hasattr(self._of_thread, "processor_s"):
+                self._of_thread.processor_s = time.thread_time()
             start_s = time.perf_counter()
             y_UH = serve(shard, layer, rows, *rest)
             stop_s = time.perf_counter()
+            # A lane has a thread of its own: since its last call it has replied, waited, and received this one.
+            processor_s = time.thread_time()
+            took_s = processor_s - self._of_thread.processor_s
+            self._of_thread.processor_s = processor_s
             # A copy: the frame is a buffer that the next one overwrites. What it says is worked out later.
-            self._calls.append((layer, rows.slots_UK.clone(), start_s, stop_s))
+            self._calls.append((layer, rows.slots_UK.clone(), start_s, stop_s, took_s))
             return y_UH
 
         return recorded
 
 
-def _described(calls: Sequence[tuple[int, torch.Tensor, float, float]]) -> Iterator[ShardCall]:
-    for layer, slots_UK, start_s, stop_s in calls:
+def _described(calls: Sequence[tuple[int, torch.Tensor, float, float, float]]) -> Iterator[ShardCall]:
+    for layer, slots_UK, start_s, stop_s, processor_s in calls:
         asked = slots_UK[slots_UK >= 0]
         yield ShardCall(
             layer=layer,
@@ -238,6 +250,7 @@ def _described(calls: Sequence[tuple[int, torch.Tensor, float, float]]) -> Itera
             num_experts=len(asked.unique()),
             start_s=start_s,
             stop_s=stop_s,
+            processor_s=processor_s,
         )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from cluster.members import Endpoint, Role
 from cluster.plan import ServingPlan
 from octet.errors import OctetError, StartupError
-from octet.ids import WorkerId
+from octet.ids import RequestId, WorkerId
 from octet.mailbox import Mailbox
 from octet.messages import PrefillRequest, StepReport, TokenEvent
 from ops.bench.breakdown.records import ShardCall, Step
@@ -165,8 +165,12 @@ class Pools:
         for worker in (self.prefill, self.decode):
             worker.call("probe", on)
 
-    def generate(self, requests: Sequence[PrefillRequest], timeout_s: float) -> None:
-        """Send requests and wait until the last token of each. Raises: StartupError."""
+    def generate(self, requests: Sequence[PrefillRequest], timeout_s: float) -> list[list[float]]:
+        """Send requests and wait until the last token of each. Raises: StartupError.
+
+        Returns: when each token of each request came, on the monotonic clock.
+        """
+        came_s: dict[RequestId, list[float]] = {request.request_id: [] for request in requests}
         for request in requests:
             self._mailbox.send(WorkerId("prefill-0"), request)
         live, deadline_s = len(requests), time.monotonic() + timeout_s
@@ -179,7 +183,9 @@ class Pools:
                 for event in message.events:
                     if not isinstance(event, TokenEvent):
                         raise StartupError(f"a request did not run through: {event.reason}")
+                    came_s[event.request_id].append(time.monotonic())
                     live -= event.finish_reason is not None
+        return list(came_s.values())
 
     def close(self) -> None:
         # Attention workers say goodbye on their lanes before the shards go.

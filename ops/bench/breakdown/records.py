@@ -32,6 +32,8 @@ class Step:
     num_attended: int
     """Positions that its tokens attend to, summed over the tokens. Of a decode step: of all sequences' contexts."""
     rounds: tuple[Round, ...]
+    processor_s: float
+    """Of all threads of the worker's process."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +48,8 @@ class ShardCall:
     """Experts that at least one row asked for."""
     start_s: float
     stop_s: float
+    processor_s: float
+    """Of the thread that computes it, receiving the frame and replying included."""
 
     @property
     def total_s(self) -> float:

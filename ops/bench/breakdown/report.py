@@ -76,6 +76,8 @@ class Report:
     decode: Sequence[DecodeCase]
     prefill: PrefillCase | None
     costs: Costs
+    turn_s: float
+    """See `ops.bench.turns`."""
 
     def floors(self, case: DecodeCase) -> dict[str, float]:
         """Seconds by row of the table; `step` is the whole machine's, if nothing waited for anything."""
@@ -196,4 +198,5 @@ def as_json(report: Report) -> dict[str, Any]:
             "parts_s": report.prefill.breakdown.parts,
         },
         "costs": dataclasses.asdict(report.costs),
+        "turn_s": report.turn_s,
     }

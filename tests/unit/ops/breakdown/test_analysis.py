@@ -13,7 +13,14 @@ from ops.bench.breakdown.stopwatch import Lap
 
 def step(start_s: float, stop_s: float, *, sequences: int = 2, rounds: tuple[Round, ...] = (), **parts: float) -> Step:
     lap = Lap(start_s=start_s, stop_s=stop_s, parts=parts or {"rest": stop_s - start_s}, running={})
-    return Step(lap=lap, num_sequences=sequences, num_tokens=sequences, num_attended=10 * sequences, rounds=rounds)
+    return Step(
+        lap=lap,
+        num_sequences=sequences,
+        num_tokens=sequences,
+        num_attended=10 * sequences,
+        rounds=rounds,
+        processor_s=stop_s - start_s,
+    )
 
 
 def one_round(layer: int, sent_s: float, wait_s: float, received_s: float) -> Round:
@@ -21,7 +28,15 @@ def one_round(layer: int, sent_s: float, wait_s: float, received_s: float) -> Ro
 
 
 def call(layer: int, start_s: float, stop_s: float) -> ShardCall:
-    return ShardCall(layer=layer, num_rows=2, num_pairs=4, num_experts=3, start_s=start_s, stop_s=stop_s)
+    return ShardCall(
+        layer=layer,
+        num_rows=2,
+        num_pairs=4,
+        num_experts=3,
+        start_s=start_s,
+        stop_s=stop_s,
+        processor_s=stop_s - start_s,
+    )
 
 
 def test_a_steady_step_follows_one_of_as_many_sequences_at_once() -> None:
@@ -37,7 +52,7 @@ def test_a_steady_step_follows_one_of_as_many_sequences_at_once() -> None:
 
 def test_a_step_of_drafts_is_no_steady_step() -> None:
     lap = Lap(start_s=1, stop_s=2, parts={}, running={})
-    drafted = Step(lap=lap, num_sequences=2, num_tokens=4, num_attended=20, rounds=())
+    drafted = Step(lap=lap, num_sequences=2, num_tokens=4, num_attended=20, rounds=(), processor_s=1.0)
     assert steady([step(0, 1), drafted], 2) == []
 
 
@@ -75,7 +90,7 @@ def test_parts_add_up_to_the_step() -> None:
     for index in range(20):
         parts = {name: random.random() for name in ("attention_linear", "plan", "exchange_wait", "rest")}
         lap = Lap(start_s=100.0 * index, stop_s=100.0 * index + sum(parts.values()), parts=parts, running={})
-        steps.append(Step(lap=lap, num_sequences=2, num_tokens=2, num_attended=20, rounds=()))
+        steps.append(Step(lap=lap, num_sequences=2, num_tokens=2, num_attended=20, rounds=(), processor_s=1.0))
     breakdown = summarize(serve(steps, []))
     assert sum(breakdown.parts.values()) == pytest.approx(breakdown.step_s)
     assert breakdown.num_steps == 10

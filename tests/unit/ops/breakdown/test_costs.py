@@ -25,10 +25,19 @@ def test_no_cost_is_negative() -> None:
     assert 1.0 <= found[0] <= 2.0
 
 
+RECEIVING_S, DECODE_CORES = 1e-4, 1.5
+
+
 def call(start_s: float, experts: int, pairs: int) -> ShardCall:
     seconds = 1e-4 + 2e-4 * experts + 1e-5 * pairs
     return ShardCall(
-        layer=1, num_rows=pairs, num_pairs=pairs, num_experts=experts, start_s=start_s, stop_s=start_s + seconds
+        layer=1,
+        num_rows=pairs,
+        num_pairs=pairs,
+        num_experts=experts,
+        start_s=start_s,
+        stop_s=start_s + seconds,
+        processor_s=seconds + RECEIVING_S,
     )
 
 
@@ -46,6 +55,7 @@ def served(sequences: int, context: int) -> ServedStep:
             num_tokens=sequences,
             num_attended=context,
             rounds=(),
+            processor_s=DECODE_CORES * (own_s + way_s - RECEIVING_S),
         ),
         rounds=(
             ServedRound(
@@ -65,15 +75,21 @@ def test_attention_experts_and_exchange_are_told_apart() -> None:
             num_tokens=tokens,
             num_attended=attended,
             rounds=(),
+            processor_s=4e-3 + 1.2e-3 * tokens + 2e-8 * attended,
         )
         for tokens, attended in ((128, 8256), (512, 131_000), (512, 400_000), (300, 90_000))
     ]
     # A hiccup of the machine, which no cost explains.
-    calls.append(ShardCall(layer=1, num_rows=1, num_pairs=1, num_experts=1, start_s=0.0, stop_s=5.0))
-    costs = fit_costs(steps, calls, prefill)
+    calls.append(ShardCall(layer=1, num_rows=1, num_pairs=1, num_experts=1, start_s=0.0, stop_s=5.0, processor_s=5.0))
+    costs = fit_costs(steps, calls, prefill, [(1_000_000, 4e-3), (9_000_000, 2e-2)])
     assert costs.attention.seconds(8, 1000) == pytest.approx(3e-3 + 1.6e-3 + 1e-4)
     assert costs.attention.per_attended_s == pytest.approx(1e-7)
     assert costs.expert.seconds(3, 12) == pytest.approx(1e-4 + 6e-4 + 1.2e-4)
     assert costs.exchange.seconds(10_000) == pytest.approx(5e-4 + 1e-5)
     assert costs.prefill.seconds(256, 32_896) == pytest.approx(1e-2 + 0.256 + 32_896e-8)
+    assert costs.handoff.fixed_s == pytest.approx(2e-3)
+    assert costs.handoff.per_byte_s == pytest.approx(2e-9)
+    assert costs.processor.prefill.seconds(256, 32_896) == pytest.approx(4e-3 + 0.3072 + 32_896 * 2e-8)
+    assert costs.processor.expert.seconds(3, 12) == pytest.approx(1e-4 + 6e-4 + 1.2e-4 + RECEIVING_S)
+    assert costs.processor.decode_cores == pytest.approx(DECODE_CORES)
     assert costs.error["decode_step"] == pytest.approx(0, abs=1e-6)
