@@ -19,6 +19,7 @@ from cluster.plan import ServingPlan
 from cluster.planning import make_plan
 from cluster.start_progress import StartProgress
 from cluster.worker_start import forking, runtime_env
+from octet.background import MEMBERS
 from octet.config import OctetConfig, load_config
 from octet.errors import ConfigError, OctetError, StartupError
 
@@ -26,7 +27,7 @@ _POLL_S = 0.3
 _ANSWER_S = 30.0
 _OBJECT_STORE_BYTES = 128 * 2**20
 """Octet puts nothing large into Ray's object store."""
-_SETTINGS = {"worker_niceness": 2}
+_SETTINGS = {"worker_niceness": MEMBERS}
 """Ray's own 15 leaves those hardly any room that step back (`octet.background`): 19 is the most."""
 
 Report = Callable[[StartProgress], None]

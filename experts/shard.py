@@ -14,7 +14,7 @@ from experts.slots import EMPTY, ExpertSlots
 from model.threads import in_parts, num_threads
 from octet.errors import ExpertMissingError
 
-_PIECE_OPERATIONS = 2**27
+PIECE_OPERATIONS = 2**27
 """Multiplications and additions between two pauses: about two milliseconds of a core."""
 
 _Panels = npt.NDArray[np.float32]
@@ -96,7 +96,7 @@ class ExpertShard:
         x, slots, weights = rows.arrays
         y = y_UH.numpy()
         operations = 2 * (gate_up.size + down.size) // max(1, len(holds_S))
-        most_operations = _PIECE_OPERATIONS * num_threads()
+        most_operations = PIECE_OPERATIONS * num_threads()
         short = slots.size * operations <= most_operations
         if short and num_threads() == 1:
             # One call: what a frame of a decode step takes is not much more than what calls do.

@@ -13,6 +13,25 @@ COMPUTING = 8
 """Of threads that compute, beyond those that answer: where they share cores, calls are answered in between."""
 
 
+MEMBERS = 2
+"""Of the processes of members, beyond that of who starts them."""
+
+_MOST = 19
+_STEP = 1.25
+"""What a step of niceness is worth, as a factor of a thread's weight (`sched_prio_to_weight` of Linux)."""
+
+
+def share_behind(niceness: int) -> float:
+    """What a thread of a member that computes gets of a busy core when it steps back, beside one that does not: 1 is as
+    much.
+
+    Args:
+        niceness: by which it steps back.
+    """
+    share: float = _STEP ** -min(niceness, _MOST - COMPUTING - MEMBERS)
+    return share
+
+
 def step_back(niceness: int) -> None:
     """Give the calling thread, and those that it starts, a smaller share of a busy core.
 
@@ -21,7 +40,7 @@ def step_back(niceness: int) -> None:
     """
     thread = threading.get_native_id()
     try:
-        os.setpriority(os.PRIO_PROCESS, thread, min(os.getpriority(os.PRIO_PROCESS, thread) + niceness, 19))
+        os.setpriority(os.PRIO_PROCESS, thread, min(os.getpriority(os.PRIO_PROCESS, thread) + niceness, _MOST))
     except (AttributeError, OSError) as error:
         _log.debug("this system schedules all threads alike: %s", error)
 

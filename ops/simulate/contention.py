@@ -1,13 +1,20 @@
 """How long frames wait at the shards that many attention workers use at once, and how much all slow each other down.
 
 Each worker is a customer that computes its own part of a layer, sends a frame, and goes on when the slowest shard has
-answered: a closed queueing network. A shard takes decode frames before prefill frames and finishes what it has begun (a
-CPU's pauses between experts are not simulated), so waits are those of a non-preemptive priority queue (Cobham 1954),
-seen by a worker as the others leave it (the arrival theorem, as in approximate mean value analysis: Bard 1979,
-Schweitzer 1979), and never more than one frame of every worker that may go first. Shards get the same frames in the
+answered: a closed queueing network. A shard takes decode frames before prefill frames, so waits are those of a priority
+queue (Cobham 1954), seen by a worker as the others leave it (the arrival theorem, as in approximate mean value
+analysis: Bard 1979, Schweitzer 1979), and never more than one frame of every worker that may go first. A shard ends
+what it has begun; but where it pauses within prefill frames, decode frames wait for the piece at hand only, and prefill
+frames take longer by those that pass (a preemptive priority, once the piece is done). Shards get the same frames in the
 same order, so one shard stands for all of them.
 
 With two micro-batches a worker has two frames under way, and computes one while it waits for the other.
+
+Where members share cores, threads that would run at once are given turns, by their weights (generalized processor
+sharing: Parekh and Gallager 1993), on the cores that other processes leave at the time. Whoever computes sees the
+others as they are in the mean while he does: who has one frame under way does not compute while his shards do. What is
+shorter than a turn has its core to itself once it has one, but waits for half a turn of every thread too many, whatever
+its weight.
 """
 
 from __future__ import annotations
@@ -20,6 +27,8 @@ import numpy.typing as npt
 
 _ROUNDS = 60
 _DAMPING = 0.4
+_MOST_TAKEN = 0.9
+"""Of the cores, by other processes."""
 _compile: Any = numba.njit(nogil=True, cache=True)
 Floats = npt.NDArray[np.float64]
 
@@ -28,17 +37,42 @@ class Contention(NamedTuple):
     decode_wait_s: float
     """Of a frame, before a shard begins with it; mean over the workers, and 0 without any."""
     prefill_wait_s: float
-    slowdown: float
-    """Everything that computes takes so many times as long, because cores are shared; 1 where they are not."""
+    prefill_stretch: float
+    """A prefill frame takes a shard so many times as long as it has to compute for it, since decode frames pass it."""
+    shard_slowdown: float
+    """What shards compute takes so many times as long, because cores are shared; 1 where they are not."""
+    decode_slowdown: float
+    """The same of what decode workers compute; mean over the workers, and 1 without any."""
+    prefill_slowdown: float
+    behind_slowdown: float
+    """Of prefill workers that have stepped back."""
     busy_share: float
     """Of the shards' time."""
     decode_busy_share: float
     """The same, for decode frames alone."""
 
 
+class SharedCores(NamedTuple):
+    """Of one machine, on which all members are."""
+
+    cores: int
+    others: float
+    """Cores that processes take, in the mean, which are no members. They go first."""
+    threads: Floats
+    """Cores that a worker takes while it computes; one entry per worker."""
+    weight_behind: float
+    """Of a thread that has stepped back; a thread of any other member has 1."""
+    turn_s: float
+    """For which a thread keeps its core when others want it."""
+
+
+ALONE = Contention(0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0)
+
+
 def contend(
     compute_s: Floats, way_s: Floats, peak_s: Floats, fullest_s: Floats, frames: npt.NDArray[np.int64],
-    prefill: npt.NDArray[np.bool_], num_shards: int, cores: int, worker_threads: int = 1, others: float = 0.0,
+    prefill: npt.NDArray[np.bool_], behind: npt.NDArray[np.bool_], num_shards: int, piece_s: float = np.inf,
+    shared: SharedCores | None = None,
 ) -> Contention:  # fmt: skip
     """The steady state of workers that go on as they do now.
 
@@ -49,22 +83,21 @@ def contend(
         fullest_s: that of the shard with the most to do over all layers, in the mean over them.
         frames: under way at once, 1 or 2.
         prefill: whether its frames are prefill frames.
-        cores: shared by all; 0 if nothing is shared.
-        worker_threads: cores that a worker takes while it computes.
-        others: cores that processes which are no members take.
+        behind: whether its threads have stepped back behind those of other members.
+        piece_s: for which a shard computes a prefill frame before decode frames may pass; infinite if they never do.
+        shared: None if every member has a machine of its own.
     """
     if len(compute_s) == 0:
-        return Contention(0.0, 0.0, 1.0, 0.0, 0.0)
-    return Contention(
-        *_solve(compute_s, way_s, peak_s, fullest_s, frames, prefill, num_shards, cores, worker_threads, others)
-    )
+        return ALONE
+    if shared is None:
+        shared = SharedCores(0, 0.0, np.zeros_like(compute_s), 1.0, 0.0)
+    workers = (compute_s, way_s, peak_s, fullest_s, frames, prefill, behind, shared.threads)
+    machine = (shared.cores, shared.others, shared.weight_behind, shared.turn_s)
+    return Contention(*_solve(*workers, num_shards, piece_s, *machine))
 
 
-def layer_s(
-    compute_s: Floats, way_s: Floats, wait_s: float, peak_s: Floats, frames: npt.NDArray[np.int64], slowdown: float
-) -> Floats:
-    """A layer of each worker's step, all its frames."""
-    compute_s, peak_s = compute_s * slowdown, peak_s * slowdown
+def layer_s(compute_s: Floats, way_s: Floats, wait_s: Floats, peak_s: Floats, frames: npt.NDArray[np.int64]) -> Floats:
+    """A layer of each worker's step, all its frames, with what each part of it takes under contention."""
     one_s = compute_s + way_s + wait_s + peak_s
     two_s = np.maximum.reduce([2 * compute_s, one_s, 2 * peak_s])
     layers_s: Floats = np.where(frames == 1, one_s, two_s)
@@ -72,60 +105,136 @@ def layer_s(
 
 
 @_compile  # type: ignore[untyped-decorator]
+def _left(cores: Any, others: Any) -> Any:
+    """How probable it is that other processes leave none, one, two … of the cores: they have each of them for the same
+    part of the time, whatever they do with the rest (a binomial distribution)."""
+    left = np.zeros(cores + 1)
+    left[0] = 1.0
+    if cores == 0:
+        return left
+    taken = min(others / cores, _MOST_TAKEN)
+    for known in range(cores):
+        for num in range(known, -1, -1):
+            left[num + 1] += left[num] * (1 - taken)
+            left[num] *= taken
+    return left
+
+
+@_compile  # type: ignore[untyped-decorator]
+def _share(left: Any, threads: Any) -> Any:
+    """Of a core, for each of so many threads, in the mean over what other processes leave."""
+    share = 0.0
+    for num in range(len(left)):
+        share += left[num] * min(1.0, num / max(threads, 1e-12))
+    return share
+
+
+@_compile  # type: ignore[untyped-decorator]
+def _slowdown(alone: Any, left: Any, front: Any, behind: Any, weight_behind: Any, turn: Any) -> Any:
+    """What takes `alone` seconds of a core takes so many times as long beside so many threads, itself among `front`."""
+    by_weight = 1 / _share(left, front + weight_behind * behind) - 1
+    by_turn = (1 / _share(left, front + behind) - 1) * turn / 2 / max(alone, 1e-12)
+    return 1 + max(by_weight, by_turn)
+
+
+@_compile  # type: ignore[untyped-decorator]
 def _solve(
-    compute: Any, way: Any, peak: Any, mean: Any, frames: Any, prefill: Any, num_shards: Any, cores: Any, threads: Any,
-    others: Any,
+    compute: Any, way: Any, peak: Any, mean: Any, frames: Any, prefill: Any, behind: Any, threads: Any, num_shards: Any,
+    piece: Any, cores: Any, others: Any, weight_behind: Any, turn: Any,
 ) -> Any:  # fmt: skip
     num = len(compute)
-    wait, rate = np.zeros(num), np.zeros(num)
-    slowdown, busy, decode_busy = 1.0, 0.0, 0.0
+    wait, rate, used, at_work, slowdown = np.zeros(num), np.zeros(num), np.zeros(num), np.zeros(num), np.ones(num)
+    shard_slowdown, stretch, busy, decode_busy = 1.0, 1.0, 0.0, 0.0
+    left = _left(cores, others)
     # What a frame can find in front of it at worst: one of every other worker, or for decode one prefill frame.
     all_decode, all_prefill, longest = 0.0, 0.0, 0.0
     for i in range(num):
         if prefill[i]:
             all_prefill += mean[i] * frames[i]
-            longest = max(longest, mean[i])
+            longest = max(longest, min(mean[i], piece))
         else:
             all_decode += mean[i] * frames[i]
     for _ in range(_ROUNDS):
-        decode_busy, busy, residual, at_work = 0.0, 0.0, 0.0, 0.0
+        decode_busy, busy, residual, piece_residual = 0.0, 0.0, 0.0, 0.0
         for i in range(num):
-            own, there = compute[i] * slowdown, peak[i] * slowdown
+            own = compute[i] * slowdown[i]
+            there = peak[i] * shard_slowdown * (stretch if prefill[i] else 1.0)
             answer = way[i] + wait[i] + there
             cycle = own + answer
             if frames[i] == 2:
                 cycle = max(2 * own, own + answer, 2 * there)
             rate[i] = frames[i] / max(cycle, 1e-12)
-            used = rate[i] * mean[i] * slowdown
-            busy += used
-            decode_busy += 0.0 if prefill[i] else used
-            residual += used * mean[i] * slowdown / 2
-            at_work += min(1.0, rate[i] * own)
+            used[i] = rate[i] * mean[i] * shard_slowdown
+            at_work[i] = min(1.0, rate[i] * own)
+            busy += used[i]
+            decode_busy += 0.0 if prefill[i] else used[i]
+            residual += used[i] * mean[i] * shard_slowdown / 2
+            piece_residual += used[i] * (min(mean[i], piece) if prefill[i] else mean[i]) * shard_slowdown / 2
         for i in range(num):
-            used = rate[i] * mean[i] * slowdown / frames[i]
-            before = min(busy - used, 0.999)
-            first = min(decode_busy - (0.0 if prefill[i] else used), 0.999)
-            waits = max(residual - used * mean[i] * slowdown / 2, 0.0) / (1 - first)
+            mine = used[i] / frames[i]
+            before = min(busy - mine, 0.999)
+            first = min(decode_busy - (0.0 if prefill[i] else mine), 0.999)
             if prefill[i]:
+                waits = max(residual - mine * mean[i] * shard_slowdown / 2, 0.0) / (1 - first)
                 waits /= 1 - before
                 worst = all_decode + all_prefill - mean[i]
             else:
+                waits = max(piece_residual - mine * mean[i] * shard_slowdown / 2, 0.0) / (1 - first)
                 worst = all_decode - mean[i] + longest
-            wait[i] += _DAMPING * (min(waits, worst * slowdown) - wait[i])
+            wait[i] += _DAMPING * (min(waits, worst * shard_slowdown) - wait[i])
+        if piece < np.inf:
+            stretch += _DAMPING * (1 / (1 - min(decode_busy, 0.999)) - stretch)
         if cores > 0:
-            # Processes that would run at once, if each had a core, are given turns.
-            wanted = (at_work * threads + min(busy, 1.0) * num_shards + others) / cores
-            slowdown += _DAMPING * (max(1.0, wanted) - slowdown)
-    waits_of = np.zeros(2)
-    count = np.zeros(2)
+            # Threads that would run at once, if each had a core, and what those that go first use of the cores.
+            front, back, at_shards, used_front = 0.0, 0.0, 0.0, 0.0
+            for i in range(num):
+                at_shards += used[i] * num_shards
+                used_front += rate[i] * mean[i] * num_shards
+                if behind[i]:
+                    back += at_work[i] * threads[i]
+                else:
+                    front += at_work[i] * threads[i]
+                    used_front += rate[i] * compute[i] * threads[i]
+            front_served, back_served, served = 0.0, 0.0, 0.0
+            for i in range(num):
+                running = at_work[i] * threads[i]
+                # With one frame, it is in the worker's own part or at the shards, and never both.
+                absent = used[i] * num_shards if frames[i] == 1 else 0.0
+                seen = max(front + min(at_shards - absent, num_shards), 0.0)
+                if behind[i]:
+                    beside = back - running + threads[i]
+                    by_weight = _share(left, (seen + weight_behind * beside) / weight_behind)
+                    of_rest = min(1.0, (cores - others - used_front) / beside)
+                    factor = 1 / max(by_weight, of_rest)
+                else:
+                    beside = seen - running + threads[i]
+                    factor = _slowdown(compute[i], left, beside, back, weight_behind, turn)
+                slowdown[i] += _DAMPING * (factor - slowdown[i])
+                gone = running if frames[i] == 1 else 0.0
+                front_served += used[i] * (num_shards * mean[i] / max(peak[i], 1e-12) + front)
+                front_served -= 0.0 if behind[i] else used[i] * gone
+                back_served += used[i] * (back - (gone if behind[i] else 0.0))
+                served += used[i] * mean[i]
+            whole = max(busy, 1e-12)
+            factor = _slowdown(served / whole, left, front_served / whole, back_served / whole, weight_behind, turn)
+            shard_slowdown += _DAMPING * (factor - shard_slowdown)
+    waits_of, slowdown_of, count = np.zeros(2), np.zeros(3), np.zeros(3)
     for i in range(num):
+        kind = 2 if behind[i] else int(prefill[i])
+        slowdown_of[kind] += slowdown[i]
+        count[kind] += 1
         waits_of[int(prefill[i])] += wait[i]
-        count[int(prefill[i])] += 1
+    for kind in range(3):
+        slowdown_of[kind] = slowdown_of[kind] / count[kind] if count[kind] > 0 else 1.0
     whole = max(busy, 1.0)
     return (
         waits_of[0] / max(count[0], 1),
-        waits_of[1] / max(count[1], 1),
-        slowdown,
+        waits_of[1] / max(count[1] + count[2], 1),
+        stretch,
+        shard_slowdown,
+        slowdown_of[0],
+        slowdown_of[1],
+        slowdown_of[2],
         busy / whole,
         decode_busy / whole,
     )

@@ -2,16 +2,19 @@
 
 A step of an attention worker costs its own part (`decode_*`, `prefill_*`, over all layers), and for each MoE layer the
 way of the rows (`exchange_*`) and the fullest shard's call (`expert_*`); waiting for shards comes on top
-(`contention`).
+(`contention`). Where members share cores, these are times of members that have as many as they can use, and the way of
+the rows is computing like any other: packing, sending and adding up.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import pathlib
 from typing import Any
 
+from experts.shard import PIECE_OPERATIONS
 from octet.errors import ConfigError
 from ops.simulate.shape import Shape
 
@@ -33,6 +36,8 @@ class Costs:
     expert_per_read_s: float
     """Per expert whose weights are read."""
     expert_per_row_s: float
+    expert_piece_s: float
+    """After so long within a prefill frame, a shard lets decode frames pass; infinite if it never does."""
     reads_overlap: bool
     """A call takes as long as the longer of reading and computing, not both added up."""
     exchange_fixed_s: float
@@ -50,7 +55,11 @@ class Costs:
     cores: int = 0
     """All members share so many; 0 if each has a machine of its own."""
     worker_threads: int = 1
-    """Cores that an attention worker takes while it computes, where they are shared; a shard takes one."""
+    """Of an attention worker; a shard has one. A prefill worker takes as many cores while it computes."""
+    decode_cores: float = 1.0
+    """That a decode worker takes, in the mean, while it computes."""
+    turn_s: float = 0.0
+    """For which a thread keeps a core that others want, where cores are shared."""
     others_cores: float = 0.0
     """Cores that processes which are no members always take, where they are shared: Ray's own, the controller."""
     others_per_token_s: float = 0.0
@@ -76,6 +85,8 @@ class Rates:
     load_bytes_per_s: float
     fill_bytes_per_s: float
     """For slots filled while serving."""
+    piece_operations: float = math.inf
+    """After so many within a prefill frame, a shard lets decode frames pass."""
 
 
 H100 = Rates(
@@ -108,6 +119,7 @@ CPU = Rates(
     process_s=8.0,
     load_bytes_per_s=0.3e9,
     fill_bytes_per_s=0.3e9,
+    piece_operations=PIECE_OPERATIONS,
 )
 """One core with AVX2 in fp32. Calibrate: a CPU's own costs are dominated by what these rates leave out."""
 
@@ -128,6 +140,7 @@ def from_rates(rates: Rates, shape: Shape, slots_per_layer: int, cores: int = 0)
         expert_fixed_s=rates.call_s,
         expert_per_read_s=shape.expert_bytes / rates.bytes_per_s,
         expert_per_row_s=shape.expert_flops / rates.flops_per_s,
+        expert_piece_s=rates.piece_operations / rates.flops_per_s,
         reads_overlap=True,
         exchange_fixed_s=rates.way_s,
         exchange_per_byte_s=1 / rates.way_bytes_per_s,
@@ -143,8 +156,9 @@ def from_rates(rates: Rates, shape: Shape, slots_per_layer: int, cores: int = 0)
 def calibrated(costs: Costs, file: pathlib.Path, shape: Shape) -> Costs:
     """`costs` with what `octet bench breakdown --json` has measured in place of what it covers.
 
-    Its prefill costs include the experts of the shards that were measured; their part, by its own expert and exchange
-    costs, is taken out, since the simulator adds that of the placement at hand.
+    Decode steps of one worker, which shares its cores with shards that wait while it computes, are taken as long as
+    they were. Prefill and shards compute at the same time there, so their parts are taken from the processor time that
+    each used: a shard's on its thread, and the prefill worker's on all of its threads alike.
 
     Raises: ConfigError if the file is not such a report, or is of another model.
     """
@@ -153,29 +167,35 @@ def calibrated(costs: Costs, file: pathlib.Path, shape: Shape) -> Costs:
     if (model["moe_layers"], model["experts"]) != (len(shape.moe_layers), shape.num_experts):
         found = f"a model of {model['moe_layers']} MoE layers with {model['experts']} experts"
         raise ConfigError("--calibrate", found, f"{len(shape.moe_layers)} with {shape.num_experts}, as in --model")
-    attention, expert, exchange, prefill = (measured[n] for n in ("attention", "expert", "exchange", "prefill"))
+    attention, exchange, processor = (measured[name] for name in ("attention", "exchange", "processor"))
+    prefill, expert = processor["prefill"], processor["expert"]
+    threads = report["rates"]["decode_worker"]["threads"]
+    # The rows' way is simulated by itself.
     num_layers, top_k = len(shape.moe_layers), shape.experts_per_token
-    shards = report["shards"]
-    per_token = num_layers * (
-        top_k / shards * expert["per_pair_s"] + min(top_k, shards) * 2 * shape.hidden_bytes * exchange["per_byte_s"]
-    )
-    reads_s = shape.num_experts / shards * expert["per_expert_s"]
-    fixed = num_layers * (expert["fixed_s"] + reads_s + exchange["fixed_s"])
+    way_bytes = min(top_k, report["shards"]) * 2 * shape.hidden_bytes
+    way_per_token_s = num_layers * way_bytes * exchange["per_byte_s"]
+    # A shard's receiving and replying are part of the way in what a round took, and of the call in processor time.
+    way_fixed_s = max(0.0, exchange["fixed_s"] - (expert["fixed_s"] - measured["expert"]["fixed_s"]))
     return dataclasses.replace(
         costs,
         decode_fixed_s=attention["fixed_s"],
         decode_per_sequence_s=attention["per_sequence_s"],
         decode_per_attended_s=attention["per_attended_s"],
-        prefill_fixed_s=max(0.0, prefill["fixed_s"] - fixed),
-        prefill_per_token_s=max(0.0, prefill["per_token_s"] - per_token),
-        prefill_per_attended_s=prefill["per_attended_s"],
+        prefill_fixed_s=max(0.0, prefill["fixed_s"] / threads - num_layers * way_fixed_s),
+        prefill_per_token_s=max(0.0, prefill["per_token_s"] / threads - way_per_token_s),
+        prefill_per_attended_s=prefill["per_attended_s"] / threads,
         expert_fixed_s=expert["fixed_s"],
         expert_per_read_s=expert["per_expert_s"],
         expert_per_row_s=expert["per_pair_s"],
+        expert_piece_s=expert["per_pair_s"] * PIECE_OPERATIONS / shape.expert_flops,
         reads_overlap=False,
-        exchange_fixed_s=exchange["fixed_s"],
+        exchange_fixed_s=way_fixed_s,
         exchange_per_byte_s=exchange["per_byte_s"],
-        worker_threads=report["rates"]["decode_worker"]["threads"],
+        handoff_fixed_s=measured["handoff"]["fixed_s"],
+        handoff_per_byte_s=measured["handoff"]["per_byte_s"],
+        worker_threads=threads,
+        decode_cores=processor["decode_cores"],
+        turn_s=report["turn_s"],
     )
 
 
@@ -186,6 +206,8 @@ def _read(file: pathlib.Path) -> dict[str, Any]:
         raise ConfigError("--calibrate", str(file), "what `octet bench breakdown --json` writes", str(error)) from error
     if not isinstance(report, dict) or report.get("schema") != SCHEMA:
         raise ConfigError("--calibrate", str(file), f"schema {SCHEMA}", "write it anew with `octet bench breakdown`")
+    if "processor" not in report["costs"]:
+        raise ConfigError("--calibrate", str(file), "processor time among its costs", "write it anew, by this version")
     return {**report, "shards": _num_shards(report)}
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import heapq
+import math
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,8 @@ import numpy.typing as npt
 from decode.admission import Demand, peak_pages
 
 _INFINITE = float("inf")
+_SAME = 1e-6
+"""Of a step: what rounding makes of the same one."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -42,7 +45,13 @@ def one(row: int) -> npt.NDArray[np.int64]:
 class DecodePool:
     """Workers are rows of arrays. Admission is the real one, told exactly how long answers will be."""
 
-    def __init__(self, capacity: int, pages: int, page_size: int, max_batch: int) -> None:
+    def __init__(self, capacity: int, pages: int, page_size: int, max_batch: int, *, whole_steps: bool = False) -> None:
+        """
+        Args:
+            whole_steps: a sequence joins when the step under way ends. Where a step is short beside an answer, it may
+                as well join at once.
+        """
+        self._whole_steps = whole_steps
         self.pages, self._page_size, self._max_batch = pages, page_size, max_batch
         self.batch = np.zeros(capacity)
         self.context = np.zeros(capacity)
@@ -101,7 +110,11 @@ class DecodePool:
         """The pages have arrived; tokens come from the next step on. Call `set_step` afterwards."""
         self.advance(row, now_s)
         self.incoming[row].remove(sequence)
-        sequence.end_step = float(self.steps[row]) + sequence.new_tokens - 1
+        begun = float(self.steps[row])
+        # A worker that ran nothing begins at once.
+        if self._whole_steps and self.batch[row] > 0:
+            begun = math.ceil(begun - _SAME)
+        sequence.end_step = begun + sequence.new_tokens - 1
         heapq.heappush(self._running[row], (sequence.end_step, sequence.number, sequence))
         self.batch[row] += 1
         self.context[row] += sequence.prompt_tokens + 1
@@ -111,7 +124,7 @@ class DecodePool:
         self.advance(row, now_s)
         gone = []
         heap = self._running[row]
-        while heap and heap[0][0] <= self.steps[row] + 1e-6:
+        while heap and heap[0][0] <= self.steps[row] + _SAME:
             _, _, sequence = heapq.heappop(heap)
             self.batch[row] -= 1
             self.context[row] -= sequence.prompt_tokens + sequence.new_tokens

@@ -101,7 +101,8 @@ class Fleet:
             return
         if pool == "prefill":
             page_size, most = self._config.kv.page_size, self._config.prefill.max_requests
-            self.prefill[number] = PrefillWorker(number, self._prefill_pages, page_size, most)
+            few = self._config.pools.prefill.few_prompts
+            self.prefill[number] = PrefillWorker(number, self._prefill_pages, page_size, most, few)
         else:
             row = self.decode.add_row(now_s)
             assert row == number, "rows are numbered as members are"

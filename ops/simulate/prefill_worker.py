@@ -32,22 +32,33 @@ class Chunk:
     tokens: int
     attended: float
     """Positions attended to, summed over the tokens."""
+    behind: bool = False
+    """Computed by threads that have stepped back behind those of other members."""
 
 
 class PrefillWorker:
     """Requests are computed first come, first served, as `prefill.queue` has it; their pages are allocated at once."""
 
-    def __init__(self, number: int, pages: int, page_size: int, max_running: int) -> None:
+    def __init__(self, number: int, pages: int, page_size: int, max_running: int, few_requests: int = 0) -> None:
+        """
+        Args:
+            few_requests: it steps back while it has no more than so many.
+        """
         self.number = number
         self.waiting: collections.deque[Task] = collections.deque()
         self.running: list[Task] = []
         self.chunk: Chunk | None = None
+        self.paces = 0
+        """So many times it was said how long a chunk takes."""
         self.queued_tokens = 0
         """Sent to this worker and not answered: what the frontend knows."""
         self.busy_s = self.computed = 0.0
         """Seconds and tokens since the autoscaler looked last."""
         self._pages, self._page_size, self._max_running = pages, page_size, max_running
+        self._few_requests = few_requests
         self._held = 0
+        self._left, self._chunk_s, self._at_s = 0.0, 0.0, 0.0
+        """Share of the chunk that is left, what all of it would take, and when that was so."""
         self._cache: collections.OrderedDict[int, None] = collections.OrderedDict()
 
     @property
@@ -74,6 +85,7 @@ class PrefillWorker:
             # The last token is always computed: the next one is sampled from it.
             task.done = min(self.cached_blocks(task.request.blocks) * BLOCK_TOKENS, task.request.prompt_tokens - 1)
             self.running.append(task)
+        behind = len(self.running) + len(self.waiting) <= self._few_requests
         parts, tokens, attended = [], 0, 0.0
         for task in self.running:
             take = min(budget - tokens, task.request.prompt_tokens - task.done)
@@ -82,8 +94,22 @@ class PrefillWorker:
             parts.append((task, take))
             tokens += take
             attended += take * (task.done + (take + 1) / 2)
-        self.chunk = Chunk(tuple(parts), tokens, attended) if parts else None
+        self.chunk = Chunk(tuple(parts), tokens, attended, behind) if parts else None
+        self._left, self._chunk_s = 1.0, 0.0
         return self.chunk
+
+    def pace(self, now_s: float, chunk_s: float) -> float:
+        """From now on the whole chunk would take so long. Returns: seconds for what is left of it."""
+        self.paces += 1
+        before_s = 0.0
+        if self._chunk_s > 0:
+            before_s = self._left * self._chunk_s - (now_s - self._at_s)
+            self._left = max(before_s, 0.0) / self._chunk_s
+        left_s = self._left * chunk_s
+        # Counted ahead, as far as is known.
+        self.busy_s += left_s - before_s
+        self._chunk_s, self._at_s = chunk_s, now_s
+        return left_s
 
     def finish_chunk(self) -> tuple[list[Task], list[int], list[int]]:
         """Returns: tasks whose prompt is computed; blocks that the cache has learned, and those that it has lost."""

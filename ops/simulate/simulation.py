@@ -12,11 +12,15 @@ import dataclasses
 import time
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
+
 from cluster.admission import Demand, admit
 from cluster.load_meter import LoadMeter
 from cluster.members import POOLS
 from cluster.scheduler import Wait
 from cluster.slo import Slo
+from octet.background import share_behind
 from octet.config import OctetConfig
 from ops.simulate import decode_pool
 from ops.simulate.clock import Clock
@@ -27,7 +31,7 @@ from ops.simulate.expert_pool import ExpertOptions, ExpertPool
 from ops.simulate.fleet import Fleet
 from ops.simulate.load import Request
 from ops.simulate.outcome import End, Moment, Run, Served
-from ops.simulate.prefill_worker import PrefillWorker, Task
+from ops.simulate.prefill_worker import Chunk, PrefillWorker, Task
 from ops.simulate.scaling import Scaling
 from ops.simulate.shape import Shape
 from ops.simulate.step_times import StepTimes
@@ -71,6 +75,7 @@ class Simulation:
     ) -> None:
         self._requests, self._shape, self._costs = list(requests), shape, costs
         self._config, self._options = config, options
+        self._shared = costs.cores > 0
         self.clock = Clock()
         most_tokens = max(config.prefill.chunk_tokens, config.decode.max_batch)
         experts = ExpertPool(
@@ -82,11 +87,16 @@ class Simulation:
             ExpertOptions(balance=options.balance, gpu=options.gpu, most_tokens=most_tokens, seed=options.seed),
         )
         self.decode = DecodePool(
-            options.most_members, options.decode_pages, config.kv.page_size, config.decode.max_batch
+            options.most_members,
+            options.decode_pages,
+            config.kv.page_size,
+            config.decode.max_batch,
+            whole_steps=self._shared,
         )
         self._views = Views(self.decode, config.prefill.prefix_cache)
         self.fleet = Fleet(self.clock, costs, config, options.prefill_pages, self.decode, experts, self._views)
-        self.times = StepTimes(shape, costs, config.lane.ping_pong_rows, self.decode, experts)
+        weight_behind = share_behind(config.pools.prefill.niceness)
+        self.times = StepTimes(shape, costs, config.lane.ping_pong_rows, weight_behind, self.decode, experts)
         scaler = config.autoscaler
         self._slo = Slo(
             ttft_s=scaler.target_ttft_s,
@@ -203,13 +213,22 @@ class Simulation:
             return
         chunk = worker.next_chunk(self._config.prefill.chunk_tokens)
         if chunk is not None:
-            took_s = self.times.chunk_s(chunk)
-            worker.busy_s += took_s
             worker.computed += chunk.tokens
-            self.clock.after(took_s, self._finish_chunk, worker)
+            self._settle()
+            if not self._shared:
+                self._set_chunk(worker, chunk)
 
-    def _finish_chunk(self, worker: PrefillWorker) -> None:
+    def _set_chunk(self, worker: PrefillWorker, chunk: Chunk) -> None:
+        """What is left of it goes on as fast as everything goes now."""
+        left_s = worker.pace(self.clock.now_s, self.times.chunk_s(chunk))
+        self.clock.after(left_s, self._finish_chunk, worker, worker.paces)
+
+    def _finish_chunk(self, worker: PrefillWorker, pace: int) -> None:
+        if pace != worker.paces:
+            # It has gone on faster or more slowly since it was thought to end now.
+            return
         finished, learned, lost = worker.finish_chunk()
+        self._settle()
         self._views.learn(worker.number, learned, lost)
         for task in finished:
             self._first_token(worker, task)
@@ -272,6 +291,7 @@ class Simulation:
         self.fleet.release_if_drained("decode", row)
 
     def _set_step(self, row: int) -> None:
+        self._settle()
         rows = decode_pool.one(row)
         self.decode.set_step(row, float(self.times.decode_steps_s(rows)[0]) if self.decode.batch[row] > 0 else 1.0)
         self._views.look_at_decode(row)
@@ -307,15 +327,29 @@ class Simulation:
 
     def _tick(self) -> None:
         """Bring all steps up to date with what everyone does now."""
-        rows = self.decode.advance_all(self.clock.now_s)
-        workers = self.fleet.prefill.values()
-        self.times.update(rows, [worker.chunk for worker in workers if worker.chunk is not None])
+        rows = self._update()
         contention = self.times.contention
         self.busy_s[0] += contention.busy_share * self._options.tick_s
         self.busy_s[1] += contention.decode_busy_share * self._options.tick_s
-        self.decode.set_steps(rows, self.times.decode_steps_s(rows))
         for row in rows.tolist():
             self._views.look_at_decode(row)
+
+    def _settle(self) -> None:
+        """Where members share cores, everything that begins or ends changes at once how fast the others go on.
+        Elsewhere it is one of many, and the next tick is soon enough."""
+        if self._shared:
+            self._update()
+            for worker in self.fleet.prefill.values():
+                if worker.chunk is not None:
+                    self._set_chunk(worker, worker.chunk)
+
+    def _update(self) -> npt.NDArray[np.int64]:
+        """Returns: the decode workers that run something."""
+        rows = self.decode.advance_all(self.clock.now_s)
+        workers = self.fleet.prefill.values()
+        self.times.update(rows, [worker.chunk for worker in workers if worker.chunk is not None])
+        self.decode.set_steps(rows, self.times.decode_steps_s(rows))
+        return rows
 
     def _look(self) -> None:
         now_s, members = self.clock.now_s, self.fleet.members

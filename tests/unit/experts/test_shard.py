@@ -95,7 +95,7 @@ def test_a_long_computation_pauses_and_meanwhile_others_are_served(
     shard = ExpertShard(ExpertSlots(checkpoint, HELD, torch.float32, torch.device("cpu")))
     long, short = asking_for(*[[0, 2], [1, -1], [2, 1]] * 8), asking_for([1, 0])
     whole, other = shard.serve(2, long), shard.serve(2, short)
-    monkeypatch.setattr("experts.shard._PIECE_OPERATIONS", 4 * HIDDEN_SIZE * 8)
+    monkeypatch.setattr("experts.shard.PIECE_OPERATIONS", 4 * HIDDEN_SIZE * 8)
     monkeypatch.setattr("experts.shard.num_threads", lambda: num_threads)
     others: list[torch.Tensor] = []
     pieces = shard.serve(2, long, None, lambda: others.append(shard.serve(2, short)))

@@ -11,8 +11,10 @@ import random
 import numpy as np
 import pytest
 
+from experts.shard import PIECE_OPERATIONS
+from octet.background import share_behind
 from octet.errors import ConfigError
-from ops.simulate.contention import Contention, contend, layer_s
+from ops.simulate.contention import Contention, SharedCores, contend, layer_s
 from ops.simulate.costs import CPU, H100, calibrated, from_rates
 from ops.simulate.expert_loads import drawn, recorded
 from ops.simulate.load import day, enveloped, read_requests, stacked
@@ -27,18 +29,20 @@ from tests.unit.ops.simulate.toy import SHAPE, costs, poisson
 
 def contention(
     compute: list[float], peak: list[float], prefill: list[bool], cores: int = 0, shards: int = 1, threads: int = 1,
-    others: float = 0.0,
+    others: float = 0.0, behind: list[bool] | None = None, piece_s: float = np.inf, turn_s: float = 0.0,
+    weight_behind: float = 0.1,
 ) -> Contention:  # fmt: skip
     num = len(compute)
+    shared = SharedCores(cores, others, np.full(num, float(threads)), weight_behind, turn_s) if cores else None
     return contend(
         np.array(compute), np.zeros(num), np.array(peak), np.array(peak), np.ones(num, np.int64), np.array(prefill),
-        shards, cores, threads, others,
+        np.array(behind or [False] * num), shards, piece_s, shared,
     )  # fmt: skip
 
 
 def layer(compute_s: float, way_s: float, wait_s: float, peak_s: float, frames: int) -> float:
-    arrays = (np.array([compute_s]), np.array([way_s]), wait_s, np.array([peak_s]), np.array([frames]))
-    return float(layer_s(*arrays, 1.0)[0])
+    arrays = (np.array([value]) for value in (compute_s, way_s, wait_s, peak_s, frames))
+    return float(layer_s(*arrays)[0])
 
 
 def test_a_worker_alone_waits_for_nobody() -> None:
@@ -61,9 +65,10 @@ def test_decode_frames_wait_less_than_prefill_frames() -> None:
 
 
 def test_workers_that_take_two_cores_slow_everybody_down_where_cores_are_shared() -> None:
-    alone, shared = (contention([0.3] * 2, [0.1] * 2, [False] * 2, cores=2, threads=n).slowdown for n in (1, 2))
-    assert 1 <= alone < shared
-    assert contention([0.3] * 2, [0.1] * 2, [False] * 2, cores=0, threads=2).slowdown == 1
+    alone, shared = (contention([0.3] * 2, [0.1] * 2, [False] * 2, cores=2, threads=n) for n in (1, 2))
+    assert 1 <= alone.decode_slowdown < shared.decode_slowdown
+    assert 1 <= alone.shard_slowdown < shared.shard_slowdown
+    assert contention([0.3] * 2, [0.1] * 2, [False] * 2, cores=0, threads=2).decode_slowdown == 1
 
 
 def test_two_frames_under_way_hide_the_shorter_of_the_two_parts() -> None:
@@ -73,13 +78,52 @@ def test_two_frames_under_way_hide_the_shorter_of_the_two_parts() -> None:
 
 
 def test_shared_cores_slow_everyone_down_once_they_are_too_few() -> None:
-    assert contention([1.0] * 4, [1e-6] * 4, [False] * 4, cores=4).slowdown == pytest.approx(1.0)
-    assert contention([1.0] * 4, [1e-6] * 4, [False] * 4, cores=2).slowdown == pytest.approx(2.0, rel=0.05)
+    assert contention([1.0] * 4, [1e-6] * 4, [False] * 4, cores=4).decode_slowdown == pytest.approx(1.0)
+    assert contention([1.0] * 4, [1e-6] * 4, [False] * 4, cores=2).decode_slowdown == pytest.approx(2.0, rel=0.05)
+
+
+def test_who_waits_for_shards_leaves_them_the_cores() -> None:
+    """One worker of two threads and two shards, in turn: nobody is slowed down on two cores."""
+    state = contention([0.3], [0.3], [False], cores=2, shards=2, threads=2)
+    assert (state.decode_slowdown, state.shard_slowdown) == pytest.approx((1.0, 1.0), rel=0.01)
+
+
+def test_a_worker_that_has_stepped_back_gets_what_the_others_leave() -> None:
+    """Where decode computes all the time, on one of two cores, prefill has the other; and not less than its weight."""
+    state = contention([1.0, 1.0], [1e-6] * 2, [False, True], cores=2, behind=[False, True])
+    assert (state.decode_slowdown, state.behind_slowdown) == pytest.approx((1.0, 1.0), rel=0.01)
+    state = contention([1.0] * 3, [1e-6] * 3, [False, False, True], cores=1, behind=[False, False, True])
+    assert state.decode_slowdown == pytest.approx(2.1, rel=0.02)
+    assert state.behind_slowdown == pytest.approx(2.1 / 0.1, rel=0.02)
+
+
+def test_what_is_shorter_than_a_turn_waits_for_one_whatever_its_weight() -> None:
+    """Half a turn of 0.4 for one thread too many, where the part takes 0.1."""
+    state = contention([0.1, 1.0], [1e-6] * 2, [False, True], cores=1, behind=[False, True], turn_s=0.4)
+    assert state.decode_slowdown == pytest.approx(1 + 0.4 / 2 / 0.1, rel=0.05)
+    assert contention([0.1], [1e-6], [False], cores=1, turn_s=0.4).decode_slowdown == pytest.approx(1.0)
+
+
+def test_where_shards_pause_decode_waits_for_a_piece_and_prefill_for_what_passes() -> None:
+    whole, paused = (
+        contention([0.01, 1e-6], [0.01, 1.0], [False, True], piece_s=piece_s) for piece_s in (np.inf, 0.01)
+    )
+    assert paused.decode_wait_s < whole.decode_wait_s / 20
+    assert whole.prefill_stretch == 1
+    assert paused.prefill_stretch == pytest.approx(1 / (1 - paused.decode_busy_share), rel=0.05)
+
+
+def test_stepping_back_costs_a_fifth_of_the_share_for_each_step_and_no_more_than_there_are() -> None:
+    assert share_behind(0) == 1.0
+    assert share_behind(1) == 0.8
+    assert share_behind(19) == share_behind(9) == pytest.approx(0.8**9)
 
 
 def test_other_processes_take_their_part_of_shared_cores() -> None:
-    assert contention([1.0] * 3, [1e-6] * 3, [False] * 3, cores=2, others=1.0).slowdown == pytest.approx(2.0, rel=0.05)
-    assert contention([1.0] * 3, [1e-6] * 3, [False] * 3, cores=0, others=1.0).slowdown == 1
+    """They go first, and have each of two cores for half of the time: for a quarter both are left, for a half one."""
+    one, three = (contention([1.0] * num, [1e-6] * num, [False] * num, cores=2, others=1.0) for num in (1, 3))
+    assert one.decode_slowdown == pytest.approx(1 / 0.75, rel=0.02)
+    assert three.decode_slowdown == pytest.approx(1 / (0.25 * 2 / 3 + 0.5 / 3), rel=0.02)
 
 
 def test_an_envelope_keeps_every_request_in_order_and_moves_them_to_the_middle() -> None:
@@ -173,11 +217,17 @@ def test_what_was_measured_replaces_what_was_assumed(tmp_path: pathlib.Path) -> 
         "pools": "1 prefill + 1 decode + 2 shards, threads {}",
         "model": {"moe_layers": 2, "experts": 8},
         "rates": {"decode_worker": {"threads": 2}},
+        "turn_s": 0.004,
         "costs": {
             "attention": {"fixed_s": 0.01, "per_sequence_s": 0.002, "per_attended_s": 1e-6},
-            "expert": {"fixed_s": 1e-4, "per_expert_s": 2e-4, "per_pair_s": 3e-5},
+            "expert": {"fixed_s": 1e-4, "per_expert_s": 3e-4, "per_pair_s": 4e-5},
             "exchange": {"fixed_s": 5e-4, "per_byte_s": 1e-9},
-            "prefill": {"fixed_s": 0.02, "per_token_s": 0.001, "per_attended_s": 1e-8},
+            "handoff": {"fixed_s": 0.006, "per_byte_s": 3e-9},
+            "processor": {
+                "decode_cores": 1.4,
+                "prefill": {"fixed_s": 0.02, "per_token_s": 0.001, "per_attended_s": 1e-8},
+                "expert": {"fixed_s": 3e-4, "per_expert_s": 2e-4, "per_pair_s": 3e-5},
+            },
         },
     }
     file = tmp_path / "breakdown.json"
@@ -186,11 +236,18 @@ def test_what_was_measured_replaces_what_was_assumed(tmp_path: pathlib.Path) -> 
     assert cost.decode_per_sequence_s == 0.002
     assert cost.worker_threads == 2
     assert cost.expert_per_read_s == 2e-4
-    # Two MoE layers of two experts per token on two shards, and the rows there and back.
-    assert cost.prefill_per_token_s == pytest.approx(0.001 - 2 * (2 / 2 * 3e-5 + 2 * 2 * 64 * 1e-9))
-    assert cost.prefill_fixed_s == pytest.approx(0.02 - 2 * (1e-4 + 4 * 2e-4 + 5e-4))
+    assert cost.expert_piece_s == pytest.approx(3e-5 * PIECE_OPERATIONS / SHAPE.expert_flops)
+    assert (cost.decode_cores, cost.turn_s, cost.handoff_fixed_s) == (1.4, 0.004, 0.006)
+    # Receiving and replying are in a shard's processor time, and were in the way.
+    assert cost.exchange_fixed_s == pytest.approx(5e-4 - (3e-4 - 1e-4))
+    # On two threads; two MoE layers, and two shards to which each token's row goes and from which its sum returns.
+    assert cost.prefill_per_token_s == pytest.approx(0.001 / 2 - 2 * 2 * 2 * 64 * 1e-9)
+    assert cost.prefill_fixed_s == pytest.approx(0.02 / 2 - 2 * cost.exchange_fixed_s)
     file.write_text(json.dumps(report | {"model": {"moe_layers": 3, "experts": 8}}))
     with pytest.raises(ConfigError, match="as in --model"):
+        calibrated(cost, file, SHAPE)
+    file.write_text(json.dumps(report | {"costs": {}}))
+    with pytest.raises(ConfigError, match="processor time"):
         calibrated(cost, file, SHAPE)
     file.write_text("{}")
     with pytest.raises(ConfigError, match="schema"):

@@ -152,6 +152,33 @@ def test_in_a_closed_loop_the_next_request_comes_when_an_answer_is_complete() ->
     assert done.duration_s == pytest.approx(10.0)
 
 
+def test_on_shared_cores_a_chunk_slows_down_when_another_begins_and_recovers_when_it_ends() -> None:
+    """Two workers and one core; the second prompt comes when half of the first is computed."""
+    cost = costs(prefill_per_token_s=0.01, cores=1, worker_threads=1, decode_cores=1.0)
+    conf = config(pools={"prefill": {"niceness": 0}})
+    done = run([request(0.0, prompt=100, new=1), request(0.5, prompt=25, new=1)], cost, conf, options(prefill=2))
+    assert [one.ttft_s for one in done.served] == pytest.approx([1.25, 0.5], rel=0.02)
+
+
+def test_on_shared_cores_a_sequence_joins_when_the_step_under_way_ends() -> None:
+    """Steps of a second begin at 0.25; the second sequence is handed over within the third one."""
+    cost = costs(decode_fixed_s=1.0, handoff_fixed_s=0.25, cores=4, worker_threads=1, decode_cores=1.0)
+    done = run([request(0.0, new=11), request(2.5, new=2)], cost).served
+    assert done[0].tpot_s == pytest.approx(10.25 / 10)
+    assert done[1].tpot_s == pytest.approx(0.25 + 0.5 + 1.0)
+
+
+def test_few_prompts_give_way_to_answers_on_shared_cores() -> None:
+    cost = costs(prefill_per_token_s=0.01, decode_fixed_s=0.1, cores=1, worker_threads=1, decode_cores=1.0)
+    requests = [request(0.0, prompt=10, new=101), request(2.0, prompt=10, new=1)]
+    polite, equal = (
+        run(requests, cost, config(pools={"prefill": {"niceness": niceness}})).served for niceness in (9, 0)
+    )
+    assert equal[1].ttft_s == pytest.approx(0.2, rel=0.02)
+    assert polite[1].ttft_s > 0.5
+    assert polite[0].tpot_s < equal[0].tpot_s
+
+
 def test_a_worker_that_drains_leaves_also_if_the_last_request_on_its_way_never_comes() -> None:
     """An answer of one token ends at its prefill worker."""
     cost = costs(prefill_fixed_s=1.0, decode_fixed_s=0.5)
