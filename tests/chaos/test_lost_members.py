@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import signal
@@ -74,6 +75,40 @@ def test_a_member_that_is_stopped_over_and_over_is_called_slow_and_not_lost(chao
     assert members(chaos.status(), "experts")[name].pid == victim.pid
     slow = [change for change in chaos.status().changes if change.kind == "slow" and name in change.reason]
     assert [("missed" in change.reason, change.succeeded) for change in slow][:1] == [(True, True)]
+
+
+def test_a_member_that_stays_slow_is_replaced_while_streams_go_on(
+    start: Start, checkpoint: pathlib.Path, answers: Answers
+) -> None:
+    cluster = start(
+        f"model.path={checkpoint}",
+        "pools.experts.size=2",
+        "pools.experts.redundant_experts=16",
+        "health.slow_s=1.0",
+        "health.evict_slow_s=4.0",
+    )
+    with Client(cluster.address, timeout_s=60) as client, Traffic(cluster.address, answers, num_users=3) as traffic:
+        traffic.flow()
+        name, victim = next(iter(members(client.status(), "experts").items()))
+
+        def shunned_and_gone() -> bool:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(victim.pid, signal.SIGSTOP)
+                time.sleep(0.7)
+                os.kill(victim.pid, signal.SIGCONT)
+            return name not in members(client.status(), "experts")
+
+        wait_until(shunned_and_gone, 60, "it is parted with")
+        wait_until(lambda: len(members(client.status(), "experts")) == 2, 60, "another takes its place")
+        wait_until(lambda: not pathlib.Path(f"/proc/{victim.pid}").exists(), 10, "its process is ended")
+        traffic.flow()
+        changes = [change for change in client.status().changes if name in change.reason]
+    assert [change.kind for change in changes if "slow" in change.reason or change.kind == "slow"][:2] == [
+        "slow",
+        "recovery",
+    ]
+    assert all(change.succeeded for change in changes)
+    cluster.stop(drain=False)
 
 
 def test_the_data_path_goes_on_without_the_router_service(chaos: Chaos) -> None:
