@@ -5,13 +5,11 @@ See `cluster.fork_server`.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import functools
+import hashlib
 import os
 import pathlib
 import shlex
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -45,8 +43,7 @@ def forking() -> Iterator[None]:
     the raylet, for which there is no option.
     """
     python, stand_in = sys.executable, _stand_in()
-    # Not where files in the folder for temporary ones may not be run.
-    if os.access(stand_in, os.X_OK):
+    if stand_in is not None:
         sys.executable = str(stand_in)
     try:
         yield
@@ -54,20 +51,29 @@ def forking() -> Iterator[None]:
         sys.executable = python
 
 
-@functools.cache
-def _stand_in() -> pathlib.Path:
-    """A shell's start takes a millisecond, and all of Ray's processes that are Python pass here."""
-    folder = pathlib.Path(tempfile.mkdtemp(prefix="octet-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    path = folder / "python"
+def _stand_in() -> pathlib.Path | None:
+    """A shell's start takes a millisecond, and all of Ray's processes that are Python pass here.
+
+    Returns: a script that is there as long as any raylet may be, which files in a folder for temporary ones are not;
+        None where that cannot be written or run.
+    """
     python = shlex.quote(sys.executable)
-    path.write_text(
-        f"""#!/bin/sh
+    script = f"""#!/bin/sh
 case "$1" in
 */setup_worker.py) exec {fork_client.command()} "$@" ;;
 *) exec {python} "$@" ;;
 esac
 """
-    )
-    path.chmod(0o700)
-    return path
+    try:
+        folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "octet"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"python-{hashlib.sha256(script.encode()).hexdigest()[:12]}"
+        if not path.exists():
+            # Whole at once: others may be about to run it.
+            with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
+                file.write(script)
+            pathlib.Path(file.name).chmod(0o700)
+            pathlib.Path(file.name).replace(path)
+    except (OSError, RuntimeError):
+        return None
+    return path if os.access(path, os.X_OK) else None

@@ -86,6 +86,8 @@ def test_a_member_that_stays_slow_is_replaced_while_streams_go_on(
         "pools.experts.redundant_experts=16",
         "health.slow_s=1.0",
         "health.evict_slow_s=4.0",
+        # A machine that is slow to wake it shall not have it taken for lost.
+        "health.silent_s=10",
     )
     with Client(cluster.address, timeout_s=60) as client, Traffic(cluster.address, answers, num_users=3) as traffic:
         traffic.flow()

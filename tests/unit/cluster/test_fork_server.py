@@ -179,11 +179,15 @@ def context(**fields: Any) -> list[str]:
 
 
 @pytest.fixture
-def stand_in() -> str:
-    python = sys.executable
-    with forking():
-        stand_in = sys.executable
-    assert sys.executable == python
+def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> str:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    python, stand_ins = sys.executable, set()
+    for _ in range(2):
+        with forking():
+            stand_ins.add(sys.executable)
+        assert sys.executable == python
+    (stand_in,) = stand_ins
+    assert [str(path) for path in (tmp_path / "cache/octet").iterdir()] == [stand_in]
     return stand_in
 
 
@@ -208,13 +212,13 @@ def test_a_raylet_of_ours_leaves_workers_of_other_pythons_to_ray(
     assert answer["env"] == variables.get("ASKED")
 
 
-def test_a_raylet_of_ours_leaves_environments_of_more_than_a_python_to_ray(
-    server: subprocess.Popen[bytes], script: pathlib.Path, stand_in: str
-) -> None:
-    more = context(py_executable=fork_client.command(), command_prefix=["export ASKED=yes &&"])
-    answer = told(script, *more, python=[stand_in], first=[str(RAYS_SETUP)])
-    assert answer["preloaded"]
-    assert answer["env"] == "yes"
+@pytest.mark.parametrize(
+    "more", [{"command_prefix": ["export ASKED=yes &&"]}, {"override_worker_entrypoint": "another.py"}]
+)
+def test_a_raylet_of_ours_leaves_environments_of_more_than_a_python_to_ray(more: dict[str, Any]) -> None:
+    ours = [str(RAYS_SETUP), "worker.py", *context(py_executable=fork_client.command())]
+    assert fork_client.set_up(ours) == ["worker.py"]
+    assert fork_client.set_up([*ours[:2], *context(py_executable=fork_client.command(), **more)]) is None
 
 
 @pytest.mark.parametrize(
@@ -232,8 +236,16 @@ def test_all_other_python_of_a_raylet_of_ours_is_python(stand_in: str, tmp_path:
     assert said.stdout == f"{sys.executable} {['two words']}\n"
 
 
-def test_where_nothing_temporary_may_be_run_a_raylet_is_started_by_python(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
+def test_where_the_script_cannot_be_run_or_written_a_raylet_is_started_by_python(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
     python = sys.executable
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: False)
+        with forking():
+            assert sys.executable == python
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with forking():
         assert sys.executable == python
