@@ -22,7 +22,7 @@ from ray._private.runtime_env.context import RuntimeEnvContext
 from cluster import fork_client
 from cluster.worker_start import forking
 
-IDLE_S = 1.0
+IDLE_S = 2.0
 FORK_CLIENT = (sys.executable, "-I", "-S", fork_client.__file__)
 RAYS_SETUP = pathlib.Path(ray.__file__).parent / "_private/workers/setup_worker.py"
 _TELL = """
@@ -44,21 +44,30 @@ def script(tmp_path: pathlib.Path) -> pathlib.Path:
     return path
 
 
-@pytest.fixture
-def server(tmp_path: pathlib.Path, script: pathlib.Path) -> Iterator[subprocess.Popen[bytes]]:
-    """One that has imported `colorsys`, which nothing else does."""
+@contextlib.contextmanager
+def serving(script: pathlib.Path, idle_s: float) -> Iterator[subprocess.Popen[bytes]]:
+    """By one that has imported `colorsys`, which nothing else does."""
     path = fork_client.address(arguments(script))
-    program = (
-        "import pathlib, sys; from cluster.fork_server import run; run(pathlib.Path(sys.argv[1]), ['colorsys'], 1.0)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", program, str(path)])
+    program = "import pathlib, sys; from cluster.fork_server import run; "
+    program += "run(pathlib.Path(sys.argv[1]), ['colorsys'], float(sys.argv[2]))"
+    with subprocess.Popen([sys.executable, "-c", program, str(path), str(idle_s)]) as process:
+        wait_for(path)
+        yield process
+        process.kill()
+
+
+def wait_for(path: pathlib.Path) -> None:
     deadline_s = time.monotonic() + 30
     while not path.exists():
         assert time.monotonic() < deadline_s
         time.sleep(0.02)
-    yield process
-    process.kill()
-    process.wait()
+
+
+@pytest.fixture
+def server(script: pathlib.Path) -> Iterator[subprocess.Popen[bytes]]:
+    """One that waits for whoever is slow to ask."""
+    with serving(script, 60.0) as process:
+        yield process
 
 
 def arguments(script: pathlib.Path, *more: str) -> list[str]:
@@ -100,20 +109,19 @@ def test_a_worker_is_what_python_would_have_made_of_it(server: subprocess.Popen[
     assert first["drawn"] != second["drawn"]
 
 
-def test_it_ends_when_it_has_no_child_any_more_and_not_before(
-    server: subprocess.Popen[bytes], script: pathlib.Path
-) -> None:
-    with start(script, "wait") as waiting:
-        assert waiting.stdout is not None
-        pid = json.loads(waiting.stdout.readline())["pid"]
-    with pytest.raises(subprocess.TimeoutExpired):
-        server.wait(3 * IDLE_S)
-    os.kill(pid, signal.SIGKILL)
-    # Nothing of the worker is left for anybody to find.
-    time.sleep(0.2)
-    with pytest.raises(ProcessLookupError):
-        os.kill(pid, 0)
-    assert server.wait(10) == 0
+def test_it_ends_when_it_has_no_child_any_more_and_not_before(script: pathlib.Path) -> None:
+    with serving(script, IDLE_S) as server:
+        with start(script, "wait") as waiting:
+            assert waiting.stdout is not None
+            pid = json.loads(waiting.stdout.readline())["pid"]
+        with pytest.raises(subprocess.TimeoutExpired):
+            server.wait(3 * IDLE_S)
+        os.kill(pid, signal.SIGKILL)
+        # Nothing of the worker is left for anybody to find.
+        time.sleep(0.2)
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+        assert server.wait(10) == 0
     assert not fork_client.address(arguments(script)).exists()
 
 
