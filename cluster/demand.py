@@ -133,9 +133,10 @@ def expert_demand(signals: Signals, config: AutoscalerConfig) -> Demand:
         f"shards compute {measured:.2f} of their time, {mean:.2f} with decode at {pace:.2f} of its pace and prompts at "
         f"{asked:.2f}, level to {level:.2f} at best, of {target:.2f}"
     )
+    beta = config.experts.square_root_staffing
     # On a promise of the balancer no shard is added; but none is dropped either until it is kept.
-    kept = min(num, num * mean / max(experts.balancedness, _LEAST_LEVEL) / target)
-    load = Demand(load=max(kept, num * mean / level / target), load_reason=reason)
+    kept = min(num, _staffed(num * mean / max(experts.balancedness, _LEAST_LEVEL), target, beta))
+    load = Demand(load=max(kept, _staffed(num * mean / level, target, beta)), load_reason=reason)
     if imbalance_is_the_cause(experts, config.experts, config.cold_start_s):
         return load
     misses = [

@@ -21,6 +21,9 @@ class PoolScalingConfig(ConfigNode):
     upscaling_factor: float = pydantic.Field(1.0, gt=0)
     """What part of a wanted change is made at once; more than 1 overshoots."""
     downscaling_factor: float = pydantic.Field(1.0, gt=0, le=1)
+    square_root_staffing: float = pydantic.Field(0.0, ge=0)
+    """β of `R + β·√R` members for a load of R: chance is a larger part of a small load, as where one long prompt fills
+    a whole worker. Counts where it is more than the target share leaves anyway."""
 
     @pydantic.model_validator(mode="after")
     def _the_bounds_are_in_order(self) -> PoolScalingConfig:
@@ -32,20 +35,12 @@ class PoolScalingConfig(ConfigNode):
         return self
 
 
-class WorkerScalingConfig(PoolScalingConfig):
-    """Of attention workers, each of which serves whole requests."""
-
-    square_root_staffing: float = pydantic.Field(0.0, ge=0)
-    """β of `R + β·√R` members for a load of R: a small pool needs more than its part in reserve for chance, since one
-    long prompt fills a whole member. Counts where it is more than the target share leaves anyway."""
-
-
-class PrefillScalingConfig(WorkerScalingConfig):
+class PrefillScalingConfig(PoolScalingConfig):
     target_busy_share: float = pydantic.Field(0.7, gt=0, le=1)
     """The share of its time that a worker is meant to compute prompts."""
 
 
-class DecodeScalingConfig(WorkerScalingConfig):
+class DecodeScalingConfig(PoolScalingConfig):
     """A decode worker with one sequence is as busy as one with fifty; what fills is its KV cache."""
 
     target_kv_occupancy: float = pydantic.Field(0.8, gt=0, le=1)

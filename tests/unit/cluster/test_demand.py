@@ -15,6 +15,17 @@ def test_shards_grow_for_prompts_that_wait_and_not_only_for_those_computed() -> 
         assert of(once(signals(decode=decode, shards=shards, arriving=700), scaling()), "experts").target == wanted
 
 
+def test_few_shards_have_a_larger_part_in_reserve_than_many() -> None:
+    reserve = []
+    for num in (4, 64):
+        # Decode is at the pace that shards are sized for.
+        decode = pool(member(kv=0.8, ongoing=7, tokens_per_s=100))
+        shards = experts(*(member(n, busy=0.6) for n in range(num)), of_decode=1.0)
+        config = scaling(experts={"max_replicas": 100, "square_root_staffing": 2}, tolerance=0)
+        reserve.append(of(once(signals(decode=decode, shards=shards), config), "experts").target / (0.6 * num))
+    assert reserve[0] > 2 > 1.5 > reserve[1] > 1 / 0.7
+
+
 @pytest.mark.parametrize("slow", [2, 5, 20])
 def test_steps_that_take_ever_longer_ask_for_no_more_than_a_quarter_more_shards(slow: int) -> None:
     """Shards that are a little too few make steps several times as long."""
