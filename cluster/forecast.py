@@ -12,7 +12,9 @@ import math
 
 _LEVEL_S = 60.0
 """Memory of the level: after so long, 63% of a step in the load is in it."""
-_TREND_S = 180.0
+_TREND_S = 300.0
+"""Memory of the slope. A forecast carries what is mistaken in it as far ahead as it looks, so it is an average over a
+longer time than that; else bursts become members that nobody needs."""
 _SLOW_S = 600.0
 """Memory of what the level is compared with, to tell whether load rises."""
 _SURPRISE, _LEAST_SURPRISE = 0.25, 0.5

@@ -175,7 +175,7 @@ def test_a_growing_load_is_met_before_it_comes() -> None:
             serving = sum(at_s <= plant.now_s for at_s in plant.born["decode"])
             late += max(0.0, 2 + plant.now_s / 100 - serving / 0.8)
         behind[horizon_s] = late
-    assert behind[180.0] < 0.8 * behind[0.0]
+    assert behind[180.0] < 0.9 * behind[0.0]
 
 
 @settings(max_examples=15, deadline=None)

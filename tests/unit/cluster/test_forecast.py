@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import statistics
 
 import pytest
 
@@ -37,6 +38,19 @@ def test_a_forecast_is_never_negative() -> None:
 
 def test_a_burst_is_no_trend() -> None:
     assert forecast(after([1.0] * 100 + [50.0, 50.0]), 180.0) < 2.0
+
+
+def test_a_forecast_strays_less_than_the_load_that_it_is_made_of() -> None:
+    rng = random.Random()
+    trend, loads, forecasts = None, [], []
+    for look in range(2000):
+        if look % 3 == 0:
+            # A look sees 30 s, and there is one every 10.
+            load = rng.uniform(14, 26)
+        trend = observe(trend, look * 10.0, load)
+        loads.append(load)
+        forecasts.append(forecast(trend, 240.0))
+    assert statistics.pstdev(forecasts[200:]) < 0.9 * statistics.pstdev(loads)
 
 
 def test_samples_need_not_come_evenly() -> None:
