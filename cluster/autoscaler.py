@@ -43,6 +43,8 @@ class PoolState:
     trend: Trend | None = None
     capacity: float | None = None
     """Tokens per second of a busy member."""
+    missing_since_s: float | None = None
+    """Since when every look has found requests that miss their target, or are about to."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,13 +155,25 @@ def _consider(
     wanted, reason = _wanted(current, demand, ahead, config, bounds, signals)
     if lapsed:
         reason = f"{lapsed}; {reason}"
+    missing_since_s = None
+    if demand.correction > 0:
+        missing_since_s = now_s if state.missing_since_s is None else state.missing_since_s
     lasting = _lasting(wanted, current, demand, trend, ahead, config, bounds)
-    stabilizer = note(stabilizer, now_s, wanted, bounds, lasting)
+    stabilizer = note(stabilizer, now_s, wanted, bounds, config.reversal_cooldown_s, lasting)
     if current == 0 and wanted > 0 and stabilizer.pending is None:
         proposal = Proposal(wanted, "at once, as nothing serves")
     else:
-        proposal = propose(stabilizer, now_s, current, bounds, config.reversal_cooldown_s, demand.correction > 0)
-    return (wanted, reason), proposal, PoolState(stabilizer=stabilizer, trend=trend, capacity=capacity)
+        proposal = propose(
+            stabilizer,
+            now_s,
+            current,
+            bounds,
+            config.reversal_cooldown_s,
+            slope_per_s=trend.slope if trend is not None and looks_ahead else 0.0,
+            urgent=missing_since_s is not None and now_s - missing_since_s >= config.urgent_delay_s,
+        )
+    after = PoolState(stabilizer=stabilizer, trend=trend, capacity=capacity, missing_since_s=missing_since_s)
+    return (wanted, reason), proposal, after
 
 
 def _wanted(
@@ -243,13 +257,13 @@ def _redundancy(
         # How many there are in the end also depends on how many shards share them evenly.
         state = dataclasses.replace(state, pending=None)
     state, _ = settle(state, now_s, current, 0, config.action_timeout_s)
-    state = note(state, now_s, wanted, bounds)
+    state = note(state, now_s, wanted, bounds, config.reversal_cooldown_s)
     if state.pending is None and current > room:
         proposal = Proposal(room, "at once")
     elif not steady:
         proposal = Proposal(current, "the number of shards changes first")
     else:
-        proposal = propose(state, now_s, current, bounds, config.reversal_cooldown_s, False)
+        proposal = propose(state, now_s, current, bounds, config.reversal_cooldown_s)
     if proposal.target != current:
         state = act(state, now_s, current, proposal.target)
     if proposal.why:

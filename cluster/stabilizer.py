@@ -4,12 +4,17 @@ A pool grows to the *least* that was wanted throughout `upscale_delay_s`, and sh
 wanted within `downscale_delay_s`: the stabilisation windows of Kubernetes' horizontal pod autoscaler, with Ray Serve's
 names. What is wanted lastingly is no more than what is wanted, and leaves bursts out.
 A load that swings faster than the windows therefore moves nothing.
+
+A pool that has begun to shrink cannot grow again before the cooldown is over, unless requests keep missing their
+target. Until then it keeps the most that was lastingly wanted in as long a time as is left of the cooldown, less what
+the load has fallen by since, as its trend tells.
 """
 
 from __future__ import annotations
 
 import bisect
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -50,10 +55,15 @@ class Proposal(NamedTuple):
 
 
 def note(
-    state: Stabilizer, now_s: float, wanted: int, config: PoolScalingConfig, lasting: int | None = None
+    state: Stabilizer,
+    now_s: float,
+    wanted: int,
+    config: PoolScalingConfig,
+    reversal_cooldown_s: float,
+    lasting: int | None = None,
 ) -> Stabilizer:
     """Remember what is wanted now, and how much of it lastingly: all, where nothing is said."""
-    since_s = now_s - max(config.upscale_delay_s, config.downscale_delay_s)
+    since_s = now_s - max(config.upscale_delay_s, config.downscale_delay_s, reversal_cooldown_s)
     samples = (*state.wanted, (now_s, wanted, wanted if lasting is None else lasting))
     return dataclasses.replace(state, wanted=samples[max(_begin(samples, since_s), 0) :])
 
@@ -76,27 +86,41 @@ def settle(state: Stabilizer, now_s: float, current: int, num_moving: int, timeo
 
 
 def propose(
-    state: Stabilizer, now_s: float, current: int, config: PoolScalingConfig, reversal_cooldown_s: float, urgent: bool
+    state: Stabilizer,
+    now_s: float,
+    current: int,
+    config: PoolScalingConfig,
+    reversal_cooldown_s: float,
+    *,
+    slope_per_s: float = 0.0,
+    urgent: bool = False,
 ) -> Proposal:
     """
     Args:
         current: members that serve or start, less those that drain.
-        urgent: requests miss their target, so that growing may not wait for a reversal to be due.
+        slope_per_s: of the smoothed load, in members.
+        urgent: requests keep missing their target, so that growing may not wait for a reversal to be due.
     """
     if state.pending is not None:
         waited_s = now_s - state.pending.since_s
         return Proposal(current, f"the change to {state.pending.target}, {waited_s:.0f} s old, is not complete")
     _, wanted, _ = state.wanted[-1]
     up = min((sample[1] for sample in _since(state, now_s, config.upscale_delay_s)), default=None)
-    down = max((sample[2] for sample in _since(state, now_s, config.downscale_delay_s)), default=None)
+    keep_s, fall_per_s = config.downscale_delay_s, 0.0
+    turned_s = 0.0 if state.last_direction > 0 else now_s - state.last_reversal_s
+    if reversal_cooldown_s - turned_s > keep_s:
+        # For so long it could not grow again.
+        keep_s, fall_per_s = reversal_cooldown_s - turned_s, max(0.0, -slope_per_s)
+    kept = (lasting - fall_per_s * (now_s - at_s) for at_s, _, lasting in _since(state, now_s, keep_s))
+    down = max((math.ceil(count) for count in kept), default=None)
     target, why = current, ""
     if up is not None and up > current:
         target, why = up, f"wanted for {config.upscale_delay_s:g} s"
     elif down is not None and down < current:
-        target, why = down, f"the most wanted in {config.downscale_delay_s:g} s"
+        target, why = down, f"the most wanted in {keep_s:.0f} s"
     elif wanted != current:
-        delay_s = config.upscale_delay_s if wanted > current else config.downscale_delay_s
-        why = f"{wanted} not wanted for {delay_s:g} s yet"
+        delay_s = config.upscale_delay_s if wanted > current else keep_s
+        why = f"{wanted} not wanted for {delay_s:.0f} s yet"
     direction = (target > current) - (target < current)
     grown_s = now_s - state.last_action_s if state.last_direction > 0 else reversal_cooldown_s
     if direction < 0 and grown_s < reversal_cooldown_s:

@@ -76,7 +76,9 @@ class AutoscalerConfig(ConfigNode):
     """A change of a pool that is not complete by then is given up, and another may be decided."""
     reversal_cooldown_s: float = pydantic.Field(600.0, ge=0)
     """A pool that has grown does not shrink for so long, and changes direction at most once in this time; growing is
-    exempt while requests miss their target."""
+    exempt once requests have missed their target for `urgent_delay_s`."""
+    urgent_delay_s: float = pydantic.Field(120.0, ge=0)
+    """About what a new member takes to start, and a look back: a burst that is shorter is over before it could help."""
     tolerance: float = pydantic.Field(0.1, ge=0, lt=1)
     """A pool whose load is this close to its target stays as it is."""
     target_ttft_s: float = pydantic.Field(5.0, gt=0)

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.autoscaler import Decision, State, decide
+from cluster.autoscaler import Decision, PoolState, State, decide
 from cluster.members import POOLS
 from cluster.signals import Signals
+from cluster.stabilizer import Stabilizer
 from octet.autoscaler_config import AutoscalerConfig
 from tests.unit.cluster.scaling import FLEET, experts, member, of, once, pool, scaling, signals
 
@@ -262,6 +263,19 @@ def test_pools_go_to_zero_when_nothing_is_asked_for_and_come_back_at_once() -> N
     asked = dataclasses.replace(gone, requests_waiting=1)
     decision, _ = decide(now_s + EVERY_S, asked, config, FLEET, state)
     assert all(of(decision, name).target == 1 for name in POOLS)
+
+
+def test_a_pool_turns_back_within_the_cooldown_once_requests_have_missed_their_target_for_long() -> None:
+    config = scaling(reversal_cooldown_s=600, urgent_delay_s=60)
+    state = State(decode=PoolState(stabilizer=Stabilizer(last_direction=-1, last_action_s=0.0, last_reversal_s=0.0)))
+    slow = signals(decode=pool(member(kv=0.5, ongoing=5), slo=1.3, wait=0.1))
+    grows = []
+    for look in range(15):
+        # It is well again for one look in between.
+        seen = signals() if look == 5 else slow
+        decision, state = decide(look * EVERY_S, seen, config, FLEET, state)
+        grows += [look] if of(decision, "decode").acts else []
+    assert grows == [12]
 
 
 def test_growth_is_shared_by_need_when_the_budget_is_short() -> None:
