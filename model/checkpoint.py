@@ -310,5 +310,8 @@ def _expected_bytes(path: pathlib.Path) -> int:
     if len(header) < header_bytes:
         return start
     entries: dict[str, Any] = json.loads(header)
-    ends = [int(entry["data_offsets"][1]) for name, entry in entries.items() if name != "__metadata__"]
+    ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
+    if not all(isinstance(end, int) for end in ends):
+        # JSON has fractions, and Python's reads infinities.
+        raise TypeError("offsets that are no whole numbers")
     return start + max(ends, default=0)

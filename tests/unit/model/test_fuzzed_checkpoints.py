@@ -195,6 +195,16 @@ def test_any_header_is_a_checkpoint_or_a_typed_error(directory: pathlib.Path, da
     opens(directory)
 
 
+@pytest.mark.parametrize("end", [math.inf, -math.inf, math.nan, 1e400, 0.5, None, "1", [], True, 2**70])
+def test_an_offset_may_be_anything(directory: pathlib.Path, end: object) -> None:
+    write(directory, **{"config.json": CONFIG})
+    header, size = valid_header(directory)
+    header["model.embed_tokens.weight"] = {"dtype": None, "shape": None, "data_offsets": [0, end]}
+    (directory / FILE).write_bytes(safetensors(header, bytes(size), None))
+    with pytest.raises(CheckpointError):
+        Checkpoint.open(directory)
+
+
 @given(cut=st.integers(0, 3000), flips=st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 255)), max_size=3))
 def test_a_damaged_file_is_a_checkpoint_or_a_typed_error(
     directory: pathlib.Path, cut: int, flips: list[tuple[int, int]]
