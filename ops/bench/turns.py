@@ -7,8 +7,10 @@ import multiprocessing
 import os
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
 
 _SPIN_S = 0.5
+_START_S = 60.0
 _DISPLACED_S = 2e-4
 """More than anything but another thread takes from one that spins."""
 
@@ -17,10 +19,10 @@ def turn_s() -> float:
     """Of two processes that want the same core and nothing else; 0 if they did not take turns there."""
     core = min(os.sched_getaffinity(0))
     context = multiprocessing.get_context("spawn")
-    with context.Pool(2) as pool:
-        # Once around first: a process that starts late would find its core free.
-        pool.starmap(_turns, [(core, 0.0)] * 2, chunksize=1)
-        turns = pool.starmap(_turns, [(core, _SPIN_S)] * 2, chunksize=1)
+    both = context.Barrier(2)
+    with ProcessPoolExecutor(2, context, initializer=both.wait, initargs=(_START_S,)) as processes:
+        spinning = [processes.submit(_turns, core, _SPIN_S) for _ in range(2)]
+        turns = [one.result(_START_S + _SPIN_S) for one in spinning]
     found = list(itertools.chain(*turns))
     return statistics.median(found) if found else 0.0
 

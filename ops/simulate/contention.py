@@ -66,6 +66,32 @@ class SharedCores(NamedTuple):
     """For which a thread keeps its core when others want it."""
 
 
+class _Workers(NamedTuple):
+    """As `contend` is given them."""
+
+    compute: Floats
+    way: Floats
+    peak: Floats
+    fullest: Floats
+    frames: npt.NDArray[np.int64]
+    prefill: npt.NDArray[np.bool_]
+    behind: npt.NDArray[np.bool_]
+
+
+class _Now(NamedTuple):
+    """What is known of each worker so far."""
+
+    wait: Floats
+    """Of a frame."""
+    slowdown: Floats
+    rate: Floats
+    """Frames of a layer per second."""
+    used: Floats
+    """Share of the time of a shard, which computes as slowly as shards do now."""
+    at_work: Floats
+    """Share of its time in which it computes."""
+
+
 ALONE = Contention(0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0)
 
 
@@ -91,9 +117,8 @@ def contend(
         return ALONE
     if shared is None:
         shared = SharedCores(0, 0.0, np.zeros_like(compute_s), 1.0, 0.0)
-    workers = (compute_s, way_s, peak_s, fullest_s, frames, prefill, behind, shared.threads)
-    machine = (shared.cores, shared.others, shared.weight_behind, shared.turn_s)
-    return Contention(*_solve(*workers, num_shards, piece_s, *machine))
+    workers = _Workers(compute_s, way_s, peak_s, fullest_s, frames, prefill, behind)
+    return Contention(*_solve(workers, num_shards, piece_s, shared))
 
 
 def layer_s(compute_s: Floats, way_s: Floats, wait_s: Floats, peak_s: Floats, frames: npt.NDArray[np.int64]) -> Floats:
@@ -138,103 +163,141 @@ def _slowdown(alone: Any, left: Any, front: Any, behind: Any, weight_behind: Any
 
 
 @_compile  # type: ignore[untyped-decorator]
-def _solve(
-    compute: Any, way: Any, peak: Any, mean: Any, frames: Any, prefill: Any, behind: Any, threads: Any, num_shards: Any,
-    piece: Any, cores: Any, others: Any, weight_behind: Any, turn: Any,
-) -> Any:  # fmt: skip
-    num = len(compute)
-    wait, rate, used, at_work, slowdown = np.zeros(num), np.zeros(num), np.zeros(num), np.zeros(num), np.ones(num)
+def _solve(workers: Any, num_shards: Any, piece: Any, shared: Any) -> Any:
+    num = len(workers.compute)
+    now = _Now(np.zeros(num), np.ones(num), np.zeros(num), np.zeros(num), np.zeros(num))
     shard_slowdown, stretch, busy, decode_busy = 1.0, 1.0, 0.0, 0.0
-    left = _left(cores, others)
-    # What a frame can find in front of it at worst: one of every other worker, or for decode one prefill frame.
-    all_decode, all_prefill, longest = 0.0, 0.0, 0.0
-    for i in range(num):
-        if prefill[i]:
-            all_prefill += mean[i] * frames[i]
-            longest = max(longest, min(mean[i], piece))
-        else:
-            all_decode += mean[i] * frames[i]
+    left = _left(shared.cores, shared.others)
     for _ in range(_ROUNDS):
-        decode_busy, busy, residual, piece_residual = 0.0, 0.0, 0.0, 0.0
-        for i in range(num):
-            own = compute[i] * slowdown[i]
-            there = peak[i] * shard_slowdown * (stretch if prefill[i] else 1.0)
-            answer = way[i] + wait[i] + there
-            cycle = own + answer
-            if frames[i] == 2:
-                cycle = max(2 * own, own + answer, 2 * there)
-            rate[i] = frames[i] / max(cycle, 1e-12)
-            used[i] = rate[i] * mean[i] * shard_slowdown
-            at_work[i] = min(1.0, rate[i] * own)
-            busy += used[i]
-            decode_busy += 0.0 if prefill[i] else used[i]
-            residual += used[i] * mean[i] * shard_slowdown / 2
-            piece_residual += used[i] * (min(mean[i], piece) if prefill[i] else mean[i]) * shard_slowdown / 2
-        for i in range(num):
-            mine = used[i] / frames[i]
-            before = min(busy - mine, 0.999)
-            first = min(decode_busy - (0.0 if prefill[i] else mine), 0.999)
-            if prefill[i]:
-                waits = max(residual - mine * mean[i] * shard_slowdown / 2, 0.0) / (1 - first)
-                waits /= 1 - before
-                worst = all_decode + all_prefill - mean[i]
-            else:
-                waits = max(piece_residual - mine * mean[i] * shard_slowdown / 2, 0.0) / (1 - first)
-                worst = all_decode - mean[i] + longest
-            wait[i] += _DAMPING * (min(waits, worst * shard_slowdown) - wait[i])
+        busy, decode_busy = _go_on(workers, now, shard_slowdown, stretch)
+        _wait(workers, now, busy, decode_busy, piece, shard_slowdown)
         if piece < np.inf:
             stretch += _DAMPING * (1 / (1 - min(decode_busy, 0.999)) - stretch)
-        if cores > 0:
-            # Threads that would run at once, if each had a core, and what those that go first use of the cores.
-            front, back, at_shards, used_front = 0.0, 0.0, 0.0, 0.0
-            for i in range(num):
-                at_shards += used[i] * num_shards
-                used_front += rate[i] * mean[i] * num_shards
-                if behind[i]:
-                    back += at_work[i] * threads[i]
-                else:
-                    front += at_work[i] * threads[i]
-                    used_front += rate[i] * compute[i] * threads[i]
-            front_served, back_served, served = 0.0, 0.0, 0.0
-            for i in range(num):
-                running = at_work[i] * threads[i]
-                # With one frame, it is in the worker's own part or at the shards, and never both.
-                absent = used[i] * num_shards if frames[i] == 1 else 0.0
-                seen = max(front + min(at_shards - absent, num_shards), 0.0)
-                if behind[i]:
-                    beside = back - running + threads[i]
-                    by_weight = _share(left, (seen + weight_behind * beside) / weight_behind)
-                    of_rest = min(1.0, (cores - others - used_front) / beside)
-                    factor = 1 / max(by_weight, of_rest)
-                else:
-                    beside = seen - running + threads[i]
-                    factor = _slowdown(compute[i], left, beside, back, weight_behind, turn)
-                slowdown[i] += _DAMPING * (factor - slowdown[i])
-                gone = running if frames[i] == 1 else 0.0
-                front_served += used[i] * (num_shards * mean[i] / max(peak[i], 1e-12) + front)
-                front_served -= 0.0 if behind[i] else used[i] * gone
-                back_served += used[i] * (back - (gone if behind[i] else 0.0))
-                served += used[i] * mean[i]
-            whole = max(busy, 1e-12)
-            factor = _slowdown(served / whole, left, front_served / whole, back_served / whole, weight_behind, turn)
+        if shared.cores > 0:
+            _slow_workers(workers, now, num_shards, shared, left)
+            factor = _shards_factor(workers, now, num_shards, shared, left, busy)
             shard_slowdown += _DAMPING * (factor - shard_slowdown)
-    waits_of, slowdown_of, count = np.zeros(2), np.zeros(3), np.zeros(3)
-    for i in range(num):
-        kind = 2 if behind[i] else int(prefill[i])
-        slowdown_of[kind] += slowdown[i]
-        count[kind] += 1
-        waits_of[int(prefill[i])] += wait[i]
-    for kind in range(3):
-        slowdown_of[kind] = slowdown_of[kind] / count[kind] if count[kind] > 0 else 1.0
     whole = max(busy, 1.0)
-    return (
-        waits_of[0] / max(count[0], 1),
-        waits_of[1] / max(count[1] + count[2], 1),
-        stretch,
-        shard_slowdown,
-        slowdown_of[0],
-        slowdown_of[1],
-        slowdown_of[2],
-        busy / whole,
-        decode_busy / whole,
-    )
+    wait, slow = _means(workers, now)
+    busy_share, decode_share = busy / whole, decode_busy / whole
+    return wait[0], wait[1], stretch, shard_slowdown, slow[0], slow[1], slow[2], busy_share, decode_share
+
+
+@_compile  # type: ignore[untyped-decorator]
+def _go_on(workers: Any, now: Any, shard_slowdown: Any, stretch: Any) -> Any:
+    """How often workers come round. Returns: how busy that keeps a shard, with all frames and with decode frames."""
+    busy, decode_busy = 0.0, 0.0
+    for i in range(len(workers.compute)):
+        own = workers.compute[i] * now.slowdown[i]
+        there = workers.peak[i] * shard_slowdown * (stretch if workers.prefill[i] else 1.0)
+        cycle = own + (workers.way[i] + now.wait[i] + there)
+        if workers.frames[i] == 2:
+            cycle = max(2 * own, cycle, 2 * there)
+        now.rate[i] = workers.frames[i] / max(cycle, 1e-12)
+        now.used[i] = now.rate[i] * workers.fullest[i] * shard_slowdown
+        now.at_work[i] = min(1.0, now.rate[i] * own)
+        busy += now.used[i]
+        decode_busy += 0.0 if workers.prefill[i] else now.used[i]
+    return busy, decode_busy
+
+
+@_compile  # type: ignore[untyped-decorator]
+def _wait(workers: Any, now: Any, busy: Any, decode_busy: Any, piece: Any, shard_slowdown: Any) -> Any:
+    """How long frames wait in a queue that is so busy."""
+    residual, piece_residual = 0.0, 0.0
+    # What a frame can find in front of it at worst: one of every other worker, or for decode one prefill frame.
+    all_decode, all_prefill, longest = 0.0, 0.0, 0.0
+    for i in range(len(workers.compute)):
+        mean = workers.fullest[i]
+        residual += now.used[i] * mean * shard_slowdown / 2
+        piece_residual += now.used[i] * (min(mean, piece) if workers.prefill[i] else mean) * shard_slowdown / 2
+        if workers.prefill[i]:
+            all_prefill += mean * workers.frames[i]
+            longest = max(longest, min(mean, piece))
+        else:
+            all_decode += mean * workers.frames[i]
+    for i in range(len(workers.compute)):
+        mean, mine = workers.fullest[i], now.used[i] / workers.frames[i]
+        before = min(busy - mine, 0.999)
+        first = min(decode_busy - (0.0 if workers.prefill[i] else mine), 0.999)
+        if workers.prefill[i]:
+            waits = max(residual - mine * mean * shard_slowdown / 2, 0.0) / (1 - first)
+            waits /= 1 - before
+            worst = all_decode + all_prefill - mean
+        else:
+            waits = max(piece_residual - mine * mean * shard_slowdown / 2, 0.0) / (1 - first)
+            worst = all_decode - mean + longest
+        now.wait[i] += _DAMPING * (min(waits, worst * shard_slowdown) - now.wait[i])
+
+
+@_compile  # type: ignore[untyped-decorator]
+def _at_once(workers: Any, now: Any, shared: Any) -> Any:
+    """Threads of workers that would run at once, if each had a core: of those that go first, and of those behind."""
+    front, back = 0.0, 0.0
+    for i in range(len(workers.compute)):
+        running = now.at_work[i] * shared.threads[i]
+        if workers.behind[i]:
+            back += running
+        else:
+            front += running
+    return front, back
+
+
+@_compile  # type: ignore[untyped-decorator]
+def _slow_workers(workers: Any, now: Any, num_shards: Any, shared: Any, left: Any) -> Any:
+    front, back = _at_once(workers, now, shared)
+    # What shards would run, and what those that go first use of the cores.
+    at_shards, used_front = 0.0, 0.0
+    for i in range(len(workers.compute)):
+        at_shards += now.used[i] * num_shards
+        used_front += now.rate[i] * workers.fullest[i] * num_shards
+        if not workers.behind[i]:
+            used_front += now.rate[i] * workers.compute[i] * shared.threads[i]
+    for i in range(len(workers.compute)):
+        threads = shared.threads[i]
+        running = now.at_work[i] * threads
+        # With one frame, it is in the worker's own part or at the shards, and never both.
+        absent = now.used[i] * num_shards if workers.frames[i] == 1 else 0.0
+        seen = max(front + min(at_shards - absent, num_shards), 0.0)
+        if workers.behind[i]:
+            beside = back - running + threads
+            by_weight = _share(left, (seen + shared.weight_behind * beside) / shared.weight_behind)
+            of_rest = min(1.0, (shared.cores - shared.others - used_front) / beside)
+            factor = 1 / max(by_weight, of_rest)
+        else:
+            beside = seen - running + threads
+            factor = _slowdown(workers.compute[i], left, beside, back, shared.weight_behind, shared.turn_s)
+        now.slowdown[i] += _DAMPING * (factor - now.slowdown[i])
+
+
+@_compile  # type: ignore[untyped-decorator]
+def _shards_factor(workers: Any, now: Any, num_shards: Any, shared: Any, left: Any, busy: Any) -> Any:
+    """By which shards are slowed down: in the mean over the frames, beside those that run while it is served."""
+    front, back = _at_once(workers, now, shared)
+    front_served, back_served, served = 0.0, 0.0, 0.0
+    for i in range(len(workers.compute)):
+        mean, used = workers.fullest[i], now.used[i]
+        gone = now.at_work[i] * shared.threads[i] if workers.frames[i] == 1 else 0.0
+        front_served += used * (num_shards * mean / max(workers.peak[i], 1e-12) + front)
+        front_served -= 0.0 if workers.behind[i] else used * gone
+        back_served += used * (back - (gone if workers.behind[i] else 0.0))
+        served += used * mean
+    whole = max(busy, 1e-12)
+    beside = front_served / whole, back_served / whole
+    return _slowdown(served / whole, left, beside[0], beside[1], shared.weight_behind, shared.turn_s)
+
+
+@_compile  # type: ignore[untyped-decorator]
+def _means(workers: Any, now: Any) -> Any:
+    """Waits of decode and prefill workers, and how much these and those that have stepped back are slowed down."""
+    wait, slowdown, count = np.zeros(2), np.zeros(3), np.zeros(3)
+    for i in range(len(workers.compute)):
+        kind = 2 if workers.behind[i] else int(workers.prefill[i])
+        slowdown[kind] += now.slowdown[i]
+        count[kind] += 1
+        wait[int(workers.prefill[i])] += now.wait[i]
+    wait[0] /= max(count[0], 1)
+    wait[1] /= max(count[1] + count[2], 1)
+    for kind in range(3):
+        slowdown[kind] = slowdown[kind] / count[kind] if count[kind] > 0 else 1.0
+    return wait, slowdown
