@@ -174,8 +174,9 @@ def _solve(workers: Any, num_shards: Any, piece: Any, shared: Any) -> Any:
         if piece < np.inf:
             stretch += _DAMPING * (1 / (1 - min(decode_busy, 0.999)) - stretch)
         if shared.cores > 0:
-            _slow_workers(workers, now, num_shards, shared, left)
-            factor = _shards_factor(workers, now, num_shards, shared, left, busy)
+            front, back = _at_once(workers, now, shared)
+            _slow_workers(workers, now, num_shards, shared, left, front, back)
+            factor = _shards_factor(workers, now, num_shards, shared, left, front, back, busy)
             shard_slowdown += _DAMPING * (factor - shard_slowdown)
     whole = max(busy, 1.0)
     wait, slow = _means(workers, now)
@@ -244,8 +245,10 @@ def _at_once(workers: Any, now: Any, shared: Any) -> Any:
 
 
 @_compile  # type: ignore[untyped-decorator]
-def _slow_workers(workers: Any, now: Any, num_shards: Any, shared: Any, left: Any) -> Any:
-    front, back = _at_once(workers, now, shared)
+def _slow_workers(
+    workers: Any, now: Any, num_shards: Any, shared: Any, left: Any, front: Any, back: Any
+) -> Any:  # fmt: skip
+    """Each by the threads of all others, and of the shards while it computes."""
     # What shards would run, and what those that go first use of the cores.
     at_shards, used_front = 0.0, 0.0
     for i in range(len(workers.compute)):
@@ -271,9 +274,10 @@ def _slow_workers(workers: Any, now: Any, num_shards: Any, shared: Any, left: An
 
 
 @_compile  # type: ignore[untyped-decorator]
-def _shards_factor(workers: Any, now: Any, num_shards: Any, shared: Any, left: Any, busy: Any) -> Any:
-    """By which shards are slowed down: in the mean over the frames, beside those that run while it is served."""
-    front, back = _at_once(workers, now, shared)
+def _shards_factor(
+    workers: Any, now: Any, num_shards: Any, shared: Any, left: Any, front: Any, back: Any, busy: Any
+) -> Any:  # fmt: skip
+    """By which shards are slowed down: in the mean over the frames, beside those that run while one is served."""
     front_served, back_served, served = 0.0, 0.0, 0.0
     for i in range(len(workers.compute)):
         mean, used = workers.fullest[i], now.used[i]
