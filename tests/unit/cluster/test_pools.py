@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,10 +23,12 @@ from octet.config import load_config
 from octet.errors import StartupError
 from octet.ids import WorkerId
 
+WAIT_S = 0.5
+
 
 class Group:
-    def __init__(self, bundles: list[dict[str, float]]) -> None:
-        self.bundles, self.room = bundles, False
+    def __init__(self, bundles: list[dict[str, float]], name: str = "") -> None:
+        self.bundles, self.name, self.room = bundles, name, False
         self.id = uuid.uuid4().bytes
 
     def wait(self, timeout_s: float) -> bool:
@@ -40,12 +44,30 @@ def groups(monkeypatch: pytest.MonkeyPatch) -> list[Group]:
 
     def make(bundles: list[dict[str, float]], strategy: str, name: str) -> Any:
         assert "octet" in name, "it is known whose it is"
-        made.append(Group(bundles))
+        made.append(Group(bundles, name))
         return made[-1]
 
+    def remove(group: Group) -> None:
+        # Ray does not mind that it is gone already.
+        with contextlib.suppress(ValueError):
+            made.remove(group)
+
     monkeypatch.setattr(cluster.pools, "placement_group", make)
-    monkeypatch.setattr(cluster.keeper, "remove_placement_group", made.remove)
+    monkeypatch.setattr(cluster.keeper, "remove_placement_group", remove)
+    monkeypatch.setattr(
+        cluster.keeper,
+        "placement_group_table",
+        lambda: {each: {"name": each.name, "state": "CREATED"} for each in made},
+    )
+    monkeypatch.setattr(cluster.keeper, "group_of", lambda group: group)
     return made
+
+
+async def until(happened: Callable[[], bool], patience_s: float = 10.0) -> None:
+    deadline_s = time.monotonic() + patience_s
+    while not happened():
+        assert time.monotonic() < deadline_s
+        await asyncio.sleep(0.01)
 
 
 @pytest.mark.parametrize(
@@ -60,27 +82,27 @@ async def test_where_no_room_comes_nothing_stays_reserved_and_the_error_says_wha
     groups: list[Group],
 ) -> None:
     pools = Pools(make_plan(load_config(None, ["pools.decode.num_cpus=3"])), None)
-    starting = asyncio.create_task(pools.start("decode", 2, 0.1))
-    await asyncio.sleep(0.03)
+    starting = asyncio.create_task(pools.start("decode", 2, WAIT_S))
+    await until(lambda: len(groups) == 2)
     assert [group.bundles for group in groups] == [[{"CPU": 3.0}]] * 2
     assert pools.waiting_for == "2 × {'CPU': 3.0} for the decode pool"
     groups[0].room = True
-    with pytest.raises(StartupError, match=r"no node had room within 0\.1 s, and none came, for 2 × {'CPU': 3\.0}"):
+    with pytest.raises(StartupError, match=r"no node had room within 0\.5 s, and none came, for 2 × {'CPU': 3\.0}"):
         await starting
-    assert groups == []
+    await until(lambda: groups == [])
     assert pools.waiting_for == ""
 
 
 async def test_what_is_given_up_leaves_no_group(groups: list[Group]) -> None:
     pools = Pools(make_plan(load_config(None, ["pools.experts.strategy=STRICT_SPREAD"])), None)
     starting = asyncio.create_task(pools.start("experts", 2))
-    await asyncio.sleep(0.03)
+    await until(lambda: groups != [])
     # A strict strategy is one of a group.
     assert [len(group.bundles) for group in groups] == [2]
     starting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await starting
-    assert groups == []
+    await until(lambda: groups == [])
 
 
 async def test_what_ray_may_have_reserved_is_given_back_where_its_answer_was_lost(
@@ -112,15 +134,15 @@ async def test_a_place_that_is_free_is_waited_for_where_its_node_is_gone(
     monkeypatch.setattr(cluster.pools, "group_of", lambda group: left)
     pools = Pools(make_plan(load_config(None, ["pools.decode.num_cpus=1"])), None)
     pools.take_over({}, [NotedGroup(group="00", pool="decode", size=1)], [])
-    starting = asyncio.create_task(pools.start("decode", 1, 0.1))
-    await asyncio.sleep(0.03)
+    starting = asyncio.create_task(pools.start("decode", 1, WAIT_S))
+    await until(lambda: pools.waiting_for != "")
     assert groups == [], "none is asked for beside it"
     assert pools.waiting_for == "1 × {'CPU': 1.0} for the decode pool"
     with pytest.raises(StartupError, match="no node had room"):
         await starting
     assert pools.waiting_for == ""
-    starting = asyncio.create_task(pools.start("decode", 1, 0.1))
-    await asyncio.sleep(0.03)
+    starting = asyncio.create_task(pools.start("decode", 1, WAIT_S))
+    await until(lambda: pools.waiting_for != "")
     assert groups == [], "it is free again"
     starting.cancel()
 
@@ -143,7 +165,7 @@ async def test_of_members_that_do_not_all_start_none_stays(
     monkeypatch.setattr(cluster.pools, "kill", killed.append)
     pools = Pools(make_plan(load_config()), None)
     starting = asyncio.create_task(pools.start("decode", 2, 5.0))
-    await asyncio.sleep(0.03)
+    await until(lambda: len(groups) == 2)
     for group in groups:
         group.room = True
     if given_up:
@@ -151,10 +173,8 @@ async def test_of_members_that_do_not_all_start_none_stays(
         starting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await starting
-        await asyncio.sleep(0.2)
     else:
         with pytest.raises(StartupError, match="the name is taken"):
             await starting
-    assert killed == ["decode-0"]
-    assert groups == []
+    await until(lambda: killed == ["decode-0"] and groups == [])
     assert pools.groups == ()

@@ -135,7 +135,8 @@ def test_a_shard_process_that_is_killed_is_noticed_at_once() -> None:
 
 
 def test_a_shard_process_that_is_stopped_is_given_up_at_the_deadline() -> None:
-    layout, reply_s = layout_of(torch.bfloat16), 2.0
+    # Its first answer takes as long as the loading of what is compiled.
+    layout, reply_s = layout_of(torch.bfloat16), 5.0
     with lane_to_a_process(layout, reply_s) as (exchange, process):
         assert process.pid is not None
         os.kill(process.pid, signal.SIGSTOP)
