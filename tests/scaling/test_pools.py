@@ -45,12 +45,28 @@ def test_an_attention_pool_grows_and_shrinks(small: RunningCluster, answers: Ans
         first = set(members(client.status(), pool))
         client.scale(**{pool: 2})
         (added,) = set(members(client.status(), pool)) - first
-        wait_until(lambda: members(client.status(), pool)[added].tokens > 0, 60, "the new worker computes tokens")
+
+        def computes() -> bool:
+            ask_at_once(small, 6)
+            return members(client.status(), pool)[added].tokens > 0
+
+        wait_until(computes, 60, "the new worker computes tokens")
         assert is_a_fork(small, added)
         client.scale(**{pool: 1})
         assert set(members(client.status(), pool)) == first
         traffic.flow()
     assert client_baseline(small)
+
+
+def ask_at_once(cluster: RunningCluster, count: int) -> None:
+    """What no worker has in its cache: prompts that one has are sent there for as long as it has little to do."""
+
+    def ask(number: int) -> None:
+        with Client(cluster.address, timeout_s=60) as client:
+            client.generate([random.randrange(3, 512) for _ in range(48)], max_new_tokens=2, ignore_eos=True)
+
+    with ThreadPoolExecutor(count) as pool:
+        list(pool.map(ask, range(count)))
 
 
 def test_a_decode_worker_that_leaves_hands_its_running_sequences_over(small: RunningCluster) -> None:
