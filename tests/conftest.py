@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import importlib.util
 import pathlib
 
 import hypothesis
@@ -13,8 +14,9 @@ hypothesis.settings.register_profile("octet", deadline=None)
 hypothesis.settings.register_profile("long", deadline=None, max_examples=6000)
 hypothesis.settings.load_profile("octet")
 
-# One Ray for every test that needs one, whatever folder it is in.
-pytest_plugins = ("tests.clusters",)
+# One Ray for every test that needs one, whatever folder it is in. Those of a GPU run where there is none, too.
+_HAS_RAY = importlib.util.find_spec("ray") is not None
+pytest_plugins = ("tests.clusters",) if _HAS_RAY else ()
 
 SHARED_CLUSTERS = ("chaos", "embedded", "small", "paired")
 
@@ -39,7 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     """Clusters that no later test asks for take no time from it, once the test's own fixtures are done with them."""
-    if nextitem is not None and _group(nextitem) != _group(item):
+    if _HAS_RAY and nextitem is not None and _group(nextitem) != _group(item):
         # Not earlier: as a plugin it is to be loaded by pytest.
         from tests.clusters import stop_shared_clusters
 
