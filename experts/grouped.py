@@ -56,6 +56,12 @@ def count_slots(slots_UK: torch.Tensor, num_slots: int) -> npt.NDArray[np.int64]
 
 
 @functools.cache
+def grouped_gpu() -> ModuleType:
+    """The same on a GPU, without waiting for it. Triton is imported here, so that CPU shards do without it."""
+    return importlib.import_module("experts.grouped_gpu")
+
+
+@functools.cache
 def grouped_cpu() -> ModuleType:
     """The same over panels of an fp32 CPU. Numba is imported here, so that GPU shards do without it."""
     return importlib.import_module("experts.grouped_cpu")

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from experts.grouped import count_slots, grouped_cpu, grouped_swiglu
+from experts.grouped import count_slots, grouped_cpu, grouped_gpu, grouped_swiglu
 from experts.slots import EMPTY, ExpertSlots
 from model.threads import in_parts, num_threads
 from octet.errors import ExpertMissingError
 
 PIECE_OPERATIONS = 2**27
 """Multiplications and additions between two pauses: about two milliseconds of a core."""
+
+if TYPE_CHECKING:
+    from experts.grouped_gpu import SlotCounters
 
 _Panels = npt.NDArray[np.float32]
 
@@ -41,11 +44,20 @@ class ExpertShard:
         self._counts = {layer: np.zeros(len(slots.held(layer)), dtype=np.int64) for layer in slots.layers}
         self._released = {layer: np.zeros(slots.num_experts, dtype=np.int64) for layer in slots.layers}
         self.num_rows = 0
-        self.num_activated = 0
-        """Experts hit, summed over calls: what a call costs where reading weights is what takes time."""
+        self._num_activated = 0
+        self._on_device: dict[int, SlotCounters] = {}
         if slots.packed:
             # Compiled now, or loaded from where it was compiled before, so that no request waits for it.
             grouped_cpu()
+        elif slots.device.type == "cuda":
+            self._on_device = {
+                layer: grouped_gpu().slot_counters(len(slots.held(layer)), slots.device) for layer in slots.layers
+            }
+
+    @property
+    def num_activated(self) -> int:
+        """Experts hit, summed over calls: what a call costs where reading weights is what takes time."""
+        return self._num_activated + sum(int(counters.activated) for counters in self._on_device.values())
 
     def serve(
         self,
@@ -60,13 +72,16 @@ class ExpertShard:
             room_UH: where they may be written and returned.
             pause: called again and again within a long computation on a CPU; meanwhile other rows may be served.
 
-        Raises: ExpertMissingError if a row asks for a slot that holds no expert.
+        Raises: ExpertMissingError if a row asks for a slot that holds no expert. On a GPU nobody waits to see that; all
+        of the answer is NaN then.
         """
         if layer not in self._counts:
             raise ExpertMissingError(f"layer {layer}: this shard holds layers {sorted(self._counts)}")
         if self._slots.packed:
             y_UH = torch.empty_like(rows.x_UH) if room_UH is None else room_UH
             self._compute_packed(layer, rows, y_UH, pause)
+        elif self._on_device:
+            y_UH = self._compute_queued(layer, rows)
         else:
             y_UH = self._compute_stacked(layer, rows)
         self.num_rows += len(y_UH)
@@ -78,16 +93,36 @@ class ExpertShard:
 
     def release(self, layer: int, slot: int) -> None:
         """Empty a slot that nobody asks for any more; what it served stays counted."""
-        expert, counts_S = self._slots.held(layer)[slot], self._counts[layer]
+        expert = self._slots.held(layer)[slot]
         if expert != EMPTY:
-            self._released[layer][expert] += counts_S[slot]
-        counts_S[slot] = 0
+            self._released[layer][expert] += self._served(layer)[slot]
+        if self._on_device:
+            self._on_device[layer].served_S[slot] = 0
+        self._counts[layer][slot] = 0
         self._slots.release(layer, slot)
 
     def _count(self, layer: int) -> npt.NDArray[np.int64]:
         counts_E, held_S = self._released[layer].copy(), np.array(self._slots.held(layer), dtype=np.int64)
-        np.add.at(counts_E, held_S[held_S != EMPTY], self._counts[layer][held_S != EMPTY])
+        np.add.at(counts_E, held_S[held_S != EMPTY], self._served(layer)[held_S != EMPTY])
         return counts_E
+
+    def _served(self, layer: int) -> npt.NDArray[np.int64]:
+        """Rows that each slot has served, `[S]`."""
+        return self._on_device[layer].served_S.cpu().numpy() if self._on_device else self._counts[layer]
+
+    @torch.inference_mode()
+    def _compute_queued(self, layer: int, rows: Rows) -> torch.Tensor:
+        """On a GPU, without waiting for it."""
+        slots = self._slots
+        return grouped_gpu().grouped_swiglu(  # type: ignore[no-any-return]
+            rows.x_UH,
+            rows.slots_UK,
+            rows.weights_UK,
+            slots.gate_up[layer],
+            slots.down[layer],
+            slots.holds_on_device[layer],
+            self._on_device[layer],
+        )
 
     def _compute_packed(self, layer: int, rows: Rows, y_UH: torch.Tensor, pause: Callable[[], object]) -> None:
         holds_S = self._slots.holds[layer]
@@ -168,7 +203,7 @@ class ExpertShard:
 
     def _note(self, layer: int, counts_S: npt.NDArray[np.int64]) -> None:
         self._counts[layer] += counts_S
-        self.num_activated += int(np.count_nonzero(counts_S))
+        self._num_activated += int(np.count_nonzero(counts_S))
 
     def _missing(self, layer: int, slot: int) -> ExpertMissingError:
         return ExpertMissingError(f"layer {layer}: no expert in slot {slot} of {len(self._slots.holds[layer])}")

@@ -56,7 +56,7 @@ class ExpertSlots:
         self._checkpoint, self._dtype = checkpoint, dtype
         config = checkpoint.config
         self._intermediate, self._hidden = config.moe_intermediate_size, config.hidden_size
-        self.packed = packs(dtype, device)
+        self.packed, self.device = packs(dtype, device), device
         self._up_at = padded(self._intermediate) if self.packed else self._intermediate
         down_rows = padded(self._hidden) if self.packed else self._hidden
         self._memory: dict[int, tuple[SlotMemory, SlotMemory]] = {}
@@ -65,6 +65,8 @@ class ExpertSlots:
         self._held = {layer: [EMPTY] * len(experts) for layer, experts in held.items()}
         self.holds: dict[int, npt.NDArray[np.bool_]] = {}
         """`[S]`: which slots of a layer may be asked for."""
+        self.holds_on_device: dict[int, torch.Tensor] = {}
+        """The same as uint8, on a GPU."""
         for layer, experts in held.items():
             shapes = (len(experts), 2 * self._up_at, self._hidden), (len(experts), down_rows, self._intermediate)
             if self.packed:
@@ -78,6 +80,8 @@ class ExpertSlots:
                     torch.empty(shape, dtype=dtype, device=device) for shape in shapes
                 )
             self.holds[layer] = np.zeros(len(experts), dtype=np.bool_)
+            if device.type == "cuda":
+                self.holds_on_device[layer] = torch.zeros(len(experts), dtype=torch.uint8, device=device)
         self.fill(
             [
                 Fill(layer=layer, slot=slot, expert=expert)
@@ -148,7 +152,7 @@ class ExpertSlots:
 
     def release(self, layer: int, slot: int) -> None:
         """Empty a slot. Nobody may ask for it any more."""
-        self.holds[layer][slot] = False
+        self._mark(layer, slot, False)
         self._held[layer][slot] = EMPTY
         for part in self._memory.get(layer, ()):
             part.release(slot)
@@ -188,4 +192,9 @@ class ExpertSlots:
 
     def _hold(self, fill: Fill) -> None:
         self._held[fill.layer][fill.slot] = fill.expert
-        self.holds[fill.layer][fill.slot] = True
+        self._mark(fill.layer, fill.slot, True)
+
+    def _mark(self, layer: int, slot: int, holds: bool) -> None:
+        self.holds[layer][slot] = holds
+        if layer in self.holds_on_device:
+            self.holds_on_device[layer][slot] = int(holds)

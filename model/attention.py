@@ -113,12 +113,17 @@ class Attention:
                 q_BQD, *caches, spans.pages_BP, spans.lengths_B, self._cache.page_size, self._scale
             )
             return out_BQD
+        if q_BQD.device.type == "cuda":
+            caches = self._cache.of_layer(index)
+            return attention_gpu().decode_attention(  # type: ignore[no-any-return]
+                q_BQD, *caches, spans.pages_BP, spans.lengths_B, self._cache.page_size, self._scale
+            )
         k_BSND, v_BSND = self._cache.gather_pages(index, spans.pages_BP)
         out_BNGD = F.scaled_dot_product_attention(
             q_BQD.view(len(q_BQD), k_BSND.shape[2], -1, q_BQD.shape[2]),
             k_BSND.transpose(1, 2),
             v_BSND.transpose(1, 2),
-            attn_mask=spans.mask_BL[:, None, None, :],
+            attn_mask=spans.mask_BL(self._cache.page_size)[:, None, None, :],
             scale=self._scale,
         )
         return out_BNGD.flatten(1, 2)
@@ -143,3 +148,9 @@ class Attention:
 def prefill_cpu() -> ModuleType:
     # Imported here, so that GPU workers do without numba.
     return importlib.import_module("model.prefill_cpu")
+
+
+@functools.cache
+def attention_gpu() -> ModuleType:
+    # Imported here, so that CPU workers do without Triton.
+    return importlib.import_module("model.attention_gpu")

@@ -71,8 +71,11 @@ class DecodeSpans:
     pages_BP: torch.Tensor
     lengths_B: torch.Tensor
     """Positions that exist, the new one included."""
-    mask_BL: torch.Tensor
-    """`[B, P · page_size]`, true on positions that exist."""
+
+    def mask_BL(self, page_size: int) -> torch.Tensor:
+        """`[B, P · page_size]`, true on positions that exist."""
+        positions_L = torch.arange(self.pages_BP.shape[1] * page_size, device=self.lengths_B.device)
+        return positions_L < self.lengths_B.unsqueeze(1)
 
 
 def halve(spans: Sequence[Span]) -> tuple[list[Span], list[Span]]:
@@ -154,5 +157,4 @@ def _decode_spans(spans: Sequence[Span], pool: PagePool, device: torch.device) -
     padded = [[*span.pages[:num_pages], *[0] * (num_pages - len(span.pages))] for span in spans]
     pages = [row for row, span in zip(padded, spans, strict=True) for _ in span.token_ids]
     lengths = torch.tensor([stop for span in spans for stop in range(span.start + 1, span.stop + 1)], device=device)
-    mask = torch.arange(num_pages * pool.page_size, device=device) < lengths.unsqueeze(1)
-    return DecodeSpans(pages_BP=torch.tensor(pages, device=device), lengths_B=lengths, mask_BL=mask)
+    return DecodeSpans(pages_BP=torch.tensor(pages, device=device), lengths_B=lengths)

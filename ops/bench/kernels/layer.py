@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from cluster.planning import EMBEDDED_MODEL
-from experts.grouped import count_slots, grouped_swiglu
+from experts.grouped import count_slots, grouped_gpu, grouped_swiglu
 from model.config import ModelConfig, read_config
 
 
@@ -98,9 +98,14 @@ def random_tokens(shape: LayerShape, num_tokens: int, dtype: torch.dtype, device
 
 
 def served(tokens: RoutedTokens, weights: ExpertWeights) -> torch.Tensor:
-    """As a shard computes it, counting its slots on the way: `[T, H]` in fp32."""
-    counts_E = count_slots(tokens.experts_TK, len(weights.gate_up))
-    return grouped_swiglu(tokens.x_TH, tokens.experts_TK, tokens.weights_TK, weights.gate_up, weights.down, counts_E)
+    """As a shard computes it, counting its slots on the way: `[T, H]`."""
+    rows, num_experts = (tokens.x_TH, tokens.experts_TK, tokens.weights_TK), len(weights.gate_up)
+    if tokens.x_TH.is_cuda:
+        holds_E = torch.ones(num_experts, dtype=torch.uint8, device=tokens.x_TH.device)
+        counters = grouped_gpu().slot_counters(num_experts, tokens.x_TH.device)
+        y_TH: torch.Tensor = grouped_gpu().grouped_swiglu(*rows, weights.gate_up, weights.down, holds_E, counters)
+        return y_TH
+    return grouped_swiglu(*rows, weights.gate_up, weights.down, count_slots(tokens.experts_TK, num_experts))
 
 
 def by_grouped_mm(tokens: RoutedTokens, weights: ExpertWeights) -> torch.Tensor:

@@ -22,7 +22,7 @@ from router.placement import place_evenly
 from router.plan import Planner
 from router.routed_experts import RoutedExperts
 
-_PAGE_SIZE = 16
+PAGE_SIZE = 16
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,14 +73,13 @@ def attention_kernel(
 ) -> Kernel:
     """One query per sequence over its pages, as a decode worker attends."""
     config = shape.config(num_layers)
-    pages_each = -(-context // _PAGE_SIZE)
-    cache = KvCache(config, num_sequences * pages_each, _PAGE_SIZE, dtype, device)
+    pages_each = -(-context // PAGE_SIZE)
+    cache = KvCache(config, num_sequences * pages_each, PAGE_SIZE, dtype, device)
     attention = Attention(config, cache, RotaryEmbedding(config, context, device))
     spans = DecodeSpans(
         # Pages of a sequence lie anywhere.
         pages_BP=torch.randperm(num_sequences * pages_each, device=device).view(num_sequences, -1),
         lengths_B=torch.full((num_sequences,), context, device=device),
-        mask_BL=torch.arange(pages_each * _PAGE_SIZE, device=device).expand(num_sequences, -1) < context,
     )
     q_BQD = torch.randn(num_sequences, shape.query_heads, shape.head_dim, dtype=dtype, device=device)
     seconds = seconds_per_call(lambda index: attention._decode(index, q_BQD, spans), num_layers, device)

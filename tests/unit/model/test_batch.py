@@ -54,7 +54,7 @@ def test_nothing_lies_before_a_span_from_the_start() -> None:
 def test_decode_rows_see_only_positions_that_exist() -> None:
     batch, _ = built(SINGLE, OTHER_SINGLE)
     assert batch.decode is not None
-    assert batch.decode.mask_BL.tolist() == [[True] * 7 + [False], [True] + [False] * 7]
+    assert batch.decode.mask_BL(4).tolist() == [[True] * 7 + [False], [True] + [False] * 7]
 
 
 def test_decode_page_tables_are_as_wide_as_the_longest_sequence_needs() -> None:
