@@ -23,6 +23,7 @@ from decode.engine import DecodeEngine
 from decode.handoff import KvReceiver
 from decode.migration import Migration
 from decode.speculation import MtpDrafter, Speculator
+from decode.step_graphs import step_graphs
 from model.checkpoint import Checkpoint
 from model.kv_cache import KvCache
 from model.linear import packs
@@ -257,14 +258,18 @@ class AttentionWorker:
         cache = KvCache(plan.model, num_pages, page_size, self._dtype, self._device, speculation.num_draft_layers)
         transformer = Transformer(plan.model, weights, cache, plan.max_model_len)
         routed = RoutedExperts(plan.model, gates_of(weights, mtp))
+        pages, graphs = PagePool(num_pages, page_size), None
+        if self._role == "decode":
+            graphs = step_graphs(transformer, routed, pages, cache, plan.config.decode, speculation, plan.max_model_len)
         runner = ModelRunner(
             transformer,
             routed,
-            PagePool(num_pages, page_size),
+            pages,
             cache,
             self._device,
             plan.config.lane.ping_pong_rows,
             MtpHead(transformer, mtp, plan.model.num_hidden_layers) if mtp is not None else None,
+            graphs,
         )
         leases, receiver = LeaseTable(plan.config.handoff.lease_s), None
         sender = KvSender(cache, leases, {})

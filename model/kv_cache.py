@@ -17,7 +17,11 @@ _PART_BYTES = 4 * 2**20
 
 
 class KvCache:
-    """One tensor `[L, 2, P, G, N, D]`. Writes are indexed by position, so a step run again overwrites itself."""
+    """One tensor `[L, 2, P, G, N, D]`. Writes are indexed by position, so a step run again overwrites itself.
+
+    On a GPU there is one page more than was asked for, which is nobody's: where a batch is filled up, its tokens need a
+    place too.
+    """
 
     def __init__(
         self,
@@ -33,6 +37,7 @@ class KvCache:
             num_draft_layers: MTP layers with keys and values of their own, behind the decoder layers.
         """
         num_layers = config.num_hidden_layers + num_draft_layers
+        num_pages += int(device.type == "cuda")
         shape = (num_layers, 2, num_pages, page_size, config.num_key_value_heads, config.head_dim)
         # Zeros, not empty: a masked position may hold anything finite, and NaN · 0 would spread.
         self.page_size = page_size
@@ -46,6 +51,12 @@ class KvCache:
     @property
     def device(self) -> torch.device:
         return self._kv.device
+
+    @property
+    def nobodys_slot(self) -> int:
+        """The flat slot where what nobody wants is written; on a GPU."""
+        assert self._kv.is_cuda, "only GPUs fill batches up"
+        return self._flat.shape[2] - 1
 
     def of_layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of one layer by flat slot, `[P · G, N, D]`, as views."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from model.batch import Span, build_batch, build_rows, halve
 from model.kv_cache import KvCache
 from model.mtp import MtpHead
 from model.pages import PagePool
+from model.step_graphs import StepGraphs
 from model.transformer import RoutedLayer, Transformer
-from octet.errors import LaneError
+from octet.errors import ExpertMissingError, LaneError
 
 
 class ModelRunner:
@@ -27,15 +29,17 @@ class ModelRunner:
         device: torch.device,
         ping_pong_rows: int | None = None,
         mtp: MtpHead | None = None,
+        graphs: StepGraphs | None = None,
     ) -> None:
         """
         Args:
             ping_pong_rows: steps of at least so many tokens are computed as two micro-batches that take turns.
             mtp: what drafts, if anything does.
+            graphs: for the steps that they take, on a GPU.
         """
         self.pool, self.cache = pool, cache
         self._transformer, self._routed, self._device = transformer, routed, device
-        self._ping_pong_rows, self._mtp = ping_pong_rows, mtp
+        self._ping_pong_rows, self._mtp, self._graphs = ping_pong_rows, mtp, graphs
         self.between_layers: Callable[[], None] = lambda: None
         """Called in the midst of `run`, for what cannot wait for its end."""
 
@@ -46,6 +50,11 @@ class ModelRunner:
 
     def run(self, spans: Sequence[Span]) -> list[torch.Tensor]:
         """The final hidden states `[tokens, hidden]` of each span. Raises: LaneError; running again is safe."""
+        if self._graphs is not None and self._graphs.takes(spans):
+            with self._whole():
+                hidden_TH = self._graphs.run(spans)
+                self._check([hidden_TH])
+            return list(hidden_TH.split([len(span.token_ids) for span in spans]))
         num_tokens = sum(len(span.token_ids) for span in spans)
         if self._ping_pong_rows is None or num_tokens < max(self._ping_pong_rows, 2):
             return self._forward([spans])[0]
@@ -70,11 +79,10 @@ class ModelRunner:
         """
         assert self._mtp is not None, "there is an MTP head"
         batch, _ = build_batch(spans, self.pool, self._device)
-        try:
-            return self._mtp.forward(batch, hidden_BH, self._routed)
-        except LaneError:
-            self._routed.drain()
-            raise
+        with self._whole():
+            drafted_BH = self._mtp.forward(batch, hidden_BH, self._routed)
+            self._check([drafted_BH])
+        return drafted_BH
 
     def write_draft_kv(self, spans: Sequence[Span], hidden: Sequence[torch.Tensor]) -> None:
         """Keep the MTP layer's keys and values up to date. The tokens of a span are each one ahead of its position.
@@ -87,15 +95,37 @@ class ModelRunner:
 
     def _forward(self, parts: Sequence[Sequence[Span]]) -> list[list[torch.Tensor]]:
         built = [build_batch(spans, self.pool, self._device) for spans in parts]
-        try:
+        with self._whole():
             hidden = self._transformer.forward([batch for batch, _ in built], self._routed, self.between_layers)
-        except LaneError:
-            self._routed.drain()
-            raise
+            self._check(hidden)
         return [
             [h_TH[last + 1 - len(span.token_ids) : last + 1] for span, last in zip(spans, last_rows, strict=True)]
             for h_TH, spans, (_, last_rows) in zip(hidden, parts, built, strict=True)
         ]
+
+    @contextlib.contextmanager
+    def _whole(self) -> Iterator[None]:
+        """All of a step, or nothing of it."""
+        try:
+            yield
+        except LaneError:
+            self._routed.drain()
+            raise
+
+    def _check(self, hidden: Sequence[torch.Tensor]) -> None:
+        """On a GPU nobody waits for what an expert shard has to say, and one that lacks an expert answers with NaN.
+
+        Raises: ExpertMissingError.
+        """
+        if self._device.type != "cuda":
+            return
+        # All replies have been announced: from here on the device is not waiting for anybody.
+        self._routed.settle()
+        if not all(bool(h_TH.isfinite().all()) for h_TH in hidden):
+            raise ExpertMissingError(
+                "a hidden state is not finite: an expert shard was asked for an expert that it does not hold, or the "
+                "model's numbers overflow"
+            )
 
 
 def tensor_bytes(x: torch.Tensor) -> bytes:

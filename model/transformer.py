@@ -39,6 +39,9 @@ class RoutedLayer(Protocol[_Pending]):
     def combine(self, pending: _Pending) -> torch.Tensor:
         """Wait for the experts' weighted sum `[T, H]`; in the order of the dispatches. Raises: LaneError."""
 
+    def settle(self) -> None:
+        """Wait until all sums are there, or never will be, where `combine` does not. Raises: LaneError."""
+
     def drain(self) -> None:
         """Drop what is still under way after a step has failed."""
 

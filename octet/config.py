@@ -95,6 +95,8 @@ class PrefillConfig(ConfigNode):
 class DecodeConfig(ConfigNode):
     max_batch: int = pydantic.Field(64, ge=1)
     """Sequences advanced by one step."""
+    cuda_graphs: bool = True
+    """On GPUs, capture a step once for each size of batch and launch it as graphs; false launches every kernel."""
 
 
 class SpeculationConfig(ConfigNode):

@@ -18,6 +18,7 @@ from cluster.journal import Journal
 from decode.engine import DecodeEngine
 from decode.handoff import KvReceiver
 from decode.speculation import MtpDrafter, Speculator
+from decode.step_graphs import step_graphs
 from experts.shard import ExpertShard
 from experts.slots import ExpertSlots
 from model.checkpoint import Checkpoint
@@ -78,7 +79,7 @@ class LocalEngine:
         device = device or torch.device("cpu")
         speculation = speculation or SpeculationConfig()
         self._num_draft_layers = speculation.num_draft_layers
-        checkpoint = Checkpoint.open(model_dir)
+        self.checkpoint = checkpoint = Checkpoint.open(model_dir)
         self.config = checkpoint.config
         self._max_model_len = max_model_len or min(self.config.max_position_embeddings, num_pages * page_size)
         self._build = (dtype, device, page_size, ping_pong_rows)
@@ -91,17 +92,18 @@ class LocalEngine:
         exchange = LocalExchange([shard.serve for shard in self.shards])
         self._routed = RoutedExperts(self.config, gates_of(weights, mtp))
         self._routed.adopt(Planner(placement, device), exchange)
-        self.runner = self._runner(weights, mtp, num_pages)
+        self.runner = self._runner(weights, mtp, num_pages, None)
         channel = LocalChannel(_TRANSFER_S)
         leases = LeaseTable(lease_s=60.0)
         self._sender = KvSender(self.runner.cache, leases, {DECODE: channel})
         self._prefill = PrefillEngine(PREFILL, _EPOCH, self.runner, leases, self._sender, prefill or PrefillConfig())
         self._landed = threading.Event()
-        decode_runner = self._runner(weights, mtp, decode_pages or num_pages)
+        decode = decode or DecodeConfig()
+        decode_runner = self._runner(weights, mtp, decode_pages or num_pages, (decode, speculation))
         self.caches = (self.runner.cache, decode_runner.cache)
         self._receiver = KvReceiver(DECODE, decode_runner.cache, {PREFILL: channel}, self._ask, self._landed.set)
         speculator = Speculator(MtpDrafter(decode_runner), speculation) if mtp is not None else None
-        self._decode = DecodeEngine(DECODE, _EPOCH, decode_runner, self._receiver, decode or DecodeConfig(), speculator)
+        self._decode = DecodeEngine(DECODE, _EPOCH, decode_runner, self._receiver, decode, speculator)
         self._journals: dict[RequestId, Journal] = {}
         self._failures: dict[RequestId, str] = {}
 
@@ -148,13 +150,22 @@ class LocalEngine:
         self._receiver.close()
         self._sender.close()
 
-    def _runner(self, weights: AttentionWeights, mtp: MtpWeights | None, num_pages: int) -> ModelRunner:
+    def _runner(
+        self,
+        weights: AttentionWeights,
+        mtp: MtpWeights | None,
+        num_pages: int,
+        decode: tuple[DecodeConfig, SpeculationConfig] | None,
+    ) -> ModelRunner:
         dtype, device, page_size, ping_pong_rows = self._build
         cache = KvCache(self.config, num_pages, page_size, dtype, device, self._num_draft_layers)
         transformer = Transformer(self.config, weights, cache, self._max_model_len)
         head = MtpHead(transformer, mtp, self.config.num_hidden_layers) if mtp is not None else None
         pool = PagePool(num_pages, page_size)
-        return ModelRunner(transformer, self._routed, pool, cache, device, ping_pong_rows, head)
+        graphs = None
+        if decode is not None:
+            graphs = step_graphs(transformer, self._routed, pool, cache, *decode, self._max_model_len)
+        return ModelRunner(transformer, self._routed, pool, cache, device, ping_pong_rows, head, graphs)
 
     def _ask(self, to: WorkerId, pull: KvPull) -> None:
         assert to == PREFILL

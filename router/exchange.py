@@ -73,9 +73,14 @@ class Exchange(Protocol):
         Args:
             y_TH: fp32.
 
+        Of a dense plan the sums need not have come yet: `settle` waits for them.
+
         Raises: LaneTimeoutError, PeerLostError, WrongEpochError, ExpertMissingError. After any of them but
         ExpertMissingError the exchange is of no more use.
         """
+
+    def settle(self) -> None:
+        """Wait until all that was received is there, or never will be. Raises: as `receive`."""
 
     def heartbeat(self) -> None:
         """Tell the shards that this end is alive though it has nothing to send."""
@@ -102,7 +107,16 @@ class Port(Protocol):
 
 def rows_of(x_TH: torch.Tensor, part: ShardPlan) -> ExpertRows:
     """What a shard is sent."""
-    return ExpertRows(x_UH=x_TH[part.rows_U], slots_UK=part.slots_UK, weights_UK=part.weights_UK)
+    x_UH = x_TH if part.rows_U is None else x_TH[part.rows_U]
+    return ExpertRows(x_UH=x_UH, slots_UK=part.slots_UK, weights_UK=part.weights_UK)
+
+
+def add_rows(y_TH: torch.Tensor, rows_U: torch.Tensor | None, y_UH: torch.Tensor) -> None:
+    """Add one shard's sums to those of its tokens."""
+    if rows_U is None:
+        y_TH.add_(y_UH.float())
+    else:
+        y_TH.index_add_(0, rows_U, y_UH.float())
 
 
 Serve = Callable[[int, ExpertRows], torch.Tensor]
@@ -112,8 +126,8 @@ Serve = Callable[[int, ExpertRows], torch.Tensor]
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Answered:
     layer: int
-    replies: list[tuple[torch.Tensor, torch.Tensor]]
-    """Tokens, and their sums."""
+    replies: list[tuple[torch.Tensor | None, torch.Tensor]]
+    """Tokens, None for all, and their sums."""
 
 
 class LocalExchange:
@@ -133,7 +147,10 @@ class LocalExchange:
     def receive(self, ticket: Ticket, y_TH: torch.Tensor) -> None:
         assert isinstance(ticket, _Answered)
         for rows_U, y_UH in ticket.replies:
-            y_TH.index_add_(0, rows_U, y_UH.float())
+            add_rows(y_TH, rows_U, y_UH)
+
+    def settle(self) -> None:
+        return
 
     def heartbeat(self) -> None:
         return

@@ -20,6 +20,7 @@ import torch
 from octet.errors import LaneError, RequestLimitError, WrongEpochError
 from octet.ids import Epoch
 from router.exchange import ExpertRows
+from router.plan import DensePlan
 
 HEADER_BYTES = 64
 _FIELDS = struct.Struct("<8q")
@@ -129,6 +130,23 @@ class FrameLayout:
         view.slots_UK.copy_(rows.slots_UK)
         view.weights_UK.copy_(rows.weights_UK)
         return payload
+
+    def pack_dense(self, x_TH: torch.Tensor, plan: DensePlan) -> torch.Tensor:
+        """The same for every shard of a dense plan, `[X, bytes]`, in three operators. Raises: RequestLimitError."""
+        num_rows, num_shards = len(x_TH), len(plan.slots_XTK)
+        self.check(num_rows)
+        size = self.call_bytes(num_rows) - HEADER_BYTES
+        # In whole headers, so that every part of each begins where its numbers may.
+        frames = torch.empty(
+            (num_shards, -(-size // HEADER_BYTES) * HEADER_BYTES), dtype=torch.uint8, device=x_TH.device
+        )
+        frames = frames[:, :size]
+        slots_at = num_rows * self._x_bytes
+        weights_at = slots_at + num_rows * self._k_bytes
+        frames[:, :slots_at].view(self.dtype).copy_(x_TH.reshape(1, -1).expand(num_shards, -1))
+        frames[:, slots_at:weights_at].view(torch.int32).copy_(plan.slots_XTK.flatten(1))
+        frames[:, weights_at:].view(torch.float32).copy_(plan.weights_TK.reshape(1, -1).expand(num_shards, -1))
+        return frames
 
     def unpack_call(self, payload: torch.Tensor, num_rows: int) -> ExpertRows:
         """The inverse of `pack_call`, as views."""

@@ -218,6 +218,9 @@ class LaneExchange:
         if refusals:
             raise ExpertMissingError("; ".join(refusals))
 
+    def settle(self) -> None:
+        return
+
     def heartbeat(self) -> None:
         broken: dict[int, LaneError] = {}
         for shard, link in enumerate(self._links):

@@ -13,44 +13,62 @@ import collections
 import contextlib
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from octet.errors import ExpertMissingError, LaneError
 from octet.ids import Epoch
-from router.exchange import Call, Ticket, rows_of
+from router.exchange import Call, Ticket, add_rows, rows_of
 from router.frames import HEADER_BYTES, FrameLayout, Header, Kind
 from router.group_store import GroupStore
 from router.lane import OPEN_ROUNDS
-from router.plan import DispatchPlan
+from router.plan import DensePlan, DispatchPlan
 from router.wire import Wire
 
 
 class NcclGroup:
-    """All-to-all of frames among the ranks of a lane, on the current CUDA stream."""
+    """Frames between the attention worker, rank 0, and its shards, on the current CUDA stream.
+
+    Calls and replies have a communicator each: what one carries is done in order, and a shard's reply must not wait for
+    the worker's next call to be taken, nor that for the reply.
+    """
 
     def __init__(self, store: GroupStore, name: str, rank: int, size: int, device: torch.device) -> None:
         """Every rank connects at the same time."""
         from torch._C._distributed_c10d import ProcessGroupNCCL
 
         nccl: Any = ProcessGroupNCCL
-        self._group = nccl(store.prefix(f"{name}/nccl"), rank, size, nccl.Options())
+        calls, replies = (
+            nccl(store.prefix(f"{name}/nccl/{way}"), rank, size, nccl.Options()) for way in ("calls", "replies")
+        )
+        self._out, self._in = (calls, replies) if rank == 0 else (replies, calls)
         self._size, self._nothing = size, torch.empty(0, dtype=torch.uint8, device=device)
+        self._sent: collections.deque[tuple[Any, dict[int, torch.Tensor]]] = collections.deque()
         # NCCL connects at its first exchange; that must not fall into a request.
-        here = [torch.zeros(1, dtype=torch.uint8, device=device) for _ in range(size)]
-        self._group.alltoall([torch.empty_like(part) for part in here], here).wait()
+        for group in (calls, replies):
+            here = [torch.zeros(1, dtype=torch.uint8, device=device) for _ in range(size)]
+            group.alltoall([torch.empty_like(part) for part in here], here).wait()
 
-    def exchange(self, sends: dict[int, torch.Tensor], receives: dict[int, torch.Tensor]) -> None:
-        """Send and receive flat uint8 frames by rank; ranks without one are left out. The stream waits, the host
-        does not."""
-        outputs = [receives.get(rank, self._nothing) for rank in range(self._size)]
-        inputs = [sends.get(rank, self._nothing) for rank in range(self._size)]
-        self._group.alltoall(outputs, inputs).wait()
+    def send(self, frames: Mapping[int, torch.Tensor]) -> None:
+        """Send flat uint8 frames by rank. Neither host nor stream waits; a frame must not change afterwards."""
+        while self._sent and self._sent[0][0].is_completed():
+            self._sent.popleft()
+        work = self._out.alltoall([self._nothing] * self._size, self._by_rank(frames))
+        # Its memory is nobody else's until it has gone.
+        self._sent.append((work, dict(frames)))
+
+    def receive(self, rooms: Mapping[int, torch.Tensor]) -> None:
+        """Receive flat uint8 frames by rank. The stream waits, the host does not."""
+        self._in.alltoall(self._by_rank(rooms), [self._nothing] * self._size).wait()
 
     def abort(self) -> None:
-        self._group.abort()
+        for group in (self._out, self._in):
+            group.abort()
+
+    def _by_rank(self, frames: Mapping[int, torch.Tensor]) -> list[torch.Tensor]:
+        return [frames.get(rank, self._nothing) for rank in range(self._size)]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -59,12 +77,17 @@ class _Round:
 
     layer: int
     sequence: int
-    rows: dict[int, torch.Tensor]
-    """The tokens `[U]` sent, by shard."""
+    rows: dict[int, torch.Tensor | None]
+    """The tokens `[U]` sent, by shard; None for all of them."""
+    num_rows: dict[int, int]
 
 
 class NcclLaneExchange:
-    """The attention worker's end. Belongs to one thread and its CUDA stream."""
+    """The attention worker's end. Belongs to one thread and its CUDA stream.
+
+    The sums of a dense plan are received at once: it is known how many bytes they are. Whether shards have sent them
+    their headers say, which `settle` reads; until then nothing must wait for the device, which waits for the shards.
+    """
 
     def __init__(
         self, wires: Sequence[Wire], data: NcclGroup, layout: FrameLayout, epoch: Epoch, device: torch.device
@@ -76,6 +99,7 @@ class NcclLaneExchange:
         self._wires, self._data = tuple(wires), data
         self._layout, self._epoch, self._device = layout, epoch, device
         self._open: collections.deque[_Round] = collections.deque()
+        self._unsettled: collections.deque[_Round] = collections.deque()
         self._sequence = 0
 
     @property
@@ -85,14 +109,18 @@ class NcclLaneExchange:
     def send(self, layer: int, x_TH: torch.Tensor, plan: DispatchPlan) -> Ticket:
         if len(self._open) == OPEN_ROUNDS:
             raise LaneError(f"{OPEN_ROUNDS} rounds are under way: receive one first")
-        parts = {shard: part for shard in range(self.num_shards) if (part := plan.of(shard)) is not None}
-        frames = {shard: self._layout.pack_call(rows_of(x_TH, part), self._device) for shard, part in parts.items()}
-        rows = {shard: part.rows_U for shard, part in parts.items()}
+        if isinstance(plan, DensePlan):
+            frames = dict(enumerate(self._layout.pack_dense(x_TH, plan).unbind()))
+            started = _Round(layer, self._sequence, dict.fromkeys(frames), dict.fromkeys(frames, len(x_TH)))
+        else:
+            parts = {shard: part for shard in range(self.num_shards) if (part := plan.of(shard)) is not None}
+            frames = {shard: self._layout.pack_call(rows_of(x_TH, part), self._device) for shard, part in parts.items()}
+            rows = {shard: part.rows_U for shard, part in parts.items()}
+            started = _Round(layer, self._sequence, rows, {s: len(part.slots_UK) for s, part in parts.items()})
         for shard, frame in frames.items():
-            self._announce(shard, Kind.CALL, layer, len(rows[shard]), len(frame))
+            self._announce(shard, Kind.CALL, layer, started.num_rows[shard], len(frame))
         if frames:
-            self._data.exchange({shard + 1: frame for shard, frame in frames.items()}, {})
-        started = _Round(layer, self._sequence, rows)
+            self._data.send({shard + 1: frame for shard, frame in frames.items()})
         self._open.append(started)
         self._sequence += 1
         return started
@@ -101,26 +129,26 @@ class NcclLaneExchange:
         assert self._open, "no round is under way"
         assert ticket is self._open[0], "rounds are received in the order in which they were sent"
         current = self._open.popleft()
-        frames: dict[int, torch.Tensor] = {}
-        refused: list[int] = []
-        for shard, rows_U in current.rows.items():
-            wire = self._wires[shard]
-            header = _heard(wire, self._epoch, wire.timeout_s)
-            if header.sequence != current.sequence:
-                raise LaneError(f"shard {shard} answered frame {header.sequence}, expected {current.sequence}")
-            self._layout.check_reply(header, len(rows_U))
-            if header.kind is Kind.REFUSAL:
-                refused.append(shard)
-            frame = torch.empty(header.payload_bytes, dtype=torch.uint8, device=self._device)
-            frames[shard + 1] = frame
-        if frames:
-            self._data.exchange({}, frames)
+        dense = bool(current.rows) and all(rows_U is None for rows_U in current.rows.values())
+        if not dense:
+            self.settle()
+        refused = [] if dense else self._announced(current)
+        rooms = {shard: self._room(num_rows) for shard, num_rows in current.num_rows.items()}
+        if rooms:
+            self._data.receive({shard + 1: room for shard, room in rooms.items()})
         if refused:
-            texts = (bytes(frames[shard + 1].tolist()).decode(errors="replace") for shard in refused)
-            raise ExpertMissingError("; ".join(f"shard {s}: {text}" for s, text in zip(refused, texts, strict=True)))
-        hidden, dtype = self._layout.hidden_size, self._layout.dtype
+            raise ExpertMissingError("; ".join(refused))
         for shard, rows_U in current.rows.items():
-            y_TH.index_add_(0, rows_U, frames[shard + 1].view(dtype).view(-1, hidden).float())
+            add_rows(y_TH, rows_U, rooms[shard].view(self._layout.dtype).view(-1, self._layout.hidden_size))
+        if dense:
+            self._unsettled.append(current)
+
+    def settle(self) -> None:
+        refused: list[str] = []
+        while self._unsettled:
+            refused += self._announced(self._unsettled.popleft())
+        if refused:
+            raise ExpertMissingError("; ".join(refused))
 
     def heartbeat(self) -> None:
         for shard in range(self.num_shards):
@@ -134,6 +162,30 @@ class NcclLaneExchange:
                 self._announce(shard, Kind.CLOSE)
             wire.abort()
         self._data.abort()
+
+    def _announced(self, current: _Round) -> list[str]:
+        """Wait for the headers of a round's replies; what shards say that refuse. Raises: LaneError."""
+        refused = []
+        try:
+            for shard, num_rows in current.num_rows.items():
+                wire = self._wires[shard]
+                header = _heard(wire, self._epoch, wire.timeout_s)
+                if header.sequence != current.sequence:
+                    raise LaneError(f"shard {shard} answered frame {header.sequence}, expected {current.sequence}")
+                self._layout.check_reply(header, num_rows)
+                if header.kind is Kind.REFUSAL:
+                    text = bytearray(header.payload_bytes)
+                    wire.receive_into(memoryview(text), time.monotonic() + wire.timeout_s)
+                    refused.append(f"shard {shard}: {text.decode(errors='replace')}")
+        except LaneError:
+            # The device may be waiting for what will never come, and others of this process for the device.
+            self._data.abort()
+            raise
+        return refused
+
+    def _room(self, num_rows: int) -> torch.Tensor:
+        size = self._layout.reply_bytes(num_rows) - HEADER_BYTES
+        return torch.empty(size, dtype=torch.uint8, device=self._device)
 
     def _announce(self, shard: int, kind: Kind, layer: int = 0, num_rows: int = 0, payload_bytes: int = 0) -> None:
         header = Header(
@@ -174,39 +226,41 @@ class NcclLanePort:
             if header.kind is not Kind.HEARTBEAT:
                 self._layout.check_call(header)
                 frame = torch.empty(header.payload_bytes, dtype=torch.uint8, device=self._device)
-                self._data.exchange({}, {0: frame})
+                self._data.receive({0: frame})
                 rows = self._layout.unpack_call(frame, header.num_rows)
                 return Call(layer=header.layer, rows=rows, sequence=header.sequence)
 
     def reply(self, call: Call, y_UH: torch.Tensor) -> None:
         frame = y_UH.to(self._layout.dtype).contiguous().view(-1).view(torch.uint8)
-        self._post(call, Kind.REPLY, len(y_UH), frame)
+        self._post(call, Kind.REPLY, frame)
 
     def refuse(self, call: Call, error: Exception) -> None:
-        room = self._layout.reply_bytes(len(call.rows.x_UH)) - HEADER_BYTES
-        text = list(str(error).encode()[:room])
-        self._post(call, Kind.REFUSAL, 0, torch.tensor(text, dtype=torch.uint8, device=self._device))
+        """The text goes over the wire. Numbers are sent too, as the other end may be waiting for them: no numbers."""
+        x_UH = call.rows.x_UH
+        text = str(error).encode()[: self._layout.reply_bytes(len(x_UH)) - HEADER_BYTES]
+        frame = torch.full_like(x_UH, torch.nan).view(-1).view(torch.uint8)
+        self._post(call, Kind.REFUSAL, frame, text)
 
     def close(self) -> None:
         self._wire.abort()
         self._data.abort()
 
-    def _post(self, call: Call, kind: Kind, num_rows: int, frame: torch.Tensor) -> None:
+    def _post(self, call: Call, kind: Kind, frame: torch.Tensor, text: bytes = b"") -> None:
         header = Header(
             kind=kind,
             epoch=self._epoch,
             sequence=call.sequence,
             layer=call.layer,
-            num_rows=num_rows,
-            payload_bytes=len(frame),
+            num_rows=0 if kind is Kind.REFUSAL else len(call.rows.x_UH),
+            payload_bytes=len(text) if kind is Kind.REFUSAL else len(frame),
         )
-        _tell(self._wire, header)
-        self._data.exchange({0: frame}, {})
+        _tell(self._wire, header, text)
+        self._data.send({0: frame})
 
 
-def _tell(wire: Wire, header: Header) -> None:
+def _tell(wire: Wire, header: Header, text: bytes = b"") -> None:
     """Raises: LaneError."""
-    memory = memoryview(bytearray(HEADER_BYTES))
+    memory = memoryview(bytearray(HEADER_BYTES) + text)
     header.write(memory)
     wire.send(memory, until_s=time.monotonic() + wire.timeout_s)
 

@@ -46,24 +46,49 @@ class PlanByShard:
 
     def arrays_of(self, shard: int) -> ShardArrays | None:
         part = self.shards[shard]
-        return None if part is None else (part.rows_U.numpy(), part.slots_UK.numpy(), part.weights_UK.numpy())
+        if part is None:
+            return None
+        rows_U = np.arange(len(part.slots_UK)) if part.rows_U is None else part.rows_U.numpy()
+        return rows_U, part.slots_UK.numpy(), part.weights_UK.numpy()
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DensePlan:
+    """Every token goes to every shard, which looks for what is its own: a plan whose sizes the host knows ahead."""
+
+    slots_XTK: torch.Tensor
+    """int32 slots within each shard `X`; EMPTY where the expert is elsewhere."""
+    weights_TK: torch.Tensor
+
+    def of(self, shard: int) -> ShardPlan:
+        return ShardPlan(rows_U=None, slots_UK=self.slots_XTK[shard], weights_UK=self.weights_TK)
+
+    def arrays_of(self, shard: int) -> ShardArrays:
+        rows_T = np.arange(len(self.weights_TK))
+        return rows_T, self.slots_XTK[shard].numpy(), self.weights_TK.numpy()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ShardPlan:
     """What one shard is asked for."""
 
-    rows_U: torch.Tensor
-    """The tokens sent, ascending."""
+    rows_U: torch.Tensor | None
+    """The tokens sent, ascending; None for all of them."""
     slots_UK: torch.Tensor
     """int32 slots within the shard; EMPTY where the expert is elsewhere."""
     weights_UK: torch.Tensor
-    """fp32; 0 where the slot is EMPTY."""
+    """fp32; not looked at where the slot is EMPTY."""
 
 
 FEW_ROWS = {"cpu": 8, "gpu": 64}
 """Rows per expert hit below which a shard waits for weights rather than for arithmetic. A CPU core reads an expert in
 the time of about 8 more rows of it, a GPU in that of some hundreds; but there a shard merges frames of several."""
+
+
+DENSE_ROWS = 512
+"""Up to so many tokens, as decode steps have, GPUs send all of them to every shard. Who chooses would have to ask the
+device, in every layer, how many go where; so the host is done with a step long before the device is, and can capture
+it in a graph. With 8 of 160 experts 90% of the tokens go to each of 4 shards anyway, 66% to each of 8, 40% of 16."""
 
 
 @functools.cache
@@ -82,36 +107,89 @@ class Planner:
         if device.type == "cpu" or placement.num_replicas.max(initial=1) > 1:
             plan_cpu().warm_up()
             self._replicas = plan_cpu().replicas_of(placement)
-        self._only_slot = {
-            layer: torch.tensor(placement.logical_to_physical[index, :, 0], device=device)
-            for index, layer in enumerate(placement.layers)
-            if placement.num_replicas[index].max() == 1
-        }
+        self._placement, self._device = placement, device
+        self._index = {layer: index for index, layer in enumerate(placement.layers)}
+        if device.type != "cpu":
+            assert len(self._one_slot_LE) == len(placement.layers)
 
-    def plan(self, layer: int, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> DispatchPlan:
-        """Which replica serves a row depends on this batch alone."""
+    def plan(
+        self,
+        layer: int,
+        expert_ids_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
+        real_T: torch.Tensor | None = None,
+    ) -> DispatchPlan:
+        """Which replica serves a row depends on this batch alone.
+
+        Args:
+            real_T: false for tokens that only fill the batch up, and go to no expert; on GPUs, in small batches.
+        """
         if expert_ids_TK.device.type == "cpu":
+            assert real_T is None, "batches are filled up on GPUs"
             return self._plan_on_cpu(layer, expert_ids_TK, weights_TK)
+        if len(expert_ids_TK) <= DENSE_ROWS:
+            return self._plan_densely(layer, expert_ids_TK, weights_TK, real_T)
+        assert real_T is None, "batches that are filled up are small"
         return self._plan_on_gpu(layer, expert_ids_TK, weights_TK)
 
+    def take_over(self, before: Planner) -> bool:
+        """Plan in the place of another, whose captured graphs find this one's slots where they found its own.
+
+        Returns: whether that is so; shards that are other in number or in size are planned for otherwise.
+        """
+        alike = (before._num_shards, before._slots_per_shard) == (self._num_shards, self._slots_per_shard)
+        if self._device.type == "cpu" or not alike:
+            return False
+        self._one_slot_LE = before._one_slot_LE.copy_(self._one_slot_LE)
+        return True
+
+    @functools.cached_property
+    def _one_slot_LE(self) -> torch.Tensor:
+        """One slot of every expert `[L, E]`, chosen so that shards read as many weights if all are hit."""
+        every_E1 = np.arange(self._placement.num_experts)[:, None]
+        chosen = [
+            plan_cpu().choose(every_E1, self._replicas[layer], self._num_shards, self._few_rows)[:, 0]
+            if self._has_choice(layer)
+            else self._placement.logical_to_physical[index, :, 0]
+            for index, layer in enumerate(self._placement.layers)
+        ]
+        return torch.tensor(np.stack(chosen), dtype=torch.int64, device=self._device)
+
+    def _has_choice(self, layer: int) -> bool:
+        return bool(self._placement.num_replicas[self._index[layer]].max() > 1)
+
+    def _plan_densely(
+        self, layer: int, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor, real_T: torch.Tensor | None
+    ) -> DensePlan:
+        """Few rows are bound by weights, of which one replica is read, the same in every such batch."""
+        slots_TK = self._one_slot_LE[self._index[layer]][expert_ids_TK]
+        if real_T is not None:
+            slots_TK = slots_TK.masked_fill(~real_T.unsqueeze(1), EMPTY)
+        first_X11 = torch.arange(self._num_shards, device=slots_TK.device).view(-1, 1, 1) * self._slots_per_shard
+        local_XTK = slots_TK.unsqueeze(0) - first_X11
+        here_XTK = (local_XTK >= 0) & (local_XTK < self._slots_per_shard)
+        return DensePlan(slots_XTK=torch.where(here_XTK, local_XTK, EMPTY).int(), weights_TK=weights_TK)
+
     def _plan_on_gpu(self, layer: int, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> DispatchPlan:
-        if layer in self._only_slot:
-            slots_TK = self._only_slot[layer][expert_ids_TK]
-        else:
+        if self._has_choice(layer):
             # To the host and back with 64 bytes a token: the choice is sequential, and takes microseconds there.
             ids_TK = expert_ids_TK.cpu().numpy()
             chosen_TK = plan_cpu().choose(ids_TK, self._replicas[layer], self._num_shards, self._few_rows)
             slots_TK = torch.from_numpy(chosen_TK).to(expert_ids_TK.device)
+        else:
+            slots_TK = self._one_slot_LE[self._index[layer]][expert_ids_TK]
         shards_TK = slots_TK // self._slots_per_shard
+        here_XT = torch.stack([(shards_TK == shard).any(1) for shard in range(self._num_shards)])
+        # All that the host has to know, asked for at once.
+        counts_X: list[int] = here_XT.sum(1).tolist()
+        rows_XU = here_XT.nonzero()[:, 1].split(counts_X)
         plans: list[ShardPlan | None] = []
-        for shard in range(self._num_shards):
-            here_TK = shards_TK == shard
-            rows_U = here_TK.any(1).nonzero().squeeze(1)
+        for shard, rows_U in enumerate(rows_XU):
             if len(rows_U) == 0:
                 plans.append(None)
                 continue
-            here_UK = here_TK[rows_U]
             local_UK = slots_TK[rows_U] - shard * self._slots_per_shard
+            here_UK = shards_TK[rows_U] == shard
             plans.append(
                 ShardPlan(
                     rows_U=rows_U,

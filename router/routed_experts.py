@@ -20,7 +20,7 @@ from octet.errors import LaneError
 from octet.faults import reach
 from router.exchange import Exchange, Ticket
 from router.gate import Gate
-from router.plan import Planner
+from router.plan import DispatchPlan, Planner
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -42,20 +42,35 @@ class RoutedExperts:
         self._under_way: collections.deque[Dispatched] = collections.deque()
         self.combine_s = 0.0
         """Spent waiting for the experts' sums, since the start."""
+        self.generation = 0
+        """Grows when what `plan` does on a GPU is not what was captured any more."""
 
     def adopt(self, planner: Planner, exchange: Exchange) -> None:
         """Route by this placement over this lane from now on. Between two steps, by the thread that takes them."""
         assert not self._under_way, "no step is under way"
+        if self._planner is None or not planner.take_over(self._planner):
+            self.generation += 1
         self._planner, self._exchange = planner, exchange
 
     def dispatch(self, layer: int, x_TH: torch.Tensor) -> Dispatched:
         """Raises: LaneError."""
+        return self.send(layer, x_TH, self.plan(layer, x_TH), _zeros(x_TH))
+
+    def plan(self, layer: int, x_TH: torch.Tensor, real_T: torch.Tensor | None = None) -> DispatchPlan:
+        """Gate and plan alone; see `Planner.plan`."""
         assert self._planner is not None, "adopt comes first"
-        assert self._exchange is not None
-        plan = self._planner.plan(layer, *self._gates[layer].select(x_TH))
+        return self._planner.plan(layer, *self._gates[layer].select(x_TH), real_T)
+
+    def send(self, layer: int, x_TH: torch.Tensor, plan: DispatchPlan, y_TH: torch.Tensor) -> Dispatched:
+        """
+        Args:
+            y_TH: zeros in fp32, where the sums go.
+
+        Raises: LaneError.
+        """
+        assert self._exchange is not None, "adopt comes first"
         reach("dispatch")
-        ticket = self._exchange.send(layer, x_TH, plan)
-        dispatched = Dispatched(ticket, _zeros(x_TH))
+        dispatched = Dispatched(self._exchange.send(layer, x_TH, plan), y_TH)
         self._under_way.append(dispatched)
         return dispatched
 
@@ -70,6 +85,11 @@ class RoutedExperts:
         self.combine_s += time.perf_counter() - begun_s
         return dispatched.y_TH
 
+    def settle(self) -> None:
+        """Wait until all sums are there, or never will be. Raises: LaneError."""
+        assert self._exchange is not None, "adopt comes first"
+        self._exchange.settle()
+
     @torch.inference_mode()
     def drain(self) -> None:
         """Drop what is still under way after a step has failed, so that the exchange can be used again if it works."""
@@ -77,6 +97,9 @@ class RoutedExperts:
             # What becomes of it does not matter; an exchange that is broken will say so at its next use.
             with contextlib.suppress(LaneError):
                 self.combine(self._under_way[0])
+        if self._exchange is not None:
+            with contextlib.suppress(LaneError):
+                self._exchange.settle()
 
 
 def _zeros(x_TH: torch.Tensor) -> torch.Tensor:

@@ -38,7 +38,7 @@ from router.exchange import Call, Exchange, ExpertRows, LocalExchange, Port, Ser
 from router.frames import FrameLayout
 from router.group_store import GroupStore
 from router.lane import SHARD, LaneExchange, LanePort, Link
-from router.plan import PlanByShard, ShardPlan
+from router.plan import DensePlan, PlanByShard, ShardPlan
 from router.wire import Wire
 
 HOST = "127.0.0.1"
@@ -289,11 +289,11 @@ class ExchangeConformance:
     # What goes well.
 
     def test_the_sums_of_a_token_that_goes_to_several_shards_are_added(self) -> None:
-        shards, rows = [Scale(0), Scale(1)], self.rows(6)
+        shards, rows, device = [Scale(0), Scale(1)], self.rows(6), self.implementation.device
         plan = PlanByShard(
             tuple(
                 ShardPlan(rows_U=tokens, slots_UK=rows.slots_UK[tokens], weights_UK=rows.weights_UK[tokens])
-                for tokens in (torch.tensor([0, 2, 5]), torch.tensor([2, 3, 4, 5]))
+                for tokens in (torch.tensor([0, 2, 5], device=device), torch.tensor([2, 3, 4, 5], device=device))
             )
         )
         with self.implementation.serve(shards, layout_of()) as exchange:
@@ -304,6 +304,25 @@ class ExchangeConformance:
             assert part is not None
             expected_TH[part.rows_U] += shard(1, rows_of(rows.x_UH, part))
         torch.testing.assert_close(y_TH, expected_TH, rtol=0, atol=0)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_a_dense_plan_sends_every_token_to_every_shard(self, dtype: torch.dtype) -> None:
+        layout = layout_of(dtype)
+        shards, rounds = [Scale(shard) for shard in range(3)], []
+        with self.implementation.serve(shards, layout) as exchange:
+            for layer, num_rows in enumerate((1, 7, 32)):
+                rows = self.rows(num_rows, layout)
+                slots_XTK = torch.stack([rows.slots_UK, rows.slots_UK.flip(0), rows.slots_UK + 1])
+                plan = DensePlan(slots_XTK=slots_XTK, weights_TK=rows.weights_UK)
+                y_TH = torch.ones(rows.x_UH.shape, device=rows.x_UH.device)
+                exchange.exchange.receive(exchange.exchange.send(layer, rows.x_UH, plan), y_TH)
+                rounds.append((layer, rows.x_UH, plan, y_TH))
+            exchange.exchange.settle()
+            for layer, x_TH, plan, y_TH in rounds:
+                expected_TH = torch.ones_like(y_TH)
+                for shard, serve in enumerate(shards):
+                    expected_TH += serve(layer, rows_of(x_TH, plan.of(shard))).float()
+                torch.testing.assert_close(y_TH, expected_TH, rtol=0, atol=0)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize(
@@ -353,6 +372,24 @@ class ExchangeConformance:
             rows = [self.rows(2), self.rows(2)]
             with pytest.raises(ExpertMissingError, match=r"layer 4: no expert in slots \[3\]"):
                 exchange.receive(exchange.send(4, rows))
+
+    def test_a_refusal_of_a_dense_plan_is_raised_before_it_is_settled_and_the_exchange_goes_on(self) -> None:
+        shards: list[Serve] = [Scale(0), Lacks(4, Scale(1))]
+        with self.implementation.serve(shards, layout_of()) as exchange:
+            for _ in range(2):
+                rows = self.rows(3)
+                plan = DensePlan(slots_XTK=torch.stack([rows.slots_UK] * 2), weights_TK=rows.weights_UK)
+                y_TH = torch.zeros(rows.x_UH.shape, device=rows.x_UH.device)
+
+                def two_layers(exchange: Exchange, x_TH: torch.Tensor, plan: DensePlan, y_TH: torch.Tensor) -> None:
+                    for layer in (3, 4):
+                        exchange.receive(exchange.send(layer, x_TH, plan), y_TH)
+                    exchange.settle()
+
+                with pytest.raises(ExpertMissingError, match=r"layer 4: no expert in slots \[3\]"):
+                    two_layers(exchange.exchange, rows.x_UH, plan, y_TH)
+            sent = [self.rows(3), self.rows(1)]
+            assert_answered(exchange.receive(exchange.send(5, sent)), shards, 5, sent)
 
     def test_an_exchange_goes_on_after_a_refusal(self) -> None:
         shards: list[Serve] = [Scale(0), Lacks(4, Scale(1)), Scale(2)]

@@ -104,6 +104,9 @@ class _Noting:
     def combine(self, dispatched: Dispatched) -> torch.Tensor:
         return self._routed.combine(dispatched)
 
+    def settle(self) -> None:
+        self._routed.settle()
+
     def drain(self) -> None:
         self._routed.drain()
 

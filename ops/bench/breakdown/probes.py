@@ -189,6 +189,9 @@ class _RecordedExchange:
             Round(layer=ticket.layer, num_bytes=num_bytes, sent_s=sent_s, wait_s=wait_s, received_s=received_s)
         )
 
+    def settle(self) -> None:
+        self._exchange.settle()
+
     def heartbeat(self) -> None:
         self._exchange.heartbeat()
 
@@ -203,7 +206,7 @@ def _attended(span: Span) -> int:
 
 def _bytes(x_TH: torch.Tensor, part: ShardPlan) -> int:
     """There and back: the sums that return are as large as the rows."""
-    return 2 * len(part.rows_U) * x_TH[:1].nbytes + part.slots_UK.nbytes + part.weights_UK.nbytes
+    return 2 * len(part.slots_UK) * x_TH[:1].nbytes + part.slots_UK.nbytes + part.weights_UK.nbytes
 
 
 class CallRecorder:

@@ -14,6 +14,7 @@ from octet.errors import ConfigError
 from ops.bench.kernels.device import DeviceRates, measure_rates
 from ops.bench.kernels.layer import GLM_4_6, TINY, LayerShape
 from ops.bench.kernels.measure import Kernel, attention_kernel, expert_kernels, routing_kernels
+from ops.bench.kernels.step import step_kernels
 from ops.bench.machine import Machine, describe
 
 SCHEMA = "octet.kernels/1"
@@ -36,7 +37,7 @@ _OF_GPU = Sizes(
     shape=GLM_4_6,
     dtype=torch.bfloat16,
     token_counts=(64, 128, 256, 6144),
-    sequences=32,
+    sequences=64,
     context=4096,
     shards=4,
     copy_bytes=4 * 2**30,
@@ -52,14 +53,14 @@ _OF_CPU = Sizes(
     copy_bytes=64 * 2**20,
     matmul_size=512,
 )
-_MOST_LAYERS = 8
+_MOST_LAYERS = 6
 
 
 def bench_kernels(device_name: str, num_layers: int | None, json_file: pathlib.Path | None) -> None:
     """Print each kernel's time and its share of what the device reaches; with `json_file`, write the same there.
 
     Args:
-        num_layers: that take turns; None as many as fit beside the largest step, at most 8.
+        num_layers: that take turns; None as many as fit beside the largest step, at most 6.
 
     Raises: ConfigError if there is no such device.
     """
@@ -67,9 +68,11 @@ def bench_kernels(device_name: str, num_layers: int | None, json_file: pathlib.P
     machine = describe()
     rates = measure_rates(device, sizes.dtype, sizes.copy_bytes, sizes.matmul_size)
     layers = num_layers or _layers_that_fit(sizes, device)
+    step = (sizes.shape, rates, sizes.sequences, sizes.context, layers, sizes.dtype, device)
     kernels = [
         *expert_kernels(sizes.shape, rates, sizes.token_counts, layers, sizes.dtype, device),
         attention_kernel(sizes.shape, rates, sizes.sequences, sizes.context, layers, sizes.dtype, device),
+        *(step_kernels(*step) if device.type == "cuda" else ()),
         *routing_kernels(sizes.shape, sizes.token_counts, sizes.shards, sizes.dtype, device),
     ]
     _print(machine, sizes, layers, rates, kernels, device)

@@ -108,6 +108,9 @@ class Faulty:
             raise error
         return self._inner.combine(dispatched)
 
+    def settle(self) -> None:
+        self._inner.settle()
+
     def drain(self) -> None:
         self._inner.drain()
 

@@ -42,6 +42,9 @@ class Scaled:
     def combine(self, pending: torch.Tensor) -> torch.Tensor:
         return pending
 
+    def settle(self) -> None:
+        return
+
     def drain(self) -> None:
         return
 

@@ -96,6 +96,9 @@ class Watched:
     def combine(self, pending: Any) -> torch.Tensor:
         return self._inner.combine(pending)
 
+    def settle(self) -> None:
+        self._inner.settle()
+
     def drain(self) -> None:
         self._inner.drain()
 

@@ -7,7 +7,7 @@ import queue
 import socket
 import struct
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from hypothesis import given
@@ -33,10 +33,12 @@ class Queues(NcclGroup):
     def __init__(self, frames: Frames, rank: int) -> None:
         self._frames, self._rank = frames, rank
 
-    def exchange(self, sends: dict[int, torch.Tensor], receives: dict[int, torch.Tensor]) -> None:
-        for rank, frame in sends.items():
+    def send(self, frames: Mapping[int, torch.Tensor]) -> None:
+        for rank, frame in frames.items():
             self._frames[self._rank, rank].put(frame.clone())
-        for rank, room in receives.items():
+
+    def receive(self, rooms: Mapping[int, torch.Tensor]) -> None:
+        for rank, room in rooms.items():
             frame = self._frames[rank, self._rank].get(timeout=PATIENT_S)
             assert len(room) == len(frame)
             room.copy_(frame)
@@ -51,9 +53,15 @@ class Zeros(NcclGroup):
     def __init__(self) -> None:
         return
 
-    def exchange(self, sends: dict[int, torch.Tensor], receives: dict[int, torch.Tensor]) -> None:
-        for room in receives.values():
+    def send(self, frames: Mapping[int, torch.Tensor]) -> None:
+        return
+
+    def receive(self, rooms: Mapping[int, torch.Tensor]) -> None:
+        for room in rooms.values():
             room.zero_()
+
+    def abort(self) -> None:
+        return
 
 
 class Announced(Wires):

@@ -54,7 +54,7 @@ def asked(routing: Routing) -> list[tuple[int, int, int, float]]:
         if plan is not None:
             held = placement.held_by(shard)[placement.layers.index(LAYER)]
             for token, slots, weights in zip(
-                plan.rows_U.tolist(), plan.slots_UK.tolist(), plan.weights_UK.tolist(), strict=True
+                tokens_of(plan), plan.slots_UK.tolist(), plan.weights_UK.tolist(), strict=True
             ):
                 found += [
                     (shard, token, int(held[slot]), weight)
@@ -62,6 +62,12 @@ def asked(routing: Routing) -> list[tuple[int, int, int, float]]:
                     if slot != EMPTY
                 ]
     return found
+
+
+def tokens_of(part: ShardPlan) -> list[int]:
+    assert part.rows_U is not None
+    tokens: list[int] = part.rows_U.tolist()
+    return tokens
 
 
 @given(routings())
@@ -80,10 +86,7 @@ def test_every_choice_of_a_token_is_asked_for_exactly_once_with_its_weight(routi
 def test_a_token_goes_once_to_each_shard_that_is_asked_for_one_of_its_experts(routing: Routing) -> None:
     needed = {(shard, token) for shard, token, _, _ in asked(routing)}
     sent = [
-        (shard, token)
-        for shard, plan in enumerate(routing.plan())
-        if plan is not None
-        for token in plan.rows_U.tolist()
+        (shard, token) for shard, plan in enumerate(routing.plan()) if plan is not None for token in tokens_of(plan)
     ]
     assert sent == sorted(needed)
 
@@ -131,7 +134,7 @@ def test_the_torch_operators_that_gpus_use_plan_alike(routing: Routing) -> None:
         ours, theirs = ours_all.of(shard), theirs_all.of(shard)
         assert (ours is None) == (theirs is None)
         if ours is not None and theirs is not None:
-            assert torch.equal(ours.rows_U, theirs.rows_U)
+            assert tokens_of(ours) == tokens_of(theirs)
             assert torch.equal(ours.slots_UK, theirs.slots_UK)
             assert torch.equal(ours.weights_UK, theirs.weights_UK)
         our_arrays, their_arrays = ours_all.arrays_of(shard), theirs_all.arrays_of(shard)
@@ -146,3 +149,57 @@ def test_no_tokens_go_nowhere() -> None:
     plan = planner.plan(LAYER, torch.empty(0, 2, dtype=torch.long), torch.empty(0, 2))
     assert [plan.of(shard) for shard in range(2)] == [None, None]
     assert [plan.arrays_of(shard) for shard in range(2)] == [None, None]
+
+
+@given(routings(), st.integers(0, 2**12 - 1))
+def test_a_dense_plan_asks_for_every_choice_of_a_real_token_exactly_once(routing: Routing, mask: int) -> None:
+    """All tokens are sent to all shards; on one of them each choice of a token is there."""
+    placement, num_tokens = routing.placement, len(routing.expert_ids_TK)
+    real_T = torch.tensor([bool(mask >> token & 1) for token in range(num_tokens)], dtype=torch.bool)
+    planner = Planner(placement, torch.device("cpu"))
+    plan = planner._plan_densely(LAYER, routing.expert_ids_TK, routing.weights_TK, real_T)
+    found: Counter[tuple[int, int, float]] = Counter()
+    for shard in range(placement.num_shards):
+        part = plan.of(shard)
+        assert part.rows_U is None
+        held = placement.held_by(shard)[placement.layers.index(LAYER)]
+        for token, (slots, weights) in enumerate(zip(part.slots_UK.tolist(), part.weights_UK.tolist(), strict=True)):
+            found.update((token, int(held[s]), w) for s, w in zip(slots, weights, strict=True) if s != EMPTY)
+        rows_T, slots_TK, weights_TK = plan.arrays_of(shard)
+        assert rows_T.tolist() == list(range(num_tokens))
+        assert np.array_equal(slots_TK, part.slots_UK.numpy())
+        assert np.array_equal(weights_TK, part.weights_UK.numpy())
+    assert found == Counter(
+        (token, expert, weight)
+        for token, (experts, weights) in enumerate(
+            zip(routing.expert_ids_TK.tolist(), routing.weights_TK.tolist(), strict=True)
+        )
+        for expert, weight in zip(experts, weights, strict=True)
+        if real_T[token]
+    )
+
+
+@given(routings())
+def test_a_dense_plan_reads_one_replica_of_an_expert_whatever_the_batch(routing: Routing) -> None:
+    planner = Planner(routing.placement, torch.device("cpu"))
+    every_E1 = torch.arange(routing.placement.num_experts).unsqueeze(1)
+    weights_E1 = torch.ones(every_E1.shape)
+    together = planner._plan_densely(LAYER, every_E1, weights_E1, None)
+    for expert in range(routing.placement.num_experts):
+        alone = planner._plan_densely(LAYER, every_E1[expert : expert + 1], weights_E1[expert : expert + 1], None)
+        assert torch.equal(alone.slots_XTK[:, 0], together.slots_XTK[:, expert])
+
+
+def test_a_planner_that_takes_over_plans_where_the_one_before_it_did() -> None:
+    """On a GPU a captured graph reads the table that it was captured with."""
+    before, after = (
+        place_evenly((LAYER,), 6, 2),
+        from_physical(np.array([[5, 4, 3, 2, 1, 0]], np.int32), (LAYER,), 6, 2, 2),
+    )
+    planners = [Planner(placement, torch.device("meta")) for placement in (before, after)]
+    assert planners[1].take_over(planners[0])
+    assert planners[1]._one_slot_LE is planners[0]._one_slot_LE
+    other = Planner(place_evenly((LAYER,), 6, 3), torch.device("meta"))
+    assert not other.take_over(planners[1])
+    on_cpu = [Planner(placement, torch.device("cpu")) for placement in (before, after)]
+    assert not on_cpu[1].take_over(on_cpu[0])

@@ -1,0 +1,263 @@
+"""Decode steps on a GPU as CUDA graphs: what the host would launch a thousand times is launched at once.
+
+A step is captured in pieces, from one exchange with the experts to the next, since the exchange itself is not the
+device's alone. Each size of batch has its pieces; a batch is filled up to the next size with tokens that attend to
+nothing, go to no expert, and write where nobody reads.
+
+Shapes: `B` rows of a batch, `P` pages of the longest sequence that may be, `H` hidden.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from model.batch import Batch, DecodeSpans, Span
+from model.kv_cache import KvCache
+from model.pages import PagePool
+from model.transformer import RoutedLayer, Transformer
+
+_Pending = TypeVar("_Pending")
+_Piece = Callable[["PlannedLayer[Any]"], None]
+_MOST_TAKEN_BACK = 32
+"""Pages at the end of a page table that may have been taken back and replaced since the last step: those of drafts."""
+
+
+class PlannedLayer(RoutedLayer[_Pending], Protocol[_Pending]):
+    """Routed experts whose dispatch comes in two halves: what the device does alone, and the exchange."""
+
+    generation: int
+    """Grows when `plan` is not what it was."""
+
+    def plan(self, layer: int, x_TH: torch.Tensor, real_T: torch.Tensor | None) -> Any: ...
+    def send(self, layer: int, x_TH: torch.Tensor, plan: Any, y_TH: torch.Tensor) -> _Pending: ...
+
+
+class StepGraphs:
+    """Runs batches of tokens that attend one by one. Belongs to one thread."""
+
+    def __init__(
+        self,
+        transformer: Transformer,
+        routed: PlannedLayer[Any],
+        pool: PagePool,
+        cache: KvCache,
+        most_rows: int,
+        max_model_len: int,
+    ) -> None:
+        self._transformer, self._routed, self._pool, self._cache = transformer, routed, pool, cache
+        self._sizes = sizes_up_to(most_rows)
+        self._inputs = _Inputs(self._sizes[-1], pool.pages_for(max_model_len), cache)
+        self._steps: dict[int, _Step] = {}
+        self._generation = routed.generation
+        self._memory = torch.cuda.graph_pool_handle()
+        self._rows: tuple[torch.Tensor, torch.Tensor] | None = None
+        """What goes to the experts and what comes back, `[B, H]`, of every layer: one is with them at a time."""
+
+    def takes(self, spans: Sequence[Span]) -> bool:
+        num_rows = sum(len(span.token_ids) for span in spans)
+        return num_rows <= self._sizes[-1] and all(span.by_token or len(span.token_ids) == 1 for span in spans)
+
+    @torch.inference_mode()
+    def run(self, spans: Sequence[Span]) -> torch.Tensor:
+        """The final hidden states `[tokens, H]` of all spans, one after the other.
+
+        Raises: LaneError; running again is safe.
+        """
+        if self._generation != self._routed.generation:
+            self._steps.clear()
+            self._generation = self._routed.generation
+        num_rows = sum(len(span.token_ids) for span in spans)
+        size = self._sizes[bisect.bisect_left(self._sizes, num_rows)]
+        if size not in self._steps:
+            # With nothing in it, so that a batch which fails is captured, or none is.
+            self._inputs.fill([], self._pool)
+            self._steps[size] = self._capture(size)
+        self._inputs.fill(spans, self._pool)
+        hidden_BH = self._steps[size].run(self._routed)
+        # A copy: the next step writes there again.
+        return hidden_BH[:num_rows].clone()
+
+    def _capture(self, size: int) -> _Step:
+        batch = self._inputs.batch(size)
+        # Once without capture: compilers and libraries do at their first use what a graph cannot hold.
+        (hidden_BH,) = self._transformer.forward([batch], _Uncaptured(self._routed, batch))
+        self._routed.settle()
+        if self._rows is None:
+            shape = (self._sizes[-1], hidden_BH.shape[1])
+            x_BH = torch.empty(shape, dtype=hidden_BH.dtype, device=hidden_BH.device)
+            self._rows = x_BH, torch.empty(shape, dtype=torch.float32, device=hidden_BH.device)
+        x_BH, y_BH = (rows[:size] for rows in self._rows)
+        recorder = _Recorder(self._routed, batch, x_BH, y_BH, self._memory)
+        device = self._cache.device
+        torch.cuda.synchronize(device)
+        side = torch.cuda.Stream(device)
+        with torch.cuda.stream(side):
+            recorder.begin()
+            try:
+                (hidden_BH,) = self._transformer.forward([batch], recorder)
+            finally:
+                recorder.end()
+        torch.cuda.current_stream(device).wait_stream(side)
+        return _Step(recorder.pieces, hidden_BH)
+
+
+def sizes_up_to(most_rows: int) -> tuple[int, ...]:
+    """Batch sizes that are captured: small ones at powers of two, then every eighth, then ever coarser by a quarter."""
+    sizes = [size for size in (1, 2, 4) if size < most_rows]
+    size = 8
+    while size < most_rows:
+        sizes.append(size)
+        size += max(8, size // 4 // 8 * 8)
+    return (*sizes, most_rows)
+
+
+class _Inputs:
+    """What a step is told, where its graphs look for it."""
+
+    def __init__(self, most_rows: int, most_pages: int, cache: KvCache) -> None:
+        device = cache.device
+        self._nobodys_slot = cache.nobodys_slot
+        self._host_4B = torch.zeros((4, most_rows), dtype=torch.int64).pin_memory()
+        self._host_BP = torch.zeros((most_rows, most_pages), dtype=torch.int32).pin_memory()
+        self._numbers_4B, self._pages_BP = self._host_4B.numpy(), self._host_BP.numpy()
+        self._device_4B = self._host_4B.to(device)
+        self._device_BP = self._host_BP.to(device)
+        self._written: list[tuple[Sequence[int], int]] = [((), 0)] * most_rows
+
+    def fill(self, spans: Sequence[Span], pool: PagePool) -> None:
+        tokens_B, positions_B, slots_B, lengths_B = self._numbers_4B
+        tokens_B[:], positions_B[:], slots_B[:], lengths_B[:] = 0, 0, self._nobodys_slot, 0
+        row, widest = 0, 1
+        for span in spans:
+            count = len(span.token_ids)
+            rows = slice(row, row + count)
+            tokens_B[rows] = span.token_ids
+            positions_B[rows] = range(span.start, span.stop)
+            slots_B[rows] = pool.slots(span.pages, span.start, span.stop)
+            lengths_B[rows] = range(span.start + 1, span.stop + 1)
+            num_pages = pool.pages_for(span.stop)
+            widest = max(widest, num_pages)
+            for each in range(row, row + count):
+                self._write_pages(each, span.pages, num_pages)
+            row += count
+        self._device_4B.copy_(self._host_4B, non_blocking=True)
+        if row:
+            self._device_BP[:row, :widest].copy_(self._host_BP[:row, :widest], non_blocking=True)
+
+    def batch(self, size: int) -> Batch:
+        tokens_B, positions_B, slots_B, lengths_B = self._device_4B[:, :size]
+        return Batch(
+            token_ids_T=tokens_B,
+            positions_T=positions_B,
+            kv_slots_T=slots_B,
+            prefill=(),
+            prefill_table=None,
+            decode=DecodeSpans(pages_BP=self._device_BP[:size], lengths_B=lengths_B),
+        )
+
+    def _write_pages(self, row: int, pages: Sequence[int], num_pages: int) -> None:
+        """A sequence's table grows at its end, so that of one that was here before only the end is written."""
+        before, written = self._written[row]
+        first = max(0, min(written, num_pages) - _MOST_TAKEN_BACK) if before is pages else 0
+        self._pages_BP[row, first:num_pages] = pages[first:num_pages]
+        self._written[row] = pages, num_pages
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Step:
+    """One size's pieces, in order, and where they leave their result."""
+
+    pieces: Sequence[_Piece]
+    hidden_BH: torch.Tensor
+
+    def run(self, routed: PlannedLayer[Any]) -> torch.Tensor:
+        for piece in self.pieces:
+            piece(routed)
+        return self.hidden_BH
+
+
+class _Uncaptured:
+    """The routed experts for a batch that is filled up."""
+
+    def __init__(self, routed: PlannedLayer[Any], batch: Batch) -> None:
+        self._routed, self._real_B = routed, _real(batch)
+
+    def dispatch(self, layer: int, x_TH: torch.Tensor) -> Any:
+        plan = self._routed.plan(layer, x_TH, self._real_B)
+        return self._routed.send(layer, x_TH, plan, torch.zeros_like(x_TH, dtype=torch.float32))
+
+    def combine(self, pending: Any) -> torch.Tensor:
+        return self._routed.combine(pending)
+
+    def settle(self) -> None:
+        self._routed.settle()
+
+    def drain(self) -> None:
+        self._routed.drain()
+
+
+class _Recorder:
+    """In their place while a step is captured: ends a piece where the exchange comes, and begins the next behind it."""
+
+    def __init__(
+        self, routed: PlannedLayer[Any], batch: Batch, x_BH: torch.Tensor, y_BH: torch.Tensor, memory: Any
+    ) -> None:
+        self._routed, self._batch, self._memory = routed, batch, memory
+        self._x_BH, self._y_BH = x_BH, y_BH
+        self._real_B: torch.Tensor | None = None
+        self._graph = torch.cuda.CUDAGraph()
+        self.pieces: list[_Piece] = []
+
+    def begin(self) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        # Other threads go on using the device meanwhile.
+        self._graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
+        if self._real_B is None:
+            self._real_B = _real(self._batch)
+
+    def end(self) -> None:
+        graph = self._graph
+        graph.capture_end()
+        self.pieces.append(lambda _: graph.replay())
+
+    def dispatch(self, layer: int, x_TH: torch.Tensor) -> list[Any]:
+        plan = self._routed.plan(layer, x_TH, self._real_B)
+        self._x_BH.copy_(x_TH)
+        self._y_BH.zero_()
+        self.end()
+        under_way: list[Any] = []
+
+        def send(routed: PlannedLayer[Any]) -> None:
+            # Whatever a step that failed has left there is gone.
+            under_way[:] = [routed.send(layer, self._x_BH, plan, self._y_BH)]
+
+        self.pieces.append(send)
+        self.begin()
+        return under_way
+
+    def combine(self, pending: list[Any]) -> torch.Tensor:
+        self.end()
+
+        def receive(routed: PlannedLayer[Any]) -> None:
+            routed.combine(pending.pop())
+
+        self.pieces.append(receive)
+        self.begin()
+        return self._y_BH
+
+    def settle(self) -> None:
+        raise AssertionError("nothing is received while a step is captured")
+
+    def drain(self) -> None:
+        raise AssertionError("nothing is sent while a step is captured")
+
+
+def _real(batch: Batch) -> torch.Tensor:
+    """`[B]`, false for what fills the batch up."""
+    assert batch.decode is not None
+    return batch.decode.lengths_B > 0
