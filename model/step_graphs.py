@@ -16,15 +16,14 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from model.batch import Batch, DecodeSpans, Span
+from model.batch import Batch, Span
 from model.kv_cache import KvCache
 from model.pages import PagePool
+from model.step_inputs import StepInputs
 from model.transformer import RoutedLayer, Transformer
 
 _Pending = TypeVar("_Pending")
 _Piece = Callable[["PlannedLayer[Any]"], None]
-_MOST_TAKEN_BACK = 32
-"""Pages at the end of a page table that may have been taken back and replaced since the last step: those of drafts."""
 
 
 class PlannedLayer(RoutedLayer[_Pending], Protocol[_Pending]):
@@ -51,7 +50,7 @@ class StepGraphs:
     ) -> None:
         self._transformer, self._routed, self._pool, self._cache = transformer, routed, pool, cache
         self._sizes = sizes_up_to(most_rows)
-        self._inputs = _Inputs(self._sizes[-1], pool.pages_for(max_model_len), cache)
+        self._inputs = StepInputs(self._sizes[-1], pool.pages_for(max_model_len), cache.nobodys_slot, cache.device)
         self._steps: dict[int, _Step] = {}
         self._generation = routed.generation
         self._memory = torch.cuda.graph_pool_handle()
@@ -114,58 +113,6 @@ def sizes_up_to(most_rows: int) -> tuple[int, ...]:
         sizes.append(size)
         size += max(8, size // 4 // 8 * 8)
     return (*sizes, most_rows)
-
-
-class _Inputs:
-    """What a step is told, where its graphs look for it."""
-
-    def __init__(self, most_rows: int, most_pages: int, cache: KvCache) -> None:
-        device = cache.device
-        self._nobodys_slot = cache.nobodys_slot
-        self._host_4B = torch.zeros((4, most_rows), dtype=torch.int64).pin_memory()
-        self._host_BP = torch.zeros((most_rows, most_pages), dtype=torch.int32).pin_memory()
-        self._numbers_4B, self._pages_BP = self._host_4B.numpy(), self._host_BP.numpy()
-        self._device_4B = self._host_4B.to(device)
-        self._device_BP = self._host_BP.to(device)
-        self._written: list[tuple[Sequence[int], int]] = [((), 0)] * most_rows
-
-    def fill(self, spans: Sequence[Span], pool: PagePool) -> None:
-        tokens_B, positions_B, slots_B, lengths_B = self._numbers_4B
-        tokens_B[:], positions_B[:], slots_B[:], lengths_B[:] = 0, 0, self._nobodys_slot, 0
-        row, widest = 0, 1
-        for span in spans:
-            count = len(span.token_ids)
-            rows = slice(row, row + count)
-            tokens_B[rows] = span.token_ids
-            positions_B[rows] = range(span.start, span.stop)
-            slots_B[rows] = pool.slots(span.pages, span.start, span.stop)
-            lengths_B[rows] = range(span.start + 1, span.stop + 1)
-            num_pages = pool.pages_for(span.stop)
-            widest = max(widest, num_pages)
-            for each in range(row, row + count):
-                self._write_pages(each, span.pages, num_pages)
-            row += count
-        self._device_4B.copy_(self._host_4B, non_blocking=True)
-        if row:
-            self._device_BP[:row, :widest].copy_(self._host_BP[:row, :widest], non_blocking=True)
-
-    def batch(self, size: int) -> Batch:
-        tokens_B, positions_B, slots_B, lengths_B = self._device_4B[:, :size]
-        return Batch(
-            token_ids_T=tokens_B,
-            positions_T=positions_B,
-            kv_slots_T=slots_B,
-            prefill=(),
-            prefill_table=None,
-            decode=DecodeSpans(pages_BP=self._device_BP[:size], lengths_B=lengths_B),
-        )
-
-    def _write_pages(self, row: int, pages: Sequence[int], num_pages: int) -> None:
-        """A sequence's table grows at its end, so that of one that was here before only the end is written."""
-        before, written = self._written[row]
-        first = max(0, min(written, num_pages) - _MOST_TAKEN_BACK) if before is pages else 0
-        self._pages_BP[row, first:num_pages] = pages[first:num_pages]
-        self._written[row] = pages, num_pages
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -11,7 +11,6 @@ import torch
 
 from cluster.planning import EMBEDDED_MODEL
 from experts.shard import ExpertShard
-from model.step_graphs import sizes_up_to
 from octet.config import DecodeConfig, SpeculationConfig
 from octet.messages import PrefillRequest
 from octet.request import Sampling
@@ -105,13 +104,3 @@ def test_an_expert_that_is_not_there_fails_the_step(both: tuple[LocalEngine, Loc
             shard.release(1, 0)
         with pytest.raises(RuntimeError, match="expert that it does not hold"):
             one.generate([make_request([random.randrange(1000) for _ in range(300)], max_new_tokens=4)])
-
-
-def test_sizes_cover_every_batch_and_waste_at_most_a_quarter_or_eight() -> None:
-    for most_rows in (1, 2, 3, 8, 64, 100, 512):
-        sizes = sizes_up_to(most_rows)
-        assert sizes[-1] == most_rows
-        assert list(sizes) == sorted(set(sizes))
-        for num_rows in range(1, most_rows + 1):
-            size = next(size for size in sizes if size >= num_rows)
-            assert size - num_rows < max(8, num_rows // 4 + 1)
