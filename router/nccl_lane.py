@@ -52,16 +52,25 @@ class NcclGroup:
             group.alltoall([torch.empty_like(part) for part in here], here).wait()
 
     def send(self, frames: Mapping[int, torch.Tensor]) -> None:
-        """Send flat uint8 frames by rank. Neither host nor stream waits; a frame must not change afterwards."""
-        while self._sent and self._sent[0][0].is_completed():
-            self._sent.popleft()
-        work = self._out.alltoall([self._nothing] * self._size, self._by_rank(frames))
+        """Send flat uint8 frames by rank. Neither host nor stream waits; a frame must not change afterwards.
+
+        Raises: LaneError where the communicator was aborted, or NCCL says no.
+        """
+        try:
+            while self._sent and self._sent[0][0].is_completed():
+                self._sent.popleft()
+            work = self._out.alltoall([self._nothing] * self._size, self._by_rank(frames))
+        except RuntimeError as error:
+            raise LaneError(f"NCCL cannot send: {error}") from None
         # Its memory is nobody else's until it has gone.
         self._sent.append((work, dict(frames)))
 
     def receive(self, rooms: Mapping[int, torch.Tensor]) -> None:
-        """Receive flat uint8 frames by rank. The stream waits, the host does not."""
-        self._in.alltoall(self._by_rank(rooms), [self._nothing] * self._size).wait()
+        """Receive flat uint8 frames by rank. The stream waits, the host does not. Raises: LaneError, as `send`."""
+        try:
+            self._in.alltoall(self._by_rank(rooms), [self._nothing] * self._size).wait()
+        except RuntimeError as error:
+            raise LaneError(f"NCCL cannot receive: {error}") from None
 
     def abort(self) -> None:
         for group in (self._out, self._in):
