@@ -24,6 +24,7 @@ from router.exchange import Call, Ticket, rows_of
 from router.frames import HEADER_BYTES, FrameLayout, Header, Kind
 from router.group_store import GroupStore
 from router.lane import OPEN_ROUNDS
+from router.nccl_id import store_with_id
 from router.plan import DispatchPlan
 from router.wire import Wire
 
@@ -32,15 +33,16 @@ class NcclGroup:
     """All-to-all of frames among the ranks of a lane, on the current CUDA stream."""
 
     def __init__(self, store: GroupStore, name: str, rank: int, size: int, device: torch.device) -> None:
-        """Every rank connects at the same time."""
+        """Every rank connects at the same time. Raises: LaneTimeoutError if no member says how."""
         from torch._C._distributed_c10d import ProcessGroupNCCL
 
         nccl: Any = ProcessGroupNCCL
-        self._group = nccl(store.prefix(f"{name}/nccl"), rank, size, nccl.Options())
         self._size, self._nothing = size, torch.empty(0, dtype=torch.uint8, device=device)
         # NCCL connects at its first exchange; that must not fall into a request.
         here = [torch.zeros(1, dtype=torch.uint8, device=device) for _ in range(size)]
-        self._group.alltoall([torch.empty_like(part) for part in here], here).wait()
+        with store_with_id(store, f"{name}/nccl", rank) as own:
+            self._group = nccl(own, rank, size, nccl.Options())
+            self._group.alltoall([torch.empty_like(part) for part in here], here).wait()
 
     def exchange(self, sends: dict[int, torch.Tensor], receives: dict[int, torch.Tensor]) -> None:
         """Send and receive flat uint8 frames by rank; ranks without one are left out. The stream waits, the host
