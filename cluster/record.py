@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import dataclasses
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Literal
@@ -151,7 +152,8 @@ class Reader:
                 break
             await self._changed.wait()
         if self._record.outcome.error is not None:
-            raise self._record.outcome.error
+            # One of its own for each reader: an error keeps the frames that it passed through, and this one is kept.
+            raise copy.copy(self._record.outcome.error)
 
     def hear(self) -> None:
         """Something was said, or the request has ended."""

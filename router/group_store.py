@@ -25,8 +25,8 @@ _VALUE = "value"
 class GroupStore:
     """A key-value store that one process hosts and others join."""
 
-    def __init__(self, store: TCPStore, address: str, secret: ClusterSecret) -> None:
-        self._store, self.address, self.secret = store, address, secret
+    def __init__(self, store: TCPStore, address: str, timeout_s: float, secret: ClusterSecret) -> None:
+        self._store, self.address, self.timeout_s, self.secret = store, address, timeout_s, secret
         self.num_refused = 0
         """Strangers that were turned away from what is joined through this store."""
 
@@ -44,7 +44,7 @@ class GroupStore:
             # The store's from now on. By itself it would listen on every address.
             master_listen_fd=listening.detach(),
         )
-        return GroupStore(store, f"{host}:{port}", secret)
+        return GroupStore(store, f"{host}:{port}", timeout_s, secret)
 
     @staticmethod
     def join(address: str, timeout_s: float, secret: ClusterSecret) -> GroupStore:
@@ -53,7 +53,7 @@ class GroupStore:
             store = TCPStore(host, int(port), is_master=False, timeout=_delta(timeout_s))
         except (RuntimeError, DistError) as error:
             raise LaneTimeoutError(f"no store at {address} within {timeout_s} s: {error}") from error
-        return GroupStore(store, address, secret)
+        return GroupStore(store, address, timeout_s, secret)
 
     def prefix(self, name: str) -> PrefixStore:
         return PrefixStore(self.secret.sign("group", name.encode()).hex(), self._store)

@@ -24,6 +24,7 @@ from router.exchange import Call, Ticket, add_rows, rows_of
 from router.frames import HEADER_BYTES, FrameLayout, Header, Kind
 from router.group_store import GroupStore
 from router.lane import OPEN_ROUNDS
+from router.nccl_id import store_with_id
 from router.plan import DensePlan, DispatchPlan
 from router.wire import Wire
 
@@ -36,20 +37,21 @@ class NcclGroup:
     """
 
     def __init__(self, store: GroupStore, name: str, rank: int, size: int, device: torch.device) -> None:
-        """Every rank connects at the same time."""
+        """Every rank connects at the same time. Raises: LaneTimeoutError if no member says how."""
         from torch._C._distributed_c10d import ProcessGroupNCCL
 
         nccl: Any = ProcessGroupNCCL
-        calls, replies = (
-            nccl(store.prefix(f"{name}/nccl/{way}"), rank, size, nccl.Options()) for way in ("calls", "replies")
-        )
-        self._out, self._in = (calls, replies) if rank == 0 else (replies, calls)
         self._size, self._nothing = size, torch.empty(0, dtype=torch.uint8, device=device)
         self._sent: collections.deque[tuple[Any, dict[int, torch.Tensor]]] = collections.deque()
-        # NCCL connects at its first exchange; that must not fall into a request.
-        for group in (calls, replies):
+        groups = []
+        for way in ("calls", "replies"):
+            # NCCL connects at its first exchange; that must not fall into a request.
             here = [torch.zeros(1, dtype=torch.uint8, device=device) for _ in range(size)]
-            group.alltoall([torch.empty_like(part) for part in here], here).wait()
+            with store_with_id(store, f"{name}/nccl/{way}", rank) as own:
+                groups.append(nccl(own, rank, size, nccl.Options()))
+                groups[-1].alltoall([torch.empty_like(part) for part in here], here).wait()
+        calls, replies = groups
+        self._out, self._in = (calls, replies) if rank == 0 else (replies, calls)
 
     def send(self, frames: Mapping[int, torch.Tensor]) -> None:
         """Send flat uint8 frames by rank. Neither host nor stream waits; a frame must not change afterwards.

@@ -36,6 +36,16 @@ def run(
             "--lose-ray-replies", min=0.0, max=0.2, metavar="SHARE", help="Ray loses these of the calls of actors."
         ),
     ] = 0.0,
+    ray_control: Annotated[
+        float,
+        typer.Option(
+            "--lose-ray-control",
+            min=0.0,
+            max=0.2,
+            metavar="SHARE",
+            help="Ray loses these of its calls to the GCS and to raylets, thrice: on the way, underway, and back.",
+        ),
+    ] = 0.0,
     against: Annotated[
         str | None,
         typer.Option(
@@ -62,6 +72,7 @@ def run(
         against=None if against is None else Against(ray_address=address, namespace=against),
         num_hosts=hosts,
         lost_replies=ray_replies,
+        lost_control=ray_control,
         each_complete=settle,
     )
     raise typer.Exit(run_chaos(model_dir, options, json_file, html_file))

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 
 from rich.console import Console
 
@@ -19,6 +19,7 @@ from ops.chaos.drawing import draw_schedule
 from ops.chaos.history import Question
 from ops.chaos.own import own_cluster
 from ops.chaos.questions import Asked, make_questions
+from ops.chaos.ray_replies import failures
 from ops.chaos.report import as_json, print_figures, print_verdict
 from ops.chaos.rig import Rig, check_events, rigged
 from ops.chaos.run import Load, Verdict, run_schedule
@@ -53,8 +54,15 @@ class ChaosOptions:
     """Let the own cluster be on two hosts, in network namespaces."""
     lost_replies: float = 0.0
     """What share of the replies to calls of actors the own cluster's Ray loses."""
+    lost_control: float = 0.0
+    """What share of its calls to the GCS and to raylets it loses, in each of three ways."""
     each_complete: bool = False
     """Replace what was lost before the next schedule begins, and not only before the end."""
+
+    @property
+    def failing(self) -> Mapping[str, Mapping[str, int]]:
+        """Calls of Ray's own that it fails."""
+        return failures(self.lost_replies, self.lost_control)
 
     def check(self) -> None:
         """Raises: ConfigError where they contradict each other."""
@@ -62,6 +70,8 @@ class ChaosOptions:
             raise ConfigError("chaos run", "--hosts and --against", "one of them: hosts are a cluster's of its own")
         if self.lost_replies and self.against is not None:
             raise ConfigError("chaos run", "--lose-ray-replies and --against", "one of them: it is a Ray's of its own")
+        if self.lost_control and self.against is not None:
+            raise ConfigError("chaos run", "--lose-ray-control and --against", "one of them: it is a Ray's of its own")
         check_events(self.schedules, own=self.against is None, hosts=self.num_hosts)
 
 
@@ -88,7 +98,7 @@ def run_chaos(
     options.check()
     machine, console = describe(), Console(highlight=False, width=_WIDTH)
     with contextlib.ExitStack() as stack:
-        rig = stack.enter_context(rigged(options.schedules, options.num_hosts, options.lost_replies))
+        rig = stack.enter_context(rigged(options.schedules, options.num_hosts, options.failing))
         cluster = stack.enter_context(_cluster(model_dir, options, rig))
         verdicts = asyncio.run(run_all(cluster, options, lambda verdict: print_verdict(verdict, console), rig))
     print_figures(machine, verdicts, console)
@@ -109,7 +119,7 @@ def _cluster(model_dir: pathlib.Path | None, options: ChaosOptions, rig: Rig) ->
         with StartDisplay(console) as display, rig.starting():
             overrides = (*rig.overrides, *options.overrides)
             # A reply that is lost while the cluster starts may fail the start, which leaves nothing.
-            for starts_left in reversed(range(_STARTS if options.lost_replies else 1)):
+            for starts_left in reversed(range(_STARTS if options.failing else 1)):
                 try:
                     cluster = stack.enter_context(own_cluster(model_dir, overrides, display.show))
                     break

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from octet.errors import ConfigError
 from ops.chaos.cable import Cable
 from ops.chaos.hosts import two_hosts
-from ops.chaos.ray_replies import failures
 from ops.chaos.resources import may_limit_memory, small_disk, why_no_small_disk
 from ops.chaos.schedule import Cut, Event, FillDisk, JumpClock, KillNode, LimitMemory, Schedule, Slow
 from ops.chaos.wall_clock import WallClock, why_no_wall_clock
@@ -78,8 +77,16 @@ def _cannot(event: Event, found: str, expected: str, fix: str) -> ConfigError:
 
 
 @contextlib.contextmanager
-def rigged(schedules: Sequence[Schedule], hosts: int = 1, lost_replies: float = 0.0) -> Iterator[Rig]:
-    """All that these schedules take, as long as the context is open. Raises: ConfigError, StartupError."""
+def rigged(
+    schedules: Sequence[Schedule], hosts: int = 1, failing: Mapping[str, Mapping[str, int]] | None = None
+) -> Iterator[Rig]:
+    """All that these schedules take, as long as the context is open.
+
+    Args:
+        failing: which of its own calls the cluster's Ray fails; see `ray_replies`.
+
+    Raises: ConfigError, StartupError.
+    """
     does = {event.do for schedule in schedules for event in schedule.events}
     env: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
@@ -90,8 +97,8 @@ def rigged(schedules: Sequence[Schedule], hosts: int = 1, lost_replies: float = 
         if "jump_clock" in does:
             clock = WallClock(pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="octet-clock-"))))
             env |= clock.env
-        if lost_replies:
-            env["RAY_testing_rpc_failure"] = json.dumps(failures(lost_replies))
+        if failing:
+            env["RAY_testing_rpc_failure"] = json.dumps(failing)
         rig = Rig(disk=disk, clock=clock, env=env)
         if hosts > 1:
             with rig.starting():

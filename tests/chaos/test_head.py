@@ -1,4 +1,5 @@
-"""Ray's head, on a host without anything of Octet's, is lost and comes back: no stream hears of it."""
+"""Ray's head, on a host without anything of Octet's, is lost and comes back, and so is the Redis in which it keeps its
+state, by a password: no stream hears of it."""
 
 from __future__ import annotations
 
@@ -21,13 +22,14 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(400), pytest.mark.skipif(boo
 _RUN_S = 380.0
 
 
+@pytest.mark.parametrize("who", ["head", "redis"])
 def test_streams_go_on_while_the_head_is_gone_and_the_cluster_changes_again_when_it_is_back(
-    tmp_path: pathlib.Path, checkpoint: pathlib.Path, answers: Mapping[tuple[int, ...], Sequence[int]]
+    who: str, tmp_path: pathlib.Path, checkpoint: pathlib.Path, answers: Mapping[tuple[int, ...], Sequence[int]]
 ) -> None:
     file = tmp_path / "answers.json"
     file.write_text(json.dumps([[prompt, answer] for prompt, answer in answers.items()]))
     done = subprocess.run(
-        [sys.executable, "-m", "tests.chaos.head_loss", str(checkpoint), str(file)],
+        [sys.executable, "-m", "tests.chaos.head_loss", who, str(checkpoint), str(file)],
         capture_output=True,
         text=True,
         timeout=_RUN_S,

@@ -1,4 +1,4 @@
-"""Replies of Ray's own that are lost."""
+"""Calls of Ray's own of which the request or the reply is lost."""
 
 from __future__ import annotations
 
@@ -28,8 +28,13 @@ def _num_lost(directory: pathlib.Path) -> int:
     return sum(text.count("Inject RPC") for text in texts)
 
 
-def test_replies_of_rays_own_that_are_lost_change_nothing(tmp_path: pathlib.Path, checkpoint: pathlib.Path) -> None:
-    options = ("--settle", "--users", "3", "--new-tokens", "32", "--lose-ray-replies", "0.01", str(checkpoint))
+@pytest.mark.parametrize(
+    "lost", [("--lose-ray-replies", "0.01"), ("--lose-ray-control", "0.1")], ids=["actors", "control"]
+)
+def test_calls_of_rays_own_that_are_lost_change_nothing(
+    lost: tuple[str, str], tmp_path: pathlib.Path, checkpoint: pathlib.Path
+) -> None:
+    options = ("--settle", "--users", "3", "--new-tokens", "32", *lost, str(checkpoint))
     # The paths of Ray's sockets have a limit.
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as directory, nothing_left() as marked:
         env = {**marked, "RAY_TMPDIR": directory}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import gc
 import logging
 from collections.abc import Iterator
 from typing import Any, cast
@@ -34,6 +33,7 @@ from octet.mailbox import AsyncMailbox
 from octet.metadata import REQUEST_ID
 from octet.v1 import octet_pb2 as pb
 from tests.unit.cluster.any_message import any_message
+from tests.unit.cluster.leaving_nothing import nothing_left_of
 from tests.unit.cluster.operations import NoOperations
 from tests.unit.cluster.pools import Pools, PoolsMailbox, Worker
 
@@ -188,16 +188,15 @@ async def _work(pools: Pools, mailbox: PoolsMailbox) -> None:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    server = Server()
-    # gRPC logs the traceback of an answer to a client that has left; pytest keeps it, and what it passed through.
-    log = logging.getLogger("grpc._cython.cygrpc")
-    log.disabled = True
-    yield server
-    server.close()
-    log.disabled = False
-    # The examples' requests and readers are gone with them, too.
-    gc.collect()
-    assert [found for found in gc.get_objects() if type(found) in (LiveRequest, Reader)] == []
+    # The examples' requests and readers have to be gone with them.
+    with nothing_left_of(LiveRequest, Reader):
+        server = Server()
+        # gRPC logs the traceback of an answer to a client that has left; pytest keeps it, and what it passed through.
+        log = logging.getLogger("grpc._cython.cygrpc")
+        log.disabled = True
+        yield server
+        server.close()
+        log.disabled = False
 
 
 def _check(asked: Asked, status: str, came: list[Any], request_id: str) -> None:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from cluster.planning import make_plan
+from cluster.record import Reader
 from octet.config import load_config
 from octet.errors import (
     RequestCancelledError,
@@ -19,6 +20,7 @@ from octet.errors import (
 )
 from octet.ids import RequestId
 from octet.messages import PrefillRequest, unpack_ids
+from tests.unit.cluster.leaving_nothing import nothing_left_of
 from tests.unit.cluster.played import PROMPT, TOKENIZER, Client, Cluster, abort, failed, playing, token
 
 GRACE_S, MAX_UNREAD = 0.3, 20
@@ -123,6 +125,18 @@ async def test_a_failed_request_tells_a_late_client_what_was_committed_and_why(c
     with pytest.raises(RequestFailedError, match="broken"):
         await resumed.end()
     assert resumed.tokens() == [100]
+
+
+async def test_a_kept_failure_keeps_nothing_of_the_clients_that_heard_it(cluster: Cluster) -> None:
+    client, request = await cluster.admitted(resumable=True)
+    cluster.prefill.tell(failed(request, "broken"))
+    with pytest.raises(RequestFailedError, match="broken"):
+        await client.end()
+    with nothing_left_of(Reader):
+        for late in (cluster.resume(), cluster.resume()):
+            with pytest.raises(RequestFailedError, match="broken"):
+                await late.end()
+        del late
 
 
 async def test_an_unknown_request_cannot_be_resumed(cluster: Cluster) -> None:

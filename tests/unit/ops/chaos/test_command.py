@@ -84,3 +84,12 @@ def test_a_ray_of_its_own_loses_replies_in_whole_percent() -> None:
     assert (fields["req_failure_prob"], fields["resp_failure_prob"]) == (0, 3)
     with pytest.raises(ConfigError, match="--lose-ray-replies"):
         ChaosOptions(schedules=(Schedule(),), lost_replies=0.01, against=RUNNING).check()
+
+
+def test_a_ray_of_its_own_loses_calls_to_the_gcs_and_to_raylets_in_each_way() -> None:
+    failing = failures(0.0, 0.1)
+    assert {tuple(fields.values())[1:] for fields in failing.values()} == {(10, 10, 10)}
+    assert not {call for call in failing if "PushTask" in call}
+    assert len(failures(0.01, 0.1)) == len(failing) + 1
+    with pytest.raises(ConfigError, match="--lose-ray-control"):
+        ChaosOptions(schedules=(Schedule(),), lost_control=0.1, against=RUNNING).check()
