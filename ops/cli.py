@@ -174,7 +174,7 @@ def simulate(
     trace: Annotated[pathlib.Path, typer.Argument(help="A Mooncake trace, as JSON lines.")],
     config: Annotated[pathlib.Path, typer.Option("-c", "--config", help="Such as deploy/fleet.yaml.")],
     overrides: _Set = None,
-    model: Annotated[str, typer.Option(help="glm-4.6, or a model directory.")] = "glm-4.6",
+    model: Annotated[str, typer.Option(help="glm-4.6, embedded, or a model directory.")] = "glm-4.6",
     profile: Annotated[str, typer.Option(help="h100 or cpu.")] = "h100",
     calibrate: Annotated[
         pathlib.Path | None, typer.Option(metavar="F.json", help="Costs from `octet bench breakdown --json`.")
