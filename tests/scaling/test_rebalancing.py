@@ -5,11 +5,14 @@ from __future__ import annotations
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from cluster.fault_points import arm
 from cluster.launch import RunningCluster
-from octet.client import Client
+from octet.client import CallError, Client
+from octet.faults import Fault
 from tests.clusters import Start, Traffic, members
 
 Answers = Mapping[tuple[int, ...], Sequence[int]]
@@ -24,6 +27,7 @@ def cluster(start: Start, checkpoint: pathlib.Path) -> RunningCluster:
         "pools.experts.redundant_experts=5",
         "telemetry.window_s=1",
         "telemetry.step_s=0.25",
+        "chaos.enabled=true",
     )
 
 
@@ -60,3 +64,43 @@ def test_tokens_stay_the_same_while_experts_move_every_second(
         # Sixteen experts and five replicas, on two layers: what has moved on is held nowhere else any more.
         assert sum(shard.num_held for shard in members(status, "experts").values()) <= 2 * 21
     assert num_changes >= seconds / 6, f"{num_moved} experts moved in {num_changes} changes: too few to show anything"
+
+
+@pytest.mark.parametrize("point", ["change.linked", "change.prepared"])
+def test_a_rebalance_that_fails_midway_leaves_the_old_placement_serving_and_says_why(
+    point: str, cluster: RunningCluster, answers: Answers
+) -> None:
+    with Client(cluster.address, timeout_s=60) as client, Traffic(cluster.address, answers, num_users=4) as traffic:
+        traffic.flow()
+        before = client.status()
+        arm(cluster.plan.config.ray.namespace, "controller", Fault(point=point, action="raise"))
+        with pytest.raises(CallError, match=point):
+            client.rebalance()
+        after = client.status()
+        assert after.placement_version == before.placement_version
+        assert [(change.kind, change.succeeded) for change in after.changes][-1] == ("rebalance", False)
+        assert point in after.changes[-1].outcome
+        held = [{name: shard.num_held for name, shard in members(s, "experts").items()} for s in (before, after)]
+        assert held[0] == held[1], "what was filled in vain is emptied"
+        traffic.flow()
+        moved = client.rebalance()
+        assert moved.placement_version == before.placement_version + bool(moved.moves)
+
+
+def test_changes_that_are_asked_for_at_once_are_made_one_after_the_other(
+    cluster: RunningCluster, answers: Answers
+) -> None:
+    with Client(cluster.address, timeout_s=60) as client, Traffic(cluster.address, answers, num_users=4) as traffic:
+        traffic.flow()
+        before = client.status()
+        with ThreadPoolExecutor() as asking:
+            rebalances = [asking.submit(client.rebalance) for _ in range(4)]
+            scaled = asking.submit(client.scale, experts=4)
+            moved = [rebalance.result() for rebalance in rebalances]
+            assert {pool.pool: pool.size for pool in scaled.result().sizes}["experts"] == 4
+        versions = sorted(answer.placement_version for answer in moved if answer.moves)
+        assert len(set(versions)) == len(versions), "no two changes have made the same placement"
+        status = client.status()
+        assert status.placement_version == before.placement_version + len(versions) + 1
+        client.scale(experts=3)
+        traffic.flow()
