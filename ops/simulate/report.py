@@ -40,8 +40,8 @@ def print_result(run: Run, result: Result, config: OctetConfig, console: Console
     )
     console.print(latencies)
     console.print(
-        f"cost {result.cost:,.0f} at the price given; {result.slots_filled} slots filled by rebalances; at most "
-        f"{result.most_reversals} reversals of a pool in 10 min; simulated in {result.wall_s:.1f} s"
+        f"cost {result.cost:,.0f} at the price given; {result.slots_filled} slots filled by rebalances; most "
+        f"reversals of a pool in 10 min: {result.most_reversals}; simulated in {result.wall_s:.1f} s"
     )
     for action in run.actions[-_SHOWN:]:
         console.print(
