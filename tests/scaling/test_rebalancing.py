@@ -13,7 +13,7 @@ from cluster.fault_points import arm
 from cluster.launch import RunningCluster
 from octet.client import CallError, Client
 from octet.faults import Fault
-from tests.clusters import Start, Traffic, members
+from tests.clusters import Start, Traffic, members, wait_until
 
 Answers = Mapping[tuple[int, ...], Sequence[int]]
 
@@ -104,3 +104,24 @@ def test_changes_that_are_asked_for_at_once_are_made_one_after_the_other(
         assert status.placement_version == before.placement_version + len(versions) + 1
         client.scale(experts=3)
         traffic.flow()
+
+
+def test_experts_move_by_themselves_where_that_pays_and_rest_afterwards(
+    start: Start, checkpoint: pathlib.Path, answers: Answers
+) -> None:
+    cooldown_s = 3.0
+    cluster = start(
+        f"model.path={checkpoint}",
+        "pools.experts.size=3",
+        "telemetry={step_s: 0.25, window_s: 1}",
+        f"balancing={{auto: true, check_every_s: 0.2, cooldown_s: {cooldown_s}, min_gain: 0.001, min_tokens: 50}}",
+    )
+    with Client(cluster.address, timeout_s=60) as client:
+        with Traffic(cluster.address, answers, num_users=4) as traffic:
+            wait_until(lambda: len(client.status().changes) >= 2, 60, "experts have moved twice")
+            traffic.flow()
+        changes = client.status().changes
+    assert all(change.kind == "rebalance" and change.succeeded for change in changes)
+    assert all("balancedness is" in change.reason for change in changes)
+    assert changes[1].at_s - changes[0].at_s >= cooldown_s
+    cluster.stop(drain=False)
