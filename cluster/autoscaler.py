@@ -112,6 +112,9 @@ def decide(
         target, reason = proposals[pool].target, wanted[pool][1]
         if states[pool].stabilizer.pending is None:
             target = targets[pool]
+        if pool == "experts" and target == 0 < sizes[pool] and _workers_there(signals):
+            target = targets[pool] = min(sizes[pool], _least_shards(signals, config))
+            reason += "; shards leave after the workers"
         if pool in short:
             reason += f"; the budget of {config.max_gpus:g} GPUs has room for {targets[pool]}"
         if proposals[pool].why:
@@ -182,7 +185,9 @@ def _wanted(
     """Whole members, and the signal that asks for them."""
     if current == 0:
         if signals.requests_waiting:
-            return max(1, bounds.min_replicas), f"{signals.requests_waiting} requests wait for an empty pool"
+            least = _least_shards(signals, config) if bounds is config.experts else max(1, bounds.min_replicas)
+            waiting = f"{signals.requests_waiting} request{'s' if signals.requests_waiting > 1 else ''}"
+            return least, f"an empty pool, and {waiting} to serve"
         return bounds.min_replicas, "nothing is asked for"
     idle = (
         signals.requests_waiting == 0
@@ -199,6 +204,18 @@ def _wanted(
     )
     near = ", near enough" if _is_near(need, current, config) else ""
     return _whole(need, current, config, bounds), f"{reason}: {need:.1f} members{near}"
+
+
+def _workers_there(signals: Signals) -> bool:
+    """Whether anybody may still ask shards for something."""
+    return any(pool.members or pool.num_starting or pool.num_draining for pool in (signals.prefill, signals.decode))
+
+
+def _least_shards(signals: Signals, config: AutoscalerConfig) -> int:
+    """That hold every expert."""
+    experts = signals.experts
+    holding = math.ceil(experts.num_experts / experts.slots_that_fit) if experts.slots_that_fit else 1
+    return max(1, config.experts.min_replicas, holding)
 
 
 def _lasting(
@@ -249,6 +266,10 @@ def _redundancy(
     """
     experts, bounds = signals.experts, config.experts
     current = experts.num_redundant_experts
+    if num_shards == 0 or not experts.members:
+        # Those that come hold as many as there were.
+        reason = "no shard serves"
+        return PoolDecision(pool=REDUNDANCY, current=current, wanted=current, target=current, reason=reason), state
     wanted, reason = wanted_redundancy(experts, bounds, config.cold_start_s)
     room = max(0, num_shards * experts.slots_that_fit - experts.num_experts)
     if wanted > room:

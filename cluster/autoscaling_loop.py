@@ -9,13 +9,16 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
-from cluster.autoscaler import Fleet, PoolDecision, State, decide, give_up
+from cluster.autoscaler import REDUNDANCY, Fleet, PoolDecision, State, decide, give_up
 from cluster.decision_log import DecisionLog
 from cluster.signals import Signals
 from octet.autoscaler_config import AutoscalerConfig
 from octet.errors import OctetError
 
 _log = logging.getLogger(__name__)
+
+_ASLEEP_S = 0.5
+"""Between looks while all pools are empty: the first request waits for the next of them."""
 
 Observe = Callable[[], Awaitable[Signals]]
 Act = Callable[[PoolDecision], Awaitable[None]]
@@ -37,6 +40,7 @@ class AutoscalingLoop:
         self._observe, self._act = observe, act
         self._clock = clock or asyncio.get_running_loop().time
         self._state = State()
+        self._asleep = False
         self._actions: set[asyncio.Task[None]] = set()
         self.log = DecisionLog()
 
@@ -44,7 +48,8 @@ class AutoscalingLoop:
         """Until it is cancelled; actions under way are cancelled with it."""
         try:
             while True:
-                await asyncio.sleep(self._config.metrics_interval_s)
+                interval_s = self._config.metrics_interval_s
+                await asyncio.sleep(min(interval_s, _ASLEEP_S) if self._asleep else interval_s)
                 await self.step()
         finally:
             for action in self._actions:
@@ -58,6 +63,7 @@ class AutoscalingLoop:
             _log.warning("the autoscaler sees nothing: %s", error)
             return
         decision, self._state = decide(self._clock(), signals, self._config, self._fleet, self._state)
+        self._asleep = not any(one.current or one.target for one in decision.pools if one.pool != REDUNDANCY)
         self.log.add(decision)
         for one in decision.actions:
             _log.info("%s: %d → %d: %s", one.pool, one.current, one.target, one.reason)

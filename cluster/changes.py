@@ -93,6 +93,8 @@ class Changes:
         Returns: what was planned, and done unless it is a dry run.
         Raises: OctetError, and then the placement is as it was.
         """
+        if not self._membership.pool("experts"):
+            raise UnavailableError("no expert shard serves, so that there is nothing to move")
         if dry_run:
             return await self._propose(self._membership.routing.epoch)
         # Not worth a record where there is nothing to do, so it is looked at first.
@@ -117,8 +119,11 @@ class Changes:
         Raises: OctetError, and then it is as it was.
         """
         num_experts = self._plan.model.n_routed_experts
-        if size < 1:
-            raise ConfigError(f"pools.{pool}.size", size, "at least 1")
+        scaler = self._plan.config.autoscaler
+        least = getattr(scaler, pool).min_replicas if scaler.enabled else 1
+        if size < 0 or (size == 0 and least > 0):
+            expected = "at least 1: only an autoscaler whose min_replicas are 0 brings an empty pool back"
+            raise ConfigError(f"pools.{pool}.size", size, expected)
         if pool == "experts" and size > num_experts:
             raise ConfigError("pools.experts.size", size, f"at most the model's {num_experts} experts")
         if pool == "experts" and self._plan.device != "cpu":
@@ -146,10 +151,26 @@ class Changes:
             async with self.log.attempt("scale", reason, only_failure=True) as failure:
                 failure.append(f"{pool}: {before} → {size}")
                 ready = await self._preparation.members(pool, size - before)
+                if pool != "experts":
+                    await self._wait_for_shards(ready)
         joining = asyncio.create_task(self._join(pool, size, reason, shrinks, ready, begun_s))
         self._joining.add(joining)
         joining.add_done_callback(self._joining.discard)
         await asyncio.shield(joining)
+
+    async def _wait_for_shards(self, ready: Sequence[Member]) -> None:
+        """Workers that come when no shard serves join after the first one. Raises: UnavailableError, and they end."""
+        timeout_s = self._plan.config.ray.start_timeout_s
+        try:
+            for _ in range(int(timeout_s / _POLL_S)):
+                if self._membership.pool("experts"):
+                    return
+                await asyncio.sleep(_POLL_S)
+            raise UnavailableError(f"no expert shard has come within {timeout_s:g} s")
+        except BaseException:
+            for member in ready:
+                self._pools.end(member)
+            raise
 
     async def _join(
         self, pool: Pool, size: int, reason: str, shrinks: bool, ready: Sequence[Member], begun_s: float
@@ -282,7 +303,9 @@ class Changes:
     async def _grow(self, pool: Pool, members: Sequence[Member]) -> None:
         try:
             if pool == "experts":
-                await self._reroute(joining=members)
+                # Where none is left, those that come take everything over, as after the loss of all.
+                gone = () if self._membership.pool("experts") else self._membership.routing.shards
+                await self._reroute(joining=members, leaving=gone, lost=gone)
             else:
                 await self._membership.enter(members)
                 await self.tell_frontend()
@@ -293,7 +316,12 @@ class Changes:
         await self.tell_router()
 
     async def _shrink(self, pool: Pool, leaving: Sequence[Member]) -> None:
-        if pool == "experts":
+        if pool == "experts" and len(leaving) == len(self._membership.pool("experts")):
+            if workers := self._membership.pool("prefill") + self._membership.pool("decode"):
+                raise UnavailableError(f"shards leave after the workers, of which {len(workers)} are there")
+            # The routing stays as it was: nobody routes by it, and the next shards take over from it.
+            await self._membership.leave(leaving)
+        elif pool == "experts":
             await self._reroute(leaving=[member.worker_id for member in leaving])
         else:
             await self._drain(leaving)

@@ -244,9 +244,12 @@ class Controller(FaultCalls):
                 shown = dataclasses.replace(shown, state="SLOW", reason=why)
             members[member.pool].append(shown)
         routing = self._membership.routing if self._membership is not None else self._plan.routing
+        reason = self._reason
+        if self._state == "READY" and not known:
+            reason = "no member is there, as nothing is asked for: the next request brings them back"
         return ClusterStatus(
             state=self._state,
-            reason=self._reason,
+            reason=reason,
             members=members,
             telemetry=await self._telemetry(window_s),
             epoch=routing.epoch,

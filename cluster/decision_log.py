@@ -35,7 +35,10 @@ class DecisionLog:
 
     def take_over(self, actions: Iterable[Logged], latest: Iterable[Logged]) -> None:
         """Of a controller before this one. Its clock was the machine's, too."""
-        self._actions.extend(actions)
+        self._actions.extend(
+            one if one.outcome else dataclasses.replace(one, outcome="not known, as the controller was lost meanwhile")
+            for one in actions
+        )
         self._latest |= {logged.pool: logged for logged in latest}
 
     def add(self, decision: Decision) -> None:

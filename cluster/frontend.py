@@ -280,9 +280,9 @@ class Frontend:
     def _expire(self, live: LiveRequest, timeout_s: float) -> None:
         reason = self._dispatcher.waits_for(live)
         if reason:
-            self._give_up(live, f"{reason}, and none came within {timeout_s:g} s")
+            self._give_up(live, f"{reason}, and none came within {round(timeout_s, 2):g} s")
         else:
-            error = DeadlineExceededError(f"it was not complete within {timeout_s:g} s")
+            error = DeadlineExceededError(f"it was not complete within {round(timeout_s, 2):g} s")
             self._end(live, Outcome(kind="cancelled", error=error))
 
     async def _read(self) -> None:

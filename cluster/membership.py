@@ -135,6 +135,8 @@ class Membership:
         Raises: OctetError, and then they are not members.
         """
         shards, everyone = self.pool("experts"), [*self._attention(), *workers]
+        if not shards:
+            raise UnavailableError("no expert shard serves")
         sources = [member for member in everyone if member.pool == "prefill"]
         targets = [member for member in everyone if member.pool == "decode"]
         pairs = [(s, t) for s in sources for t in targets if s in workers or t in workers]
@@ -222,9 +224,9 @@ class Membership:
         self._heed_losses()
         await self._unless_lost(self._open_channels([(source, target)]))
 
-    async def leave(self, workers: Sequence[Member]) -> None:
-        """Attention workers are members no more; nothing joins the others to them."""
-        gone = {member.worker_id for member in workers}
+    async def leave(self, members: Sequence[Member]) -> None:
+        """These are members no more; nothing joins the others to them. Shards only when no worker is there."""
+        gone = {member.worker_id for member in members}
         self._members = {worker_id: m for worker_id, m in self._members.items() if worker_id not in gone}
         self.note()
         await self._forget(gone)
@@ -252,6 +254,8 @@ class Membership:
         newcomers = {member.worker_id: member for member in joining}
         shards = {member.worker_id: member for member in self.pool("experts")} | newcomers
         present = {worker_id: member for worker_id, member in shards.items() if worker_id not in lost}
+        if not present:
+            raise UnavailableError("no expert shard is there")
         self._heed_losses(known=lost)
         try:
             await self._unless_lost(self._link(self._attention(), joining, epoch))

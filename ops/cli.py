@@ -174,7 +174,7 @@ def simulate(
     trace: Annotated[pathlib.Path, typer.Argument(help="A Mooncake trace, as JSON lines.")],
     config: Annotated[pathlib.Path, typer.Option("-c", "--config", help="Such as deploy/fleet.yaml.")],
     overrides: _Set = None,
-    model: Annotated[str, typer.Option(help="glm-4.6, or a model directory.")] = "glm-4.6",
+    model: Annotated[str, typer.Option(help="glm-4.6, embedded, or a model directory.")] = "glm-4.6",
     profile: Annotated[str, typer.Option(help="h100 or cpu.")] = "h100",
     calibrate: Annotated[
         pathlib.Path | None, typer.Option(metavar="F.json", help="Costs from `octet bench breakdown --json`.")
@@ -197,6 +197,9 @@ def simulate(
     drift_every: Annotated[float, typer.Option(min=1, help="Seconds.")] = 600.0,
     redundant: Annotated[int, typer.Option(min=0, help="Slots per layer beyond one for each expert.")] = 32,
     balance: Annotated[bool, typer.Option(help="Without, experts stay where they are numbered.")] = True,
+    lose_every: Annotated[
+        float | None, typer.Option(min=0.1, metavar="SECONDS", help="So often, on average, any member is lost.")
+    ] = None,
     price: Annotated[float, typer.Option(help="Of a GPU hour.")] = 2.0,
     seed: int = 0,
     json_file: Annotated[pathlib.Path | None, typer.Option("--json", help="Write the run to this file.")] = None,
@@ -227,6 +230,7 @@ def simulate(
         drift_every_s=drift_every,
         redundant=redundant,
         balance=balance,
+        lose_every_s=lose_every,
         price=price,
         seed=seed,
         json_file=json_file,

@@ -88,8 +88,13 @@ def _experts_in_short(status: pb.GetStatusResponse) -> str:
     hot = f"  hottest {hottest.layer}/{hottest.expert} ({hottest.ratio:.1f}×)" if hottest else ""
     return (
         f"the last {status.window_s:.0f} s: {status.window_tokens_per_s:,.1f} tokens/s  "
-        f"balancedness {status.balancedness:.3f}{hot}"
+        f"balancedness {level(status.balancedness)}{hot}"
     )
+
+
+def level(balancedness: float) -> str:
+    """Where no shard that is there has served anything, there is none."""
+    return f"{balancedness:.3f}" if balancedness else "-"
 
 
 def _experts(status: pb.GetStatusResponse, width: int) -> Table:
@@ -102,5 +107,5 @@ def _experts(status: pb.GetStatusResponse, width: int) -> Table:
         shares_1E = np.array([counts.tokens], dtype=np.float64) / max(most, 1)
         (bars,) = heatmap(fold(shares_1E, max(8, width - _BESIDE_BARS))[0], 1, colours=False)
         busiest = f"{list(counts.tokens).index(most)} ({most})" if most else "-"
-        table.add_row(str(counts.layer), bars.cells, busiest, f"{counts.balancedness:.3f}")
+        table.add_row(str(counts.layer), bars.cells, busiest, level(counts.balancedness))
     return table

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from octet.v1 import octet_pb2 as pb
 from ops.heatmap import fold, heatmap, legend
+from ops.render import level
 
 _MAX_LANES = 6
 _HOTTEST = 8
@@ -26,9 +27,10 @@ _MARGIN = len("layer ") + len(" balance")
 
 def print_experts(status: pb.GetStatusResponse, console: Console | None = None) -> None:
     console = console or Console(highlight=False)
+    reason = f" ({status.reason})" if status.reason else ""
     console.print(
-        f"[bold]{status.state}[/]  placement {status.placement_version}  the last {status.window_s:.0f} s: "
-        f"{status.window_tokens_per_s:,.1f} tokens/s  balancedness {status.balancedness:.3f}"
+        f"[bold]{status.state}[/]{reason}  placement {status.placement_version}  the last {status.window_s:.0f} s: "
+        f"{status.window_tokens_per_s:,.1f} tokens/s  balancedness {level(status.balancedness)}"
     )
     if not status.expert_counts:
         console.print("the router service tells nothing")
@@ -37,7 +39,9 @@ def print_experts(status: pb.GetStatusResponse, console: Console | None = None) 
     if status.hottest:
         parts.append(_hottest(status.hottest))
     shards = _pool(status, "experts")
-    parts += [_shards(shards), _workers([*_pool(status, "prefill"), *_pool(status, "decode")]), _lanes(shards)]
+    workers = [*_pool(status, "prefill"), *_pool(status, "decode")]
+    if shards or workers:
+        parts += [_shards(shards), _workers(workers), _lanes(shards)]
     for part in parts:
         console.print()
         console.print(part)
@@ -64,8 +68,8 @@ def _load_map(counts: Sequence[pb.ExpertCounts], console: Console) -> Group:
     table.add_column(f"experts 0 to {loads_LE.shape[1] - 1}{of_group}", no_wrap=True)
     table.add_column("balance", justify="right")
     for line in heatmap(np.sqrt(folded_LF / top), min(2, room // folded_LF.shape[1]), colours):
-        level = min(counts[row].balancedness for row in line.rows)
-        table.add_row(_layers(counts, line.rows), line.cells, f"{level:.3f}" if level else "-")
+        least = min(counts[row].balancedness for row in line.rows)
+        table.add_row(_layers(counts, line.rows), line.cells, level(least))
     mean_at = max(1, round(_LEGEND_CELLS / np.sqrt(top)))
     ramp = legend(_LEGEND_CELLS, colours)
     scale = Text.assemble("0 ", ramp[:mean_at], " 1 ", ramp[mean_at:], f" {top:.1f} × its layer's mean")

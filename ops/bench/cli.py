@@ -178,7 +178,7 @@ def bench_balance(
 
 @bench.command("telemetry")
 def bench_telemetry(
-    rounds: Annotated[int, typer.Option(min=0, help="Of two clusters in turn; 0 leaves them out.")] = 5,
+    rounds: Annotated[int, typer.Option(min=0, help="Of three clusters in turn; 0 leaves them out.")] = 5,
 ) -> None:
     """What counting costs, as a share of the step that is counted."""
     from ops.bench.telemetry import bench_telemetry as run

@@ -2,20 +2,24 @@
 
 Two measurements. What is added to every frame, layer and step is timed by itself, with the code that serves, and put
 beside a decode step of the one-process engine on the same machine. And a cluster's decode step is taken with members
-being read ten times a second, ten times as often as by default, and once a minute, in alternation.
+being read once a second, as by default, ten times as often, and once a minute, in alternation; as steps wander by more
+than a reading takes, so is the processor time that the same clusters use when nothing else is asked of them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
+import os
 import pathlib
 import random
 import statistics
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +35,7 @@ from octet.ids import WorkerId
 from octet.v1 import octet_pb2 as pb
 from ops.bench.checkpoints import BENCH, write_checkpoint
 from ops.bench.machine import describe
+from ops.bench.soak import family_memory
 from ops.local import DECODE, LocalEngine, make_request
 from router.telemetry import Telemetry
 from router.telemetry_samples import ShardSample
@@ -39,7 +44,8 @@ _STREAMS, _PROMPT_TOKENS, _NEW_TOKENS, _SHARDS = 8, 16, 128, 2
 _WARM_UP, _STEPS = 4, 40
 _LOOPS, _REPEATS = 20_000, 5
 _LAYERS, _EXPERTS, _LARGE_SHARDS = 89, 160, 16
-_READINGS_S = {"ten a second": 0.1, "one a minute": 60.0}
+_READINGS_S = {"ten a second": 0.1, "one a second, the default": 1.0, "one a minute": 60.0}
+_WINDOWS, _IDLE_S = 3, 5.0
 _DEADLINE_S = 120.0
 
 
@@ -178,25 +184,46 @@ def _local_step(model_dir: pathlib.Path) -> tuple[float, int]:
 
 def _reading(model_dir: pathlib.Path, rounds: int) -> Table:
     """A cluster's decode step by how often its members are read; clusters take turns, each with a Ray of its own."""
-    steps_s: dict[str, list[float]] = {often: [] for often in _READINGS_S}
+    costs: dict[str, list[_Cost]] = {often: [] for often in _READINGS_S}
     for number in range(rounds):
         # The order changes, as the machine's mood may.
         for often in list(_READINGS_S)[:: 1 if number % 2 else -1]:
-            steps_s[often].append(_cluster_step(model_dir, _READINGS_S[often]))
-    medians = {often: statistics.median(values) for often, values in steps_s.items()}
+            costs[often].append(_cluster_cost(model_dir, _READINGS_S[often]))
+    most, *_, least = costs
     table = Table(box=None, pad_edge=False, title="\nreading members", title_justify="left")
-    for column in ("readings", "decode step ms", "from", "to", "÷ the last"):
+    for column in ("readings", "decode step ms", "÷ the last in its round", "decode worker, idle, ms/s", "all, idle"):
         table.add_column(column, justify="left" if column == "readings" else "right")
-    for often, values in steps_s.items():
-        ratio = medians[often] / medians[list(_READINGS_S)[-1]]
+    for often, found in costs.items():
         table.add_row(
-            often, f"{medians[often] * 1e3:.1f}", f"{min(values) * 1e3:.1f}", f"{max(values) * 1e3:.1f}", f"{ratio:.3f}"
+            often,
+            _spread([cost.step_s * 1e3 for cost in found], ".1f"),
+            _spread([cost.step_s / last.step_s for cost, last in zip(found, costs[least], strict=True)], ".3f"),
+            _spread([cost.worker_share * 1e3 for cost in found], ".1f"),
+            _spread([cost.total_share * 1e3 for cost in found], ".1f"),
         )
+    more_ms = (1 / _READINGS_S[most] - 1 / _READINGS_S[least]) / 1e3
+    pairs = list(zip(costs[most], costs[least], strict=True))
+    of_worker = _spread([(often.worker_share - seldom.worker_share) / more_ms for often, seldom in pairs])
+    of_all = _spread([(often.total_share - seldom.total_share) / more_ms for often, seldom in pairs])
+    table.add_row("processor ms a reading", "", "", of_worker, of_all)
     return table
 
 
-def _cluster_step(model_dir: pathlib.Path, reading_s: float) -> float:
-    """Seconds that the decode worker's thread spends in a step of all streams."""
+def _spread(values: Sequence[float], form: str = ".2f") -> str:
+    """The median, and from the lowest to the highest."""
+    return f"{statistics.median(values):{form}} ({min(values):{form}}–{max(values):{form}})"
+
+
+class _Cost(NamedTuple):
+    step_s: float
+    """That the decode worker's thread spends in a step of all streams: the median of several windows."""
+    worker_share: float
+    """Of a core, that the decode worker takes when nothing is asked for."""
+    total_share: float
+    """That all processes take then, Ray's own included."""
+
+
+def _cluster_cost(model_dir: pathlib.Path, reading_s: float) -> _Cost:
     fields = {
         "model.path": model_dir,
         "pools.experts.size": _SHARDS,
@@ -208,12 +235,32 @@ def _cluster_step(model_dir: pathlib.Path, reading_s: float) -> float:
     cluster = launch(load_config(overrides=[f"{field}={value}" for field, value in fields.items()]))
     try:
         asyncio.run(_ask(cluster.address, _NEW_TOKENS // 4))
-        before = _decode_worker(cluster.address)
-        asyncio.run(_ask(cluster.address, _NEW_TOKENS))
-        after = _decode_worker(cluster.address)
+        seen = [_decode_worker(cluster.address)]
+        for _ in range(_WINDOWS):
+            asyncio.run(_ask(cluster.address, _NEW_TOKENS))
+            seen.append(_decode_worker(cluster.address))
+        worker, everyone = [seen[0].pid], [pid for pid, _ in family_memory() if pid != os.getpid()]
+        before_s = [processor_s(worker), processor_s(everyone)]
+        time.sleep(_IDLE_S)
+        after_s = [processor_s(worker), processor_s(everyone)]
     finally:
         cluster.stop(drain=False)
-    return (after.load.total_busy_s - before.load.total_busy_s) / ((after.tokens - before.tokens) / _STREAMS)
+    steps_s = [
+        (after.load.total_busy_s - before.load.total_busy_s) / ((after.tokens - before.tokens) / _STREAMS)
+        for before, after in itertools.pairwise(seen)
+    ]
+    shares = [(after - before) / _IDLE_S for before, after in zip(before_s, after_s, strict=True)]
+    return _Cost(statistics.median(steps_s), *shares)
+
+
+def processor_s(pids: Iterable[int]) -> float:
+    """That threads of these processes have used which are there now; Linux counts it in nanoseconds."""
+    total_ns = 0
+    for pid in pids:
+        for task in pathlib.Path(f"/proc/{pid}/task").glob("*"):
+            with contextlib.suppress(OSError):
+                total_ns += int((task / "schedstat").read_text().split()[0])
+    return total_ns / 1e9
 
 
 async def _ask(address: str, new_tokens: int) -> None:

@@ -52,6 +52,7 @@ class SimulateOptions:
     drift_every_s: float = 600.0
     redundant: int = 32
     balance: bool = True
+    lose_every_s: float | None = None
     price: float = 2.0
     seed: int = 0
     json_file: pathlib.Path | None = None
@@ -150,6 +151,7 @@ def make_scenario(config: OctetConfig, options: SimulateOptions) -> Scenario:
             balance=options.balance,
             gpu=options.profile != "cpu",
             seed=options.seed,
+            lose_every_s=options.lose_every_s,
         ),
     )
 

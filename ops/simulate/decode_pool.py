@@ -32,8 +32,6 @@ class Sequence:
     """All of them; the first came from prefill."""
     pages: int
     """At its end."""
-    first_s: float
-    ttft_s: float
     end_step: float = 0.0
 
 
@@ -133,6 +131,26 @@ class DecodePool:
         if not heap:
             self.context[row] = 0.0
         return gone
+
+    def withdraw(self, row: int, number: int) -> None:
+        """A sequence whose pages have not arrived does not come."""
+        offers, incoming = self.offers[row], self.incoming[row]
+        self.offers[row] = collections.deque(one for one in offers if one.number != number)
+        self._final_pages[row] -= sum(one.pages for one in incoming if one.number == number)
+        self.incoming[row] = [one for one in incoming if one.number != number]
+
+    def lose(self, row: int, now_s: float) -> list[tuple[Sequence, int]]:
+        """The worker is gone. Returns: what it had, and how many tokens of each there are."""
+        self.advance(row, now_s)
+        had = [(one, 1) for one in (*self.offers[row], *self.incoming[row])]
+        for end_step, _, one in self._running[row]:
+            left = math.ceil(end_step - float(self.steps[row]) - _SAME)
+            had.append((one, min(max(1, one.new_tokens - left), one.new_tokens - 1)))
+        self.offers[row], self.incoming[row], self._running[row] = collections.deque(), [], []
+        self.batch[row] = self.context[row] = 0.0
+        self._final_pages[row] = 0
+        self.ends_s[row] = self.end_step[row] = _INFINITE
+        return had
 
     def advance(self, row: int, now_s: float) -> None:
         if self.batch[row] > 0:

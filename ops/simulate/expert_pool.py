@@ -99,6 +99,15 @@ class ExpertPool:
         """All shards fill their slots at the same time, one after the other."""
         return num_moves / self.num_shards * self._costs.slot_fill_s
 
+    def without_s(self, shard: int) -> float:
+        """How long survivors take to fill slots with what only this shard has held."""
+        held_LXS = self.placement.physical_to_logical.reshape(len(self.placement.layers), self.num_shards, -1)
+        missing = 0
+        for held_XS in held_LXS:
+            others = np.delete(held_XS, shard, axis=0)
+            missing += len(np.setdiff1d(held_XS[shard][held_XS[shard] >= 0], others))
+        return missing / max(1, self.num_shards - 1) * self._costs.slot_fill_s
+
     def adopt(self, placement: Placement) -> None:
         self.placement = placement
         self._look()

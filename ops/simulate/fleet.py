@@ -27,10 +27,12 @@ class Fleet:
         decode: DecodePool,
         experts: ExpertPool,
         views: Views,
+        slots_that_fit: int,
     ) -> None:
         self._clock, self._costs, self._config, self._prefill_pages = clock, costs, config, prefill_pages
         self.decode, self.experts, self._views = decode, experts, views
         self.prefill: dict[int, PrefillWorker] = {}
+        self._slots_that_fit = slots_that_fit
         self.members = Membership()
         self.slots_filled = 0
         """By rebalances."""
@@ -50,9 +52,15 @@ class Fleet:
     def drain(self, pool: str, count: int) -> None:
         """Let members go: the last shards, or the workers with the least to do."""
         serving = self.members.serving(pool)
+        # What starts in place of a lost member cannot be called off here; somebody serves until it is there.
+        count = min(count, len(serving) - (self.members.num_starting(pool) > 0))
         if pool == "experts":
             chosen = serving[len(serving) - count :]
-            self._fill(len(serving) - count, self.experts.asked_redundant)
+            if count == len(serving):
+                # Nobody asks them for anything; those that come next take everything over.
+                self._clock.after(0.0, self._release_shards)
+            elif count > 0:
+                self._fill(len(serving) - count, self.experts.asked_redundant)
         elif pool == "prefill":
             chosen = sorted(serving, key=lambda number: self.prefill[number].queued_tokens)[:count]
         else:
@@ -62,6 +70,40 @@ class Fleet:
             if pool != "experts":
                 self._views.remove(pool, number)
             self.release_if_drained(pool, number)
+
+    def lose_prefill(self, number: int) -> PrefillWorker:
+        """Another one starts in its place. Returns: what is no more."""
+        self._lose("prefill", number)
+        worker = self.prefill.pop(number)
+        # Whatever it computes does not end.
+        worker.paces += 1
+        self._views.learn(number, [], worker.forget())
+        return worker
+
+    def lose_decode(self, row: int) -> None:
+        """Another one starts in its place."""
+        self._lose("decode", row)
+
+    def lose_shard(self, number: int) -> float:
+        """Another one starts in its place. Returns: after how long survivors hold what only this one held.
+
+        Where they have no room for it, that is when the other one serves.
+        """
+        shard = self.members.serving("experts").index(number)
+        self._lose("experts", number)
+        left = len(self.members.serving("experts"))
+        present = self.experts.placement
+        if shard >= present.num_shards or left * self._slots_that_fit < present.num_experts:
+            return self._costs.shard_start_s
+        without_s = self.experts.without_s(shard)
+        self._clock.after(without_s, self._adopt, self.experts.planned(left, self.experts.asked_redundant))
+        return without_s
+
+    def _lose(self, pool: str, number: int) -> None:
+        self.members.lose(pool, number, self._clock.now_s)
+        if pool != "experts":
+            self._views.remove(pool, number)
+        self.order(pool, 1)
 
     def resize_redundancy(self, redundant: int) -> None:
         self._fill(self.experts.num_shards, redundant)
@@ -119,6 +161,9 @@ class Fleet:
         # Shards may have come or gone meanwhile; then another placement is on its way.
         if placement.num_shards == len(self.members.serving("experts")):
             self.experts.adopt(placement)
+        self._release_shards()
+
+    def _release_shards(self) -> None:
         for number in self.members.draining("experts"):
             self.members.release("experts", number, self._clock.now_s)
 

@@ -37,6 +37,11 @@ class Membership:
         self._members[pool][number].state = "draining"
         self._serving[pool].remove(number)
 
+    def lose(self, pool: str, number: int, now_s: float) -> None:
+        """One that serves is gone from one moment to the next."""
+        self._serving[pool].remove(number)
+        self.release(pool, number, now_s)
+
     def release(self, pool: str, number: int, now_s: float) -> None:
         member = self._members[pool][number]
         member.state, member.left_s = "left", now_s

@@ -9,7 +9,7 @@ from typing import Literal
 
 from ops.bench.summary import Percentiles, percentiles
 
-End = Literal["finished", "shed", "refused"]
+End = Literal["finished", "shed", "refused", "failed"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +67,10 @@ class Run:
     """By rebalances."""
     wall_s: float
     """What the simulation itself took."""
+    lost: int = 0
+    """Members, on purpose."""
+    restarts: int = 0
+    """Requests that began again for it, each as often as it did."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,8 +80,10 @@ class Result:
     shed: int
     refused: int
     """Longer than the KV pages of a worker."""
+    failed: int
+    """Begun again more often than `frontend.max_attempts` allows."""
     slo_attainment: float
-    """Of all requests; one that was shed or refused missed its target."""
+    """Of all requests; one that was shed, refused or failed missed its target."""
     goodput_per_s: float
     """Requests per second that kept both targets."""
     tokens_per_s: float
@@ -96,6 +102,8 @@ class Result:
     """Of any pool's direction within 10 minutes."""
     slots_filled: int
     wall_s: float
+    lost: int
+    restarts: int
 
 
 _WINDOW_S = 600.0
@@ -110,6 +118,7 @@ def summarized(run: Run, price: float) -> Result:
         finished=len(finished),
         shed=sum(one.end == "shed" for one in run.served),
         refused=sum(one.end == "refused" for one in run.served),
+        failed=sum(one.end == "failed" for one in run.served),
         slo_attainment=kept / len(run.served),
         goodput_per_s=kept / run.duration_s,
         tokens_per_s=sum(one.new_tokens for one in finished) / run.duration_s,
@@ -125,6 +134,8 @@ def summarized(run: Run, price: float) -> Result:
         most_reversals=max((_most_reversals(run.actions, pool) for pool in pools), default=0),
         slots_filled=run.slots_filled,
         wall_s=run.wall_s,
+        lost=run.lost,
+        restarts=run.restarts,
     )
 
 

@@ -31,8 +31,8 @@ def draw_run(file: pathlib.Path, run: Run, result: Result) -> None:
         axes[3].set(xlabel="minutes", xlim=(0, float(minutes[-1])))
         figure.suptitle(
             f"{result.requests:,} requests: {result.slo_attainment:.2%} kept their targets with "
-            f"{result.gpu_hours:,.1f} GPU hours; {result.actions} changes of size, at most {result.most_reversals} "
-            "reversals of a pool in 10 min",
+            f"{result.gpu_hours:,.1f} GPU hours; {result.actions} changes of size, most reversals of a "
+            f"pool in 10 min: {result.most_reversals}",
             fontsize=11,
             x=0.01,
             ha="left",

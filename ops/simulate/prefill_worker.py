@@ -20,7 +20,6 @@ class Task:
     decode: int
     """The decode worker that will go on with it."""
     done: int = 0
-    ttft_s: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -116,6 +115,8 @@ class PrefillWorker:
         assert self.chunk is not None
         finished, learned = [], []
         for task, take in self.chunk.parts:
+            if task not in self.running:
+                continue
             task.done += take
             if task.done == task.request.prompt_tokens:
                 self.running.remove(task)
@@ -128,6 +129,15 @@ class PrefillWorker:
                     self._cache.move_to_end(block)
         self.chunk = None
         return finished, learned, self._evict()
+
+    def drop(self, task: Task) -> None:
+        """Nobody wants it any more; a chunk under way is computed to its end."""
+        if task in self.running:
+            self.running.remove(task)
+            self._held -= task.pages
+        else:
+            self.waiting.remove(task)
+        self.queued_tokens -= task.expected
 
     def release(self, task: Task) -> None:
         """Its pages have moved on, or are no longer wanted."""

@@ -40,9 +40,13 @@ def print_result(run: Run, result: Result, config: OctetConfig, console: Console
     )
     console.print(latencies)
     console.print(
-        f"cost {result.cost:,.0f} at the price given; {result.slots_filled} slots filled by rebalances; at most "
-        f"{result.most_reversals} reversals of a pool in 10 min; simulated in {result.wall_s:.1f} s"
+        f"cost {result.cost:,.0f} at the price given; {result.slots_filled} slots filled by rebalances; most "
+        f"reversals of a pool in 10 min: {result.most_reversals}; simulated in {result.wall_s:.1f} s"
     )
+    if result.lost:
+        console.print(
+            f"{result.lost} members were lost: requests began again {result.restarts} times, and {result.failed} failed"
+        )
     for action in run.actions[-_SHOWN:]:
         console.print(
             f"{action.at_s / 60:7.1f} min  {action.pool} {action.before} → {action.after}: {action.reason}", style="dim"

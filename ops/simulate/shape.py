@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 
+from cluster.planning import EMBEDDED_MODEL
 from model.census import take_census
 from model.config import ModelConfig, RopeConfig, read_config
 from octet.errors import ConfigError
@@ -64,12 +65,13 @@ class Shape:
 
 
 def shape_of(model: str, element_bytes: int) -> Shape:
-    """Of a name (`glm-4.6`), or of a Hugging Face model directory. Raises: ConfigError, CheckpointError."""
+    """Of a name (`glm-4.6`, `embedded`), or of a Hugging Face model directory. Raises: ConfigError, CheckpointError."""
     if model in _NAMES:
         return shape(_NAMES[model], element_bytes)
-    if not pathlib.Path(model).is_dir():
-        raise ConfigError("--model", model, f"a model directory, or one of {', '.join(_NAMES)}")
-    return shape(read_config(pathlib.Path(model)), element_bytes)
+    model_dir = EMBEDDED_MODEL if model == "embedded" else pathlib.Path(model)
+    if not model_dir.is_dir():
+        raise ConfigError("--model", model, f"a model directory, or one of {', '.join(_NAMES)}, embedded")
+    return shape(read_config(model_dir), element_bytes)
 
 
 def shape(model: ModelConfig, element_bytes: int) -> Shape:

@@ -251,18 +251,31 @@ def test_a_change_that_never_completes_is_given_up_and_said_so() -> None:
 
 def test_pools_go_to_zero_when_nothing_is_asked_for_and_come_back_at_once() -> None:
     config = scaling(**{name: {"min_replicas": 0, "downscale_delay_s": 60, "upscale_delay_s": 30} for name in POOLS})
-    quiet = signals(pool(member(busy=0, tokens_per_s=0)), pool(member()), experts(member(busy=0)), arriving=0)
+    idle = experts(member(0, busy=0), member(1, busy=0))
+    quiet = signals(pool(member(busy=0, tokens_per_s=0)), pool(member()), idle, arriving=0)
     state, now_s = State(), 0.0
     while now_s <= 60:
         decision, state = decide(now_s, quiet, config, FLEET, state)
         now_s += EVERY_S
-    assert all(of(decision, name).target == 0 for name in POOLS)
-    gone = signals(pool(), pool(), experts(), arriving=0)
-    decision, state = decide(now_s, gone, config, FLEET, state)
+    assert [(one.pool, one.target) for one in decision.actions] == [("prefill", 0), ("decode", 0)]
+    assert "after the workers" in of(decision, "experts").reason
+    decision, state = decide(now_s, signals(pool(), pool(), idle, arriving=0), config, FLEET, state)
+    assert [(one.pool, one.target) for one in decision.actions] == [("experts", 0)]
+    gone = signals(pool(), pool(), experts(redundant=8), arriving=0)
+    decision, state = decide(now_s + EVERY_S, gone, config, FLEET, state)
     assert decision.actions == ()
     asked = dataclasses.replace(gone, requests_waiting=1)
-    decision, _ = decide(now_s + EVERY_S, asked, config, FLEET, state)
-    assert all(of(decision, name).target == 1 for name in POOLS)
+    decision, _ = decide(now_s + 2 * EVERY_S, asked, config, FLEET, state)
+    # A shard has 16 slots, and there are 32 experts.
+    assert [(one.pool, one.target) for one in decision.actions] == [("prefill", 1), ("decode", 1), ("experts", 2)]
+
+
+def test_shards_stay_as_long_as_a_worker_is_on_its_way_in_or_out() -> None:
+    config = scaling(**{name: {"min_replicas": 0} for name in POOLS})
+    idle = experts(*(member(number, busy=0) for number in range(5)))
+    for workers in (pool(starting=1), dataclasses.replace(pool(), num_draining=1)):
+        decision = once(signals(pool(), workers, idle, arriving=0), config)
+        assert of(decision, "experts").target == 2
 
 
 def test_a_pool_turns_back_within_the_cooldown_once_requests_have_missed_their_target_for_long() -> None:

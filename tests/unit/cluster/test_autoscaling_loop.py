@@ -6,26 +6,27 @@ import pytest
 
 from cluster.autoscaler import PoolDecision
 from cluster.autoscaling_loop import AutoscalingLoop
+from cluster.members import POOLS
 from cluster.signals import Signals
 from cluster.status_decisions import add_decisions
 from octet.errors import UnavailableError
 from octet.v1 import octet_pb2 as pb
 from ops.render_decisions import print_decisions
-from tests.unit.cluster.scaling import FLEET, experts, member, scaling, signals
+from tests.unit.cluster.scaling import FLEET, experts, member, pool, scaling, signals
 
 BUSY = signals(arriving=3 * 350, shards=experts(member(busy=0.3)))
 
 
 class Cluster:
     def __init__(self, sees: Signals | Exception, fails: Exception | None = None) -> None:
-        self._sees, self._fails = sees, fails
+        self.sees, self._fails = sees, fails
         self.done: list[tuple[str, int]] = []
         self.loop = AutoscalingLoop(scaling(action_timeout_s=0.2), FLEET, self.observe, self.act, lambda: 7.0)
 
     async def observe(self) -> Signals:
-        if isinstance(self._sees, Exception):
-            raise self._sees
-        return self._sees
+        if isinstance(self.sees, Exception):
+            raise self.sees
+        return self.sees
 
     async def act(self, one: PoolDecision) -> None:
         if self._fails is not None:
@@ -57,6 +58,18 @@ async def test_without_signals_nothing_is_decided() -> None:
     cluster = await stepped(Cluster(UnavailableError("the router is gone")))
     assert cluster.done == []
     assert cluster.loop.log.latest == ()
+
+
+async def test_a_cluster_without_members_hears_of_its_first_request_at_once() -> None:
+    cluster = Cluster(signals(pool(), pool(), experts(), arriving=0))
+    config = scaling(metrics_interval_s=30, **{name: {"min_replicas": 0} for name in POOLS})
+    cluster.loop = AutoscalingLoop(config, FLEET, cluster.observe, cluster.act, lambda: 7.0)
+    await cluster.loop.step()
+    looking = asyncio.create_task(cluster.loop.run())
+    cluster.sees = signals(pool(), pool(), experts(), arriving=0, requests_waiting=1)
+    await asyncio.sleep(1.0)
+    looking.cancel()
+    assert [name for name, _ in cluster.done] == ["prefill", "decode", "experts"]
 
 
 async def test_an_action_that_hangs_is_given_up() -> None:

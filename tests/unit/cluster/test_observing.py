@@ -20,7 +20,7 @@ from octet.messages import WorkerLoad
 from router.balancing.skew import skewed_loads
 from router.telemetry import Telemetry
 from router.telemetry_samples import Sample, ShardSample, WorkerSample
-from tests.unit.cluster.scaling import FLEET, scaling, signals
+from tests.unit.cluster.scaling import FLEET, of, scaling, signals
 
 SLO = Slo(ttft_s=2.0, ttft_per_1k_tokens_s=1.0, tpot_s=0.1)
 
@@ -146,3 +146,14 @@ def test_the_log_is_bounded() -> None:
     for number in range(random.randint(6, 30)):
         log.add(decide(float(number), signals(arriving=3 * 350), scaling(), FLEET, State())[0])
     assert len(log.actions) == 5
+
+
+def test_an_action_whose_controller_was_lost_does_not_go_on_for_ever() -> None:
+    before, after = DecisionLog(), DecisionLog()
+    decision, _ = decide(0.0, signals(arriving=3 * 350), scaling(), FLEET, State())
+    before.add(decision)
+    before.end("prefill", of(decision, "prefill").target, "done")
+    after.take_over(before.actions, before.latest)
+    outcomes = {action.pool: action.outcome for action in after.actions}
+    assert outcomes["prefill"] == "done"
+    assert "controller was lost" in outcomes["experts"]

@@ -120,3 +120,17 @@ def test_the_compact_status_folds_bars_that_do_not_fit() -> None:
     print_status(status_of(3, 160), Console(file=out, width=80, color_system=None))
     assert max(map(len, out.getvalue().splitlines())) <= 80
     assert "…" not in out.getvalue()
+
+
+def test_where_nobody_is_there_no_balancedness_and_no_empty_table_is_shown() -> None:
+    status = status_of(3, 32)
+    del status.pools[:]
+    status.balancedness, status.reason = 0.0, "no member is there"
+    for counts in status.expert_counts:
+        counts.balancedness = 0.0
+    out = io.StringIO()
+    print_status(status, Console(file=out, width=120, color_system=None))
+    text = "\n".join(printed(status, width=120))
+    assert "READY (no member is there)" in text
+    assert "0.000" not in text + out.getvalue()
+    assert "busy" not in text

@@ -204,6 +204,10 @@ def test_glm_4_6_weighs_what_its_makers_say() -> None:
         shape_of("glm-9", 2)
 
 
+def test_the_embedded_model_has_a_name() -> None:
+    assert (len(shape_of("embedded", 4).moe_layers), shape_of("embedded", 4).num_experts) == (3, 32)
+
+
 def test_costs_follow_from_rates() -> None:
     glm = shape(GLM_4_6, 2)
     cost = from_rates(H100, glm, 16)
