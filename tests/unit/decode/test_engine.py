@@ -54,6 +54,8 @@ from router.routed_experts import RoutedExperts
 
 PREFILL, DECODE, FRONTEND = WorkerId("prefill-0"), WorkerId("decode-0"), WorkerId("frontend-0")
 PAGE, NUM_PAGES, LEASE_S, PATIENT_S, CONTEXT = 4, 32, 60.0, 20.0, 256
+_LONG = 24
+"""New tokens of requests that are to run together: the pages of one may come some steps after another's."""
 CPU = torch.device("cpu")
 T = TypeVar("T")
 
@@ -295,7 +297,7 @@ ALL_FREE = (64, NUM_PAGES)
 
 
 def test_one_step_gives_every_sequence_one_token(pair: Pair) -> None:
-    pair.submit(request(), request(9))
+    pair.submit(request(max_new_tokens=_LONG), request(9, max_new_tokens=_LONG))
     pair.until_running(2)
     before = len(pair.of(TokenEvent))
     pair.step_decode()
@@ -514,7 +516,7 @@ def test_an_offer_waits_while_the_batch_is_full(pairs: Callable[..., Pair]) -> N
 
 @pytest.mark.parametrize("layer", [1, 2, 3])
 def test_a_step_that_loses_its_lane_may_be_run_again(pairs: Callable[..., Pair], layer: int) -> None:
-    requests = [request(6), request(3)]
+    requests = [request(6, max_new_tokens=_LONG), request(3, max_new_tokens=_LONG)]
     pair = pairs()
     pair.submit(*requests)
     pair.until_running(2)
@@ -529,7 +531,7 @@ def test_a_step_that_loses_its_lane_may_be_run_again(pairs: Callable[..., Pair],
 
 
 def test_a_missing_expert_fails_the_requests_with_its_reason(pair: Pair) -> None:
-    pair.submit(request(choices=(0, 1)), request())
+    pair.submit(request(choices=(0, 1), max_new_tokens=_LONG), request(max_new_tokens=_LONG))
     pair.until_running(3)
     pair.routed.fail_once(2, ExpertMissingError("layer 2: no expert in slots [7]"))
     pair.step_decode()
