@@ -101,10 +101,11 @@ def test_a_member_that_stays_slow_is_replaced_while_streams_go_on(
         wait_until(lambda: not pathlib.Path(f"/proc/{victim.pid}").exists(), 10, "its process is ended")
         traffic.flow()
         changes = [change for change in client.status().changes if name in change.reason]
-    (eviction,) = [change for change in changes if change.kind == "recovery"]
-    assert "it has been slow for" in eviction.reason
-    assert changes[0].kind == "slow"
-    assert all(change.succeeded for change in changes)
+    # On a machine that is slow itself links may have been formed anew meanwhile, which is a recovery, too.
+    kinds = ["evicted" if "it has been slow for" in change.reason else change.kind for change in changes]
+    assert kinds.count("evicted") == 1, changes
+    assert kinds.index("slow") < kinds.index("evicted"), changes
+    assert all(change.succeeded for change in changes), changes
     cluster.stop(drain=False)
 
 
