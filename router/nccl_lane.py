@@ -52,6 +52,7 @@ class NcclGroup:
                 groups[-1].alltoall([torch.empty_like(part) for part in here], here).wait()
         calls, replies = groups
         self._out, self._in = (calls, replies) if rank == 0 else (replies, calls)
+        self._alive: tuple[Any, ...] = (calls, replies)
 
     def send(self, frames: Mapping[int, torch.Tensor]) -> None:
         """Send flat uint8 frames by rank. Neither host nor stream waits; a frame must not change afterwards.
@@ -75,7 +76,9 @@ class NcclGroup:
             raise LaneError(f"NCCL cannot receive: {error}") from None
 
     def abort(self) -> None:
-        for group in (self._out, self._in):
+        """Idempotent."""
+        groups, self._alive = self._alive, ()
+        for group in groups:
             group.abort()
 
     def _by_rank(self, frames: Mapping[int, torch.Tensor]) -> list[torch.Tensor]:
@@ -141,9 +144,9 @@ class NcclLaneExchange:
         assert ticket is self._open[0], "rounds are received in the order in which they were sent"
         current = self._open.popleft()
         dense = bool(current.rows) and all(rows_U is None for rows_U in current.rows.values())
-        if not dense:
-            self.settle()
-        refused = [] if dense else self._announced(current)
+        # Headers come in the order of the rounds; what an earlier one was refused must not leave this one's numbers
+        # behind, which the next receive would take for its own.
+        refused = [] if dense else [*self._refusals(), *self._announced(current)]
         rooms = {shard: self._room(num_rows) for shard, num_rows in current.num_rows.items()}
         if rooms:
             self._data.receive({shard + 1: room for shard, room in rooms.items()})
@@ -155,10 +158,7 @@ class NcclLaneExchange:
             self._unsettled.append(current)
 
     def settle(self) -> None:
-        refused: list[str] = []
-        while self._unsettled:
-            refused += self._announced(self._unsettled.popleft())
-        if refused:
+        if refused := self._refusals():
             raise ExpertMissingError("; ".join(refused))
 
     def heartbeat(self) -> None:
@@ -173,6 +173,13 @@ class NcclLaneExchange:
                 self._announce(shard, Kind.CLOSE)
             wire.abort()
         self._data.abort()
+
+    def _refusals(self) -> list[str]:
+        """What shards refused of the rounds that are received and not settled. Raises: LaneError."""
+        refused: list[str] = []
+        while self._unsettled:
+            refused += self._announced(self._unsettled.popleft())
+        return refused
 
     def _announced(self, current: _Round) -> list[str]:
         """Wait for the headers of a round's replies; what shards say that refuse. Raises: LaneError."""

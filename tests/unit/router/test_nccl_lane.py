@@ -9,17 +9,31 @@ import struct
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from octet.errors import ExpertMissingError, LaneError
-from router.exchange import Exchange, Port
+from router.exchange import Exchange, Port, Serve
 from router.frames import MAGIC, FrameLayout
 from router.nccl_lane import NcclGroup, NcclLaneExchange, NcclLanePort
-from router.plan import PlanByShard, ShardPlan
+from router.plan import DensePlan, PlanByShard, ShardPlan
 from router.wire import Wire
-from tests.exchange_conformance import EPOCH, HOST, PATIENT_S, ExchangeConformance, LaneSettings, Wires, form_pair
+from tests.exchange_conformance import (
+    EPOCH,
+    HOST,
+    PATIENT_S,
+    ExchangeConformance,
+    Lacks,
+    LaneSettings,
+    Scale,
+    Wires,
+    assert_answered,
+    form_pair,
+    layout_of,
+    random_rows,
+)
 
 CPU = torch.device("cpu")
 
@@ -82,6 +96,22 @@ class Announced(Wires):
 
 class TestNcclLane(ExchangeConformance):
     implementation = Announced()
+
+
+def test_what_a_dense_round_was_refused_is_raised_by_the_next_other_round_and_leaves_nothing_of_it_behind() -> None:
+    """Two micro-batches take turns, of which one is just small enough to be dense."""
+    shards: list[Serve] = [Scale(0), Lacks(4, Scale(1))]
+    layout = layout_of()
+    with Announced().serve(shards, layout) as exchange:
+        rows = random_rows(3, layout)
+        plan = DensePlan(slots_XTK=torch.stack([rows.slots_UK] * 2), weights_TK=rows.weights_UK)
+        dense = exchange.exchange.send(4, rows.x_UH, plan)
+        other = exchange.send(5, [random_rows(2, layout), random_rows(7, layout)])
+        exchange.exchange.receive(dense, torch.zeros(rows.x_UH.shape))
+        with pytest.raises(ExpertMissingError, match="layer 4"):
+            exchange.receive(other)
+        sent = [random_rows(7, layout), random_rows(2, layout)]
+        assert_answered(exchange.receive(exchange.send(6, sent)), shards, 6, sent)
 
 
 def test_every_shard_that_is_there_hears_that_its_lane_was_closed() -> None:
