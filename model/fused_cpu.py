@@ -16,7 +16,7 @@ import torch
 
 from model.linear import PANEL
 from model.linear_cpu import exp
-from model.tiles_cpu import MAX_ROWS, address, compiled, declare, dot, fetch, multiply, reordered
+from model.tiles_cpu import COLUMNS, MAX_ROWS, address, compiled, declare, dot, fetch, multiply, reordered
 
 
 def rms_norm(x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
@@ -222,17 +222,18 @@ def attend_heads(
     for start in range(0, length, page_size):
         size, following = min(page_size, length - start), slots[min(start + page_size, length - 1)]
         for n in range(first, last):
-            for column in range(0, dim, PANEL):
+            for column in range(0, dim, COLUMNS):
                 v = address(v_cache, slots[start] + n * dim + column)
                 for head in range(n * group, (n + 1) * group, MAX_ROWS):
                     multiply(
                         min(MAX_ROWS, (n + 1) * group - head),
-                        min(PANEL, dim - column),
+                        min(COLUMNS, dim - column),
                         size,
                         address(scores, head * room + start),
                         room,
                         v,
                         stride,
+                        PANEL,
                         address(out, (b * num_q + head) * dim + column),
                         dim,
                         min(start, 1),

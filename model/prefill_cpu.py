@@ -20,12 +20,12 @@ from model.batch import PrefillTable
 from model.linear import PANEL
 from model.linear_cpu import exp
 from model.threads import in_parts
-from model.tiles_cpu import MAX_ROWS, address, compiled, declare, multiply, reordered
+from model.tiles_cpu import COLUMNS, MAX_ROWS, address, compiled, declare, multiply, reordered
 
 _KEYS = 128
 """Of a block: packed, they and their values stay near the core while many queries see them."""
-_QUERIES = 60
-"""Tokens of a span that a thread takes at once, for one KV head: whole tiles, and enough to pack keys for."""
+_QUERIES = 64
+"""Tokens of a span that a thread takes at once, for one KV head: enough to pack keys for."""
 
 
 def prefill_attention(
@@ -55,7 +55,7 @@ def prefill_attention(
 
 
 @reordered  # type: ignore[untyped-decorator]
-def _carry_on(scores: Any, own: Any, scale: Any, largest: Any, total: Any, state: Any) -> Any:
+def _carry_on(scores: Any, own: Any, largest: Any, total: Any, row: Any) -> Any:
     """Turn a row's scores into exponentials, of which the first `own` count.
 
     Returns: what the sums so far are to be multiplied by.
@@ -63,20 +63,19 @@ def _carry_on(scores: Any, own: Any, scale: Any, largest: Any, total: Any, state
     if own <= 0:
         scores[:] = 0
         return np.float32(1)
-    most = scores[0]
+    most = largest[row]
     for s in range(own):
         most = max(most, scores[s])
-    most = max(most * scale, largest[state])
     for s in range(own):
-        scores[s] = exp(scores[s] * scale - most)
+        scores[s] = exp(scores[s] - most)
     added = np.float32(0)
     for s in range(own):
         added += scores[s]
     for s in range(own, scores.shape[0]):
         scores[s] = 0
-    factor = exp(largest[state] - most)
-    total[state] = total[state] * factor + added
-    largest[state] = most
+    factor = exp(largest[row] - most)
+    total[row] = total[row] * factor + added
+    largest[row] = most
     return factor
 
 
@@ -103,7 +102,7 @@ def _pack(
             keys[s // PANEL, i, s % PANEL] = k_cache[slot, kv_head, i]
             values[s, i] = v_cache[slot, kv_head, i]
     # Keys behind the last one are nobody's, but what lies there must not be NaN.
-    for s in range(size, -(-size // PANEL) * PANEL):
+    for s in range(size, -(-size // COLUMNS) * COLUMNS):
         keys[s // PANEL, :, s % PANEL] = 0
 
 
@@ -125,73 +124,79 @@ def _attend_block(
     keys: Any,
     values: Any,
     scores: Any,
+    queries: Any,
+    sums: Any,
     largest: Any,
     total: Any,
 ) -> None:
     """The query heads of one KV head, for the rows `first_row … last_row - 1` of a span.
 
+    Tokens with their heads are rows of one matrix, and so are the sums: taken from where they are, they would lie
+    whole pages apart and displace each other from the cache.
+
     Args:
         kv_slots: of the span's positions from `start` on; those before it are in `pages`.
         position: of the first row.
-        keys: room for `[_KEYS / 16, D, 16]`; `values` for `[_KEYS, D]`; `scores` for `[6, _KEYS]`.
+        keys: room for `[_KEYS / 16, D, 16]`; `values` for `[_KEYS, D]`; `scores` for `[MAX_ROWS, _KEYS]`.
+        queries: room for `[_QUERIES · Q / N, D]`, likewise `sums`.
         largest: room for each row's largest score and, in `total`, for its sum of exponentials.
     """
-    num_q, dim, num_rows = q.shape[1], q.shape[2], last_row - first_row
-    group, length = num_q // k_cache.shape[1], position + num_rows
-    for begin in range(0, length, _KEYS):
-        size = min(_KEYS, length - begin)
+    group, dim, num_tokens = q.shape[1] // k_cache.shape[1], q.shape[2], last_row - first_row
+    num_rows, first_head = num_tokens * group, kv_head * group
+    for row in range(num_rows):
+        for i in range(dim):
+            queries[row, i] = q[first_row + row // group, first_head + row % group, i] * scale
+    for begin in range(0, position + num_tokens, _KEYS):
+        size = min(_KEYS, position + num_tokens - begin)
         _pack(k_cache, v_cache, kv_slots, pages, page_size, kv_head, start, begin, size, keys, values)
         # Rows that end before this block see nothing of it.
-        for member in range(group):
-            head = kv_head * group + member
-            for row in range(max(begin - position, 0) // MAX_ROWS * MAX_ROWS, num_rows, MAX_ROWS):
-                count = min(MAX_ROWS, num_rows - row)
-                seen = min(size, position + row + count - begin)
-                at_q = ((first_row + row) * num_q + head) * dim
-                for panel in range(-(-seen // PANEL)):
-                    multiply(
-                        count,
-                        PANEL,
-                        dim,
-                        address(q, at_q),
-                        num_q * dim,
-                        address(keys, panel * dim * PANEL),
-                        PANEL,
-                        address(scores, panel * PANEL),
-                        _KEYS,
-                        0,
-                        address(keys, panel * dim * PANEL),
-                        0,
-                    )
-                for r in range(row, row + count):
-                    own, state = position + r + 1 - begin, member * _QUERIES + r
-                    before = scores[r - row]
-                    if begin == 0:
-                        largest[state], total[state] = before[0] * scale, np.float32(0)
-                    factor = _carry_on(before[:seen], min(own, seen), scale, largest, total, state)
-                    if begin > 0 and factor != np.float32(1):
-                        for i in range(dim):
-                            out[first_row + r, head, i] *= factor
-                for column in range(0, dim, PANEL):
-                    multiply(
-                        count,
-                        min(PANEL, dim - column),
-                        seen,
-                        address(scores, 0),
-                        _KEYS,
-                        address(values, column),
-                        dim,
-                        address(out, at_q + column),
-                        num_q * dim,
-                        min(begin, 1),
-                        address(values, column),
-                        0,
-                    )
-    for member in range(group):
-        for r in range(num_rows):
-            factor = np.float32(1) / total[member * _QUERIES + r]
-            for i in range(dim):
-                out[first_row + r, kv_head * group + member, i] *= factor
+        for row in range(max(begin - position, 0) * group // MAX_ROWS * MAX_ROWS, num_rows, MAX_ROWS):
+            count = min(MAX_ROWS, num_rows - row)
+            seen = min(size, position + (row + count - 1) // group + 1 - begin)
+            for key in range(0, seen, COLUMNS):
+                multiply(
+                    count,
+                    COLUMNS,
+                    dim,
+                    address(queries, row * dim),
+                    dim,
+                    address(keys, key * dim),
+                    PANEL,
+                    dim * PANEL,
+                    address(scores, key),
+                    _KEYS,
+                    0,
+                    address(keys, key * dim),
+                    0,
+                )
+            for r in range(count):
+                if begin == 0:
+                    largest[row + r], total[row + r] = scores[r, 0], np.float32(0)
+                own = min(position + (row + r) // group + 1 - begin, seen)
+                factor = _carry_on(scores[r, :seen], own, largest, total, row + r)
+                if begin > 0 and factor != np.float32(1):
+                    for i in range(dim):
+                        sums[row + r, i] *= factor
+            for column in range(0, dim, COLUMNS):
+                multiply(
+                    count,
+                    min(COLUMNS, dim - column),
+                    seen,
+                    address(scores, 0),
+                    _KEYS,
+                    address(values, column),
+                    dim,
+                    PANEL,
+                    address(sums, row * dim + column),
+                    dim,
+                    min(begin, 1),
+                    address(values, column),
+                    0,
+                )
+    for row in range(num_rows):
+        factor = np.float32(1) / total[row]
+        for i in range(dim):
+            out[first_row + row // group, first_head + row % group, i] = sums[row, i] * factor
 
 
 @declare(  # type: ignore[untyped-decorator]
@@ -215,6 +220,7 @@ def _attend_blocks(
     keys, values = np.empty((_KEYS // PANEL, dim, PANEL), np.float32), np.empty((_KEYS, dim), np.float32)
     scores = np.empty((MAX_ROWS, _KEYS), np.float32)
     room = _QUERIES * (q.shape[1] // num_kv)
+    queries, sums = np.empty((room, dim), np.float32), np.empty((room, dim), np.float32)
     largest, total = np.empty(room, np.float32), np.empty(room, np.float32)
     number = 0
     for span in range(bounds.shape[0]):
@@ -239,6 +245,8 @@ def _attend_blocks(
                 keys,
                 values,
                 scores,
+                queries,
+                sums,
                 largest,
                 total,
             )

@@ -1,9 +1,9 @@
 """Register tiles: the innermost loops of fp32 kernels on a CPU, emitted as LLVM vectors.
 
 Left to itself a compiler neither keeps a block of sums in registers nor reduces them well. A tile is what BLIS calls a
-micro-kernel (Van Zee and van de Geijn, ACM TOMS 41, 2015), for up to six rows: its sums stay in registers while one
-pass over the weights streams by. LLVM splits the 16-wide vectors into what the machine has. Every sum is taken in the
-same order however many rows a tile has, so a row's result does not depend on its batch.
+micro-kernel (Van Zee and van de Geijn, ACM TOMS 41, 2015): its sums stay in registers while one pass over the weights
+streams by. Its size is that of the machine's registers; LLVM splits the 16-wide vectors where they are narrower. Every
+sum is taken in the same order whatever size a tile has, so a row's result does not depend on its batch.
 
 Numba does not notice when an intrinsic changes: after editing this file, delete the `__pycache__` folders.
 """
@@ -13,17 +13,30 @@ from __future__ import annotations
 from typing import Any
 
 import numba
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import types
-from numba.core import cgutils
+from numba.core import cgutils, config
 from numba.extending import intrinsic
 
 from model.linear import PANEL
 
-MAX_ROWS = 6
-"""Rows of a tile: twelve sums, two weights and a factor fill the sixteen registers of AVX2."""
 
-_DOT_WIDTH = 8
+def _has_wide_vectors() -> bool:
+    """Whether numba compiles for AVX-512, of which a machine's name in `/proc` need not tell."""
+    chosen: str | None = vars(config)["CPU_FEATURES"]
+    if chosen is not None:
+        return "+avx512f" in chosen.split(",")
+    return bool(binding.get_host_cpu_features().get("avx512f"))
+
+
+_WIDE = _has_wide_vectors()
+MAX_ROWS = 12 if _WIDE else 6
+"""Rows of a tile."""
+COLUMNS = 2 * PANEL if _WIDE else PANEL
+"""Columns of a tile, whole panels. The sums of 12 rows and two vectors of weights take 26 of AVX-512's 32 registers, as
+its instructions read a factor from memory; those of 6 rows, two vectors and a factor take 15 of AVX2's 16."""
+
+_DOT_WIDTH = 16 if _WIDE else 8
 
 _F32, _I1, _I32 = ir.FloatType(), ir.IntType(1), ir.IntType(32)
 _POINTER = types.CPointer(types.float32)
@@ -140,6 +153,16 @@ class _Emitter:
         return cgutils.get_or_insert_function(self.builder.module, ir.FunctionType(result, arguments), full)
 
 
+def _forbid_unrolling(builder: ir.IRBuilder, end: Any) -> None:
+    """Of the loop whose body ends with this block: two turns at once take more registers than there are."""
+    module = builder.module
+    forbid = module.add_metadata(["llvm.loop.unroll.disable"])
+    # A loop's name is a node that begins with itself; equal nodes would be one, hence the number.
+    name = module.add_metadata([_I32(len(module.metadata))])
+    name.operands = (name, forbid)
+    end.terminator.set_metadata("llvm.loop", name)
+
+
 def _prefetch(builder: ir.IRBuilder, address: Any) -> None:
     byte = ir.IntType(8).as_pointer()
     kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
@@ -147,9 +170,8 @@ def _prefetch(builder: ir.IRBuilder, address: Any) -> None:
     builder.call(function, [builder.bitcast(address, byte), _I32(0), _I32(3), _I32(1)])
 
 
-@_intrinsic  # type: ignore[untyped-decorator]
+@compiled  # type: ignore[untyped-decorator]
 def multiply(
-    typing_context: Any,
     rows: Any,
     columns: Any,
     depth: Any,
@@ -157,68 +179,129 @@ def multiply(
     x_stride: Any,
     w: Any,
     w_stride: Any,
-    out: Any,
-    out_stride: Any,
-    add: Any,
-    ahead: Any,
-    ahead_step: Any,
-) -> Any:
-    """`out[r, c] = Σ_i x[r, i] · w[i, c]` for up to six rows and sixteen columns.
-
-    Args:
-        depth: how many `i`.
-        x_stride: elements from one row to the next; likewise of `w` and `out`.
-        add: 1 to add to `out`, 0 to overwrite it.
-        ahead: what will be needed next; prefetched `ahead_step` elements at a time while this is computed.
-    """
-
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-        rows, columns, *tile = arguments
-        whole = builder.icmp_signed("==", columns, columns.type(PANEL))
-        for count in range(1, MAX_ROWS + 1):
-            asked = builder.icmp_signed("==", rows, rows.type(count))
-            with builder.if_then(asked), builder.if_else(whole) as (then, otherwise):
-                with then:
-                    _tile(_Emitter(builder, PANEL), count, *tile)
-                with otherwise:
-                    emit = _Emitter(builder, PANEL)
-                    emit.mask_after(columns)
-                    _tile(emit, count, *tile)
-        return context.get_dummy_value()
-
-    size = types.intp
-    kinds = (size, size, size, _POINTER, size, _POINTER, size, _POINTER, size, size, _POINTER, size)
-    return types.void(*kinds), generate
-
-
-def _tile(
-    emit: _Emitter,
-    rows: int,
-    depth: Any,
-    x: Any,
-    x_stride: Any,
-    w: Any,
-    w_stride: Any,
+    w_panel: Any,
     out: Any,
     out_stride: Any,
     add: Any,
     ahead: Any,
     ahead_step: Any,
 ) -> None:
-    """The code for so many rows."""
-    builder, sums = emit.builder, emit.variables(rows)
-    xs = [builder.gep(x, [builder.mul(x_stride, depth.type(row))]) for row in range(rows)]
-    outs = [builder.gep(out, [builder.mul(out_stride, depth.type(row))]) for row in range(rows)]
+    """`out[r, c] = Σ_i x[r, i] · w[i, c]` for up to `MAX_ROWS` rows and `COLUMNS` columns.
+
+    Args:
+        depth: how many `i`.
+        x_stride: elements from one row to the next; likewise of `w` and `out`.
+        w_panel: elements of `w` from sixteen columns to the next sixteen.
+        add: 1 to add to `out`, 0 to overwrite it.
+        ahead: what will be needed next, of as many panels; prefetched `ahead_step` elements of each at a time while
+            this is computed.
+    """
+    if columns == COLUMNS:
+        _whole_tile(rows, columns, depth, x, x_stride, w, w_stride, w_panel, out, out_stride, add, ahead, ahead_step)
+        return
+    for first in range(0, columns, PANEL):
+        panel = first // PANEL * w_panel
+        _part_tile(
+            rows,
+            min(PANEL, columns - first),
+            depth,
+            x,
+            x_stride,
+            advance(w, panel),
+            w_stride,
+            w_panel,
+            advance(out, first),
+            out_stride,
+            add,
+            advance(ahead, panel),
+            ahead_step,
+        )
+
+
+def _tile_intrinsic(name: str, panels: int, masked: bool) -> Any:
+    """`multiply` for so many panels; under a mask for the `columns` of one."""
+
+    def tile(
+        typing_context: Any,
+        rows: Any,
+        columns: Any,
+        depth: Any,
+        x: Any,
+        x_stride: Any,
+        w: Any,
+        w_stride: Any,
+        w_panel: Any,
+        out: Any,
+        out_stride: Any,
+        add: Any,
+        ahead: Any,
+        ahead_step: Any,
+    ) -> Any:
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+            rows, columns, *operands = arguments
+            for count in range(1, MAX_ROWS + 1):
+                asked = builder.icmp_signed("==", rows, rows.type(count))
+                with builder.if_then(asked):
+                    emit = _Emitter(builder, PANEL)
+                    if masked:
+                        emit.mask_after(columns)
+                    _tile(emit, count, panels, *operands)
+            return context.get_dummy_value()
+
+        size = types.intp
+        kinds = (size, size, size, _POINTER, size, _POINTER, size, size, _POINTER, size, size, _POINTER, size)
+        return types.void(*kinds), generate
+
+    tile.__name__ = tile.__qualname__ = name
+    return _intrinsic(tile)
+
+
+_whole_tile = _tile_intrinsic("_whole_tile", COLUMNS // PANEL, masked=False)
+_part_tile = _tile_intrinsic("_part_tile", 1, masked=True)
+
+
+def _tile(
+    emit: _Emitter,
+    rows: int,
+    panels: int,
+    depth: Any,
+    x: Any,
+    x_stride: Any,
+    w: Any,
+    w_stride: Any,
+    w_panel: Any,
+    out: Any,
+    out_stride: Any,
+    add: Any,
+    ahead: Any,
+    ahead_step: Any,
+) -> None:
+    """The code for so many rows and panels."""
+    builder, size = emit.builder, depth.type
+    sums = [emit.variables(panels) for _ in range(rows)]
+    xs = [builder.gep(x, [builder.mul(x_stride, size(row))]) for row in range(rows)]
+    ws = [builder.gep(w, [builder.mul(w_panel, size(panel))]) for panel in range(panels)]
+    following = [builder.gep(ahead, [builder.mul(w_panel, size(panel))]) for panel in range(panels)]
+    begins = [builder.gep(out, [builder.mul(out_stride, size(row))]) for row in range(rows)]
+    outs = [[builder.gep(begin, [size(panel * PANEL)]) for panel in range(panels)] for begin in begins]
     with builder.if_then(cgutils.is_not_null(builder, add)):
-        for total, place in zip(sums, outs, strict=True):
-            builder.store(emit.load(place), total)
+        for row in range(rows):
+            for total, place in zip(sums[row], outs[row], strict=True):
+                builder.store(emit.load(place), total)
     with cgutils.for_range(builder, depth) as loop:
-        _prefetch(builder, builder.gep(ahead, [builder.mul(loop.index, ahead_step)]))
-        weights = emit.load(builder.gep(w, [builder.mul(loop.index, w_stride)]))
-        for total, row in zip(sums, xs, strict=True):
-            emit.add_product(total, emit.broadcast(builder.gep(row, [loop.index])), weights)
-    for total, place in zip(sums, outs, strict=True):
-        emit.store(builder.load(total), place)
+        for start in following:
+            _prefetch(builder, builder.gep(start, [builder.mul(loop.index, ahead_step)]))
+        at = builder.mul(loop.index, w_stride)
+        weights = [emit.load(builder.gep(panel, [at])) for panel in ws]
+        for row in range(rows):
+            factor = emit.broadcast(builder.gep(xs[row], [loop.index]))
+            for total, weight in zip(sums[row], weights, strict=True):
+                emit.add_product(total, factor, weight)
+        end = builder.block
+    _forbid_unrolling(builder, end)
+    for row in range(rows):
+        for total, place in zip(sums[row], outs[row], strict=True):
+            emit.store(builder.load(total), place)
 
 
 @_intrinsic  # type: ignore[untyped-decorator]
