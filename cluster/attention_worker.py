@@ -25,6 +25,7 @@ from decode.migration import Migration
 from decode.speculation import MtpDrafter, Speculator
 from decode.step_graphs import step_graphs
 from model.checkpoint import Checkpoint
+from model.host_memory import keep_freed_memory
 from model.kv_cache import KvCache
 from model.linear import packs
 from model.load_progress import LoadProgress, LoadSnapshot
@@ -82,6 +83,7 @@ class AttentionWorker:
         self._report = report
         self._device = torch.device(plan.device)
         self._dtype = serving_dtype(plan)
+        keep_freed_memory()
         set_num_threads(plan.threads[role], own=packs(self._dtype, self._device))
         self._mailbox = Mailbox(host, plan.secret)
         self._pulse = Pulse(host)

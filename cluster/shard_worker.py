@@ -23,6 +23,7 @@ from experts.loop import DECODE_FIRST, PREFILL_AFTER, ShardLoop
 from experts.shard import ExpertShard
 from experts.slots import EMPTY, ExpertSlots, Fill
 from model.checkpoint import Checkpoint
+from model.host_memory import keep_freed_memory
 from model.linear import packs
 from model.load_progress import LoadProgress, LoadSnapshot
 from model.threads import set_num_threads
@@ -52,6 +53,7 @@ class ShardWorker:
     """
 
     def __init__(self, worker_id: WorkerId, plan: ServingPlan, host: str, node_id: str) -> None:
+        keep_freed_memory()
         set_num_threads(plan.threads["experts"], own=packs(serving_dtype(plan), torch.device(plan.device)))
         self._worker_id, self._plan, self._host, self._node_id = worker_id, plan, host, node_id
         self._device = torch.device(plan.device)

@@ -6,6 +6,7 @@ import contextlib
 import pathlib
 import sys
 
+from model.host_memory import keep_freed_memory
 from model.threads import set_num_threads
 from octet.config import DecodeConfig
 from ops.bench.peers.engines import claim_stdout, serve, timed
@@ -18,6 +19,7 @@ def main() -> None:
     replies = claim_stdout()
     checkpoint, *numbers = sys.argv[1:]
     threads, max_sequences, max_len = map(int, numbers)
+    keep_freed_memory()
     set_num_threads(threads, own=True)
     engine = LocalEngine(
         pathlib.Path(checkpoint),
