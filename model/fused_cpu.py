@@ -16,13 +16,27 @@ import torch
 
 from model.linear import PANEL
 from model.linear_cpu import exp
-from model.tiles_cpu import COLUMNS, MAX_ROWS, address, compiled, declare, dot, fetch, multiply, reordered
+from model.tiles_cpu import (
+    COLUMNS,
+    MAX_ROWS,
+    address,
+    compiled,
+    copy_row,
+    declare,
+    dot,
+    fetch,
+    multiply,
+    reordered,
+    rotate,
+    scale_row,
+    sum_of_squares,
+)
 
 
 def rms_norm(x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
     """`[T, H]`, normalised over the last dim."""
     out_TH = torch.empty_like(x_TH)
-    norm_rows(x_TH.numpy(), weight_H.numpy(), np.float32(eps), out_TH.numpy(), 0, len(x_TH))
+    norm_rows(x_TH.contiguous().numpy(), weight_H.numpy(), np.float32(eps), out_TH.numpy(), 0, len(x_TH))
     return out_TH
 
 
@@ -98,41 +112,31 @@ def warm_up() -> None:
 _NO_NORM = np.empty(0, np.float32)
 
 
-@reordered  # type: ignore[untyped-decorator]
+@compiled  # type: ignore[untyped-decorator]
 def norm_rows(x: Any, weight: Any, eps: Any, out: Any, first: Any, last: Any) -> None:
     """RMSNorm of the rows `first … last - 1`."""
     hidden = x.shape[1]
     for row in range(first, last):
-        total = np.float32(0)
-        for i in range(hidden):
-            total += x[row, i] * x[row, i]
-        factor = np.float32(1) / np.sqrt(total / np.float32(hidden) + eps)
-        for i in range(hidden):
-            out[row, i] = weight[i] * (x[row, i] * factor)
+        factor = _norm_factor(address(x, row * hidden), hidden, eps)
+        scale_row(address(x, row * hidden), factor, address(weight, 0), hidden, address(out, row * hidden))
 
 
-@reordered  # type: ignore[untyped-decorator]
-def _norm_rotate(x: Any, weight: Any, eps: Any, cos: Any, sin: Any, out: Any) -> None:
-    """One head: RMSNorm (if it has a weight), then half-rotation of the first R dims."""
-    dim, half = x.shape[0], cos.shape[0] // 2
-    factor = np.float32(1)
+@compiled  # type: ignore[untyped-decorator]
+def _norm_factor(x: Any, size: Any, eps: Any) -> Any:
+    return np.float32(1) / np.sqrt(sum_of_squares(x, size) / np.float32(size) + eps)
+
+
+@compiled  # type: ignore[untyped-decorator]
+def _norm_rotate(x: Any, dim: Any, weight: Any, eps: Any, cos: Any, sin: Any, rotated: Any, out: Any) -> None:
+    """One head: RMSNorm (if it has a weight), then half-rotation of the first `rotated` dims."""
     if weight.shape[0] > 0:
-        total = np.float32(0)
-        for i in range(dim):
-            total += x[i] * x[i]
-        factor = np.float32(1) / np.sqrt(total / np.float32(dim) + eps)
-        for i in range(dim):
-            out[i] = weight[i] * (x[i] * factor)
+        scale_row(x, _norm_factor(x, dim, eps), address(weight, 0), dim, out)
     else:
-        for i in range(dim):
-            out[i] = x[i]
-    for i in range(half):
-        first, second = out[i], out[i + half]
-        out[i] = first * cos[i] - second * sin[i]
-        out[i + half] = second * cos[i + half] + first * sin[i + half]
+        copy_row(x, dim, out)
+    rotate(out, cos, sin, rotated // 2)
 
 
-@reordered  # type: ignore[untyped-decorator]
+@compiled  # type: ignore[untyped-decorator]
 def prepare_rows(
     qkv: Any,
     q_norm: Any,
@@ -148,15 +152,17 @@ def prepare_rows(
     last: Any,
 ) -> None:
     """As `prepare_qkv`, for the tokens `first … last - 1`."""
-    num_q, num_kv = q.shape[1], k_cache.shape[1]
+    num_q, num_kv, dim, rotated = q.shape[1], k_cache.shape[1], q.shape[2], cos.shape[1]
     for token in range(first, last):
+        c, s = address(cos, token * rotated), address(sin, token * rotated)
+        row, at_q, at_kv = token * qkv.shape[1] * dim, token * num_q * dim, slots[token] * num_kv * dim
         for head in range(num_q):
-            _norm_rotate(qkv[token, head], q_norm, eps, cos[token], sin[token], q[token, head])
-        slot = slots[token]
+            x = address(qkv, row + head * dim)
+            _norm_rotate(x, dim, q_norm, eps, c, s, rotated, address(q, at_q + head * dim))
         for head in range(num_kv):
-            k, v = qkv[token, num_q + head], qkv[token, num_q + num_kv + head]
-            _norm_rotate(k, k_norm, eps, cos[token], sin[token], k_cache[slot, head])
-            v_cache[slot, head, :] = v
+            k, v = address(qkv, row + (num_q + head) * dim), address(qkv, row + (num_q + num_kv + head) * dim)
+            _norm_rotate(k, dim, k_norm, eps, c, s, rotated, address(k_cache, at_kv + head * dim))
+            copy_row(v, dim, address(v_cache, at_kv + head * dim))
 
 
 @reordered  # type: ignore[untyped-decorator]

@@ -10,6 +10,7 @@ Numba does not notice when an intrinsic changes: after editing this file, delete
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -127,7 +128,11 @@ class _Emitter:
         self.builder.call(store, [value, pointer, _I32(4), self.mask])
 
     def broadcast(self, address: Any) -> Any:
-        return self._splat(self.builder.load(address, align=4), _F32)
+        return self.splat(self.builder.load(address, align=4))
+
+    def splat(self, value: Any) -> Any:
+        """A number in every lane."""
+        return self._splat(value, _F32)
 
     def add_product(self, total: Any, a: Any, b: Any) -> None:
         """`total += a · b`, where `total` is a variable."""
@@ -304,6 +309,19 @@ def _tile(
             emit.store(builder.load(total), place)
 
 
+def _for_vectors(emit: _Emitter, size: Any, step: Callable[[Any], None]) -> None:
+    """`step(at)` for every whole vector of `size` elements, and once more under a mask for the rest."""
+    builder = emit.builder
+    rest = builder.and_(size, size.type(emit.width - 1))
+    whole = builder.sub(size, rest)
+    with cgutils.for_range_slice(builder, size.type(0), whole, size.type(emit.width)) as (at, _):
+        step(at)
+    with builder.if_then(cgutils.is_not_null(builder, rest)):
+        emit.mask_after(rest)
+        step(whole)
+        emit.mask = None
+
+
 @_intrinsic  # type: ignore[untyped-decorator]
 def dot(
     typing_context: Any,
@@ -328,13 +346,7 @@ def dot(
             for total, y in zip(sums, ys, strict=True):
                 emit.add_product(total, factor, emit.load(builder.gep(y, [at])))
 
-        rest = builder.and_(depth, depth.type(_DOT_WIDTH - 1))
-        whole = builder.sub(depth, rest)
-        with cgutils.for_range_slice(builder, depth.type(0), whole, depth.type(_DOT_WIDTH)) as (at, _):
-            step(at)
-        with builder.if_then(cgutils.is_not_null(builder, rest)):
-            emit.mask_after(rest)
-            step(whole)
+        _for_vectors(emit, depth, step)
         for n, total in enumerate(sums):
             product = builder.fmul(emit.sum_lanes(builder.load(total)), scale)
             builder.store(product, builder.gep(out, [depth.type(n)]), align=4)
@@ -342,3 +354,80 @@ def dot(
 
     size, number = types.intp, types.float32
     return types.void(*[_POINTER] * 5, size, number, _POINTER), generate
+
+
+@_intrinsic  # type: ignore[untyped-decorator]
+def sum_of_squares(typing_context: Any, x: Any, size: Any) -> Any:
+    """`Σ_i x[i]²`."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        # Several registers at once: each sum waits for the one before it.
+        (x, size), emit = arguments, _Emitter(builder, 4 * PANEL)
+        (total,) = emit.variables(1)
+
+        def step(at: Any) -> None:
+            value = emit.load(builder.gep(x, [at]))
+            emit.add_product(total, value, value)
+
+        _for_vectors(emit, size, step)
+        return emit.sum_lanes(builder.load(total))
+
+    return types.float32(_POINTER, types.intp), generate
+
+
+@_intrinsic  # type: ignore[untyped-decorator]
+def scale_row(typing_context: Any, x: Any, factor: Any, weight: Any, size: Any, out: Any) -> Any:
+    """`out[i] = weight[i] · (x[i] · factor)`."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        (x, factor, weight, size, out), emit = arguments, _Emitter(builder, PANEL)
+        factors = emit.splat(factor)
+
+        def step(at: Any) -> None:
+            value = builder.fmul(emit.load(builder.gep(x, [at])), factors)
+            emit.store(builder.fmul(emit.load(builder.gep(weight, [at])), value), builder.gep(out, [at]))
+
+        _for_vectors(emit, size, step)
+        return context.get_dummy_value()
+
+    return types.void(_POINTER, types.float32, _POINTER, types.intp, _POINTER), generate
+
+
+@_intrinsic  # type: ignore[untyped-decorator]
+def copy_row(typing_context: Any, x: Any, size: Any, out: Any) -> Any:
+    """`out[i] = x[i]`."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        (x, size, out), emit = arguments, _Emitter(builder, PANEL)
+
+        def step(at: Any) -> None:
+            emit.store(emit.load(builder.gep(x, [at])), builder.gep(out, [at]))
+
+        _for_vectors(emit, size, step)
+        return context.get_dummy_value()
+
+    return types.void(_POINTER, types.intp, _POINTER), generate
+
+
+@_intrinsic  # type: ignore[untyped-decorator]
+def rotate(typing_context: Any, x: Any, cos: Any, sin: Any, half: Any) -> Any:
+    """Rotate `x[i]` and `x[i + half]` into each other, in place; `cos` and `sin` are of `2 · half` elements."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        (x, cos, sin, half), emit = arguments, _Emitter(builder, PANEL)
+
+        def step(at: Any) -> None:
+            here, there = at, builder.add(at, half)
+            a, b = (builder.gep(x, [place]) for place in (here, there))
+            first, second = emit.load(a), emit.load(b)
+            turned = []
+            for place, own, other in ((here, first, second), (there, second, first)):
+                c, s = (emit.load(builder.gep(table, [place])) for table in (cos, sin))
+                turned.append((builder.fmul(own, c), builder.fmul(other, s)))
+            emit.store(builder.fsub(*turned[0]), a)
+            emit.store(builder.fadd(*turned[1]), b)
+
+        _for_vectors(emit, half, step)
+        return context.get_dummy_value()
+
+    return types.void(_POINTER, _POINTER, _POINTER, types.intp), generate
