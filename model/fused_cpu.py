@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from model.linear import PANEL
-from model.linear_cpu import exp
 from model.tiles_cpu import (
     COLUMNS,
     MAX_ROWS,
@@ -24,7 +23,9 @@ from model.tiles_cpu import (
     copy_row,
     declare,
     dot,
+    exponentials,
     fetch,
+    largest_of,
     multiply,
     reordered,
     rotate,
@@ -168,16 +169,9 @@ def prepare_rows(
 @reordered  # type: ignore[untyped-decorator]
 def _softmax(x: Any) -> None:
     """In place."""
-    largest = x[0]
-    for i in range(x.shape[0]):
-        largest = max(largest, x[i])
-    for i in range(x.shape[0]):
-        x[i] = exp(x[i] - largest)
-    total = np.float32(0)
-    for i in range(x.shape[0]):
-        total += x[i]
-    factor = np.float32(1) / total
-    for i in range(x.shape[0]):
+    size = x.shape[0]
+    factor = np.float32(1) / exponentials(address(x, 0), size, largest_of(address(x, 0), size, x[0]))
+    for i in range(size):
         x[i] *= factor
 
 

@@ -23,8 +23,8 @@ from model.tiles_cpu import (
     advance,
     compiled,
     declare,
+    exp,
     multiply,
-    power_of_two,
     reordered,
 )
 
@@ -36,22 +36,6 @@ ROWS = 192
 
 _AHEAD = 1024
 """Elements, 4 KiB: far enough for the memory to answer."""
-
-
-@reordered  # type: ignore[untyped-decorator]
-def exp(x: Any) -> Any:
-    """Cephes' `expf` (2 ulp) for arguments up to 88, written so that a loop over it vectorises; 0 below -87."""
-    # Below this the result underflows; NaN fails the comparison and stays.
-    y = np.float32(-87) if x < np.float32(-87) else x
-    n = np.floor(y * np.float32(1.44269504) + np.float32(0.5))
-    r = y - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
-    p = np.float32(1.9875691500e-4)
-    p = p * r + np.float32(1.3981999507e-3)
-    p = p * r + np.float32(8.3334519073e-3)
-    p = p * r + np.float32(4.1665795894e-2)
-    p = p * r + np.float32(1.6666665459e-1)
-    p = p * r + np.float32(5.0000001201e-1)
-    return (p * r * r + r + np.float32(1)) * power_of_two(n)
 
 
 @compiled  # type: ignore[untyped-decorator]

@@ -18,9 +18,8 @@ import torch
 
 from model.batch import PrefillTable
 from model.linear import PANEL
-from model.linear_cpu import exp
 from model.threads import in_parts
-from model.tiles_cpu import COLUMNS, MAX_ROWS, address, compiled, declare, multiply, reordered
+from model.tiles_cpu import COLUMNS, MAX_ROWS, address, compiled, declare, exp, exponentials, largest_of, multiply
 
 _KEYS = 128
 """Of a block: packed, they and their values stay near the core while many queries see them."""
@@ -54,7 +53,7 @@ def prefill_attention(
     in_parts(compute, num_blocks * k_cache.shape[1], 4 * int(seen.sum()) * q_TQD.shape[1] * q_TQD.shape[2])
 
 
-@reordered  # type: ignore[untyped-decorator]
+@compiled  # type: ignore[untyped-decorator]
 def _carry_on(scores: Any, own: Any, largest: Any, total: Any, row: Any) -> Any:
     """Turn a row's scores into exponentials, of which the first `own` count.
 
@@ -63,17 +62,14 @@ def _carry_on(scores: Any, own: Any, largest: Any, total: Any, row: Any) -> Any:
     if own <= 0:
         scores[:] = 0
         return np.float32(1)
-    most = largest[row]
-    for s in range(own):
-        most = max(most, scores[s])
-    for s in range(own):
-        scores[s] = exp(scores[s] - most)
-    added = np.float32(0)
-    for s in range(own):
-        added += scores[s]
+    # A score that is NaN is no maximum, but makes the sum NaN.
+    most = largest_of(address(scores, 0), own, largest[row])
+    added = exponentials(address(scores, 0), own, most)
     for s in range(own, scores.shape[0]):
         scores[s] = 0
-    factor = exp(largest[row] - most)
+    factor = np.float32(1)
+    if most != largest[row]:
+        factor = exp(largest[row] - most)
     total[row] = total[row] * factor + added
     largest[row] = most
     return factor

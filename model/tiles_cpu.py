@@ -43,14 +43,17 @@ _F32, _I1, _I32 = ir.FloatType(), ir.IntType(1), ir.IntType(32)
 _POINTER = types.CPointer(types.float32)
 _intrinsic: Any = intrinsic
 
-compiled: Any = numba.njit(nogil=True, cache=True)
-reordered: Any = numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
+_HOW: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
+"""Dividing by 0 gives infinity or NaN: a branch to an error would keep a loop from being vectorised."""
+
+compiled: Any = numba.njit(**_HOW)
+reordered: Any = numba.njit(**_HOW, fastmath={"reassoc", "contract", "nsz"})
 """Sums may be reordered, which is what vectorising them takes; NaN and infinity keep their meaning."""
 
 
 def declare(signature: str) -> Any:
     """Compile for one signature, when the module is imported, so that no request waits and no other layout slips in."""
-    return numba.njit(signature, nogil=True, cache=True)
+    return numba.njit(signature, **_HOW)
 
 
 @_intrinsic  # type: ignore[untyped-decorator]
@@ -85,24 +88,13 @@ def fetch(typing_context: Any, pointer: Any) -> Any:
     return types.void(_POINTER), generate
 
 
-@_intrinsic  # type: ignore[untyped-decorator]
-def power_of_two(typing_context: Any, exponent: Any) -> Any:
-    """2 to a whole number from -126 to 127, as the bits of a float."""
-
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-        biased = builder.add(builder.fptosi(arguments[0], _I32), _I32(127))
-        return builder.bitcast(builder.shl(biased, _I32(23)), _F32)
-
-    return types.float32(types.float32), generate
-
-
 class _Emitter:
     """Vectors of `width` floats at a builder's position. Under a mask they are loaded and stored in part."""
 
     def __init__(self, builder: ir.IRBuilder, width: int) -> None:
         self.builder, self.width = builder, width
         self.vector = ir.VectorType(_F32, width)
-        self.zero = ir.Constant(self.vector, [0.0] * width)
+        self.zero: Any = ir.Constant(self.vector, [0.0] * width)
         self.mask: Any = None
 
     def mask_after(self, count: Any) -> None:
@@ -142,6 +134,10 @@ class _Emitter:
     def sum_lanes(self, vector: Any) -> Any:
         add = self._function("llvm.vector.reduce.fadd", _F32, [_F32, self.vector])
         return self.builder.call(add, [ir.Constant(_F32, -0.0), vector], fastmath=("reassoc",))
+
+    def max_lanes(self, vector: Any) -> Any:
+        """Of numbers."""
+        return self.builder.call(self._function("llvm.vector.reduce.fmax", _F32, [self.vector]), [vector])
 
     def variables(self, count: int) -> list[Any]:
         """Zeros at first. LLVM keeps them in registers."""
@@ -309,6 +305,41 @@ def _tile(
             emit.store(builder.load(total), place)
 
 
+def _exp(builder: ir.IRBuilder, x: Any) -> Any:
+    """Cephes' `expf` (2 ulp) of a number or a vector, for arguments up to 88; 0 below -87."""
+    width = x.type.count if isinstance(x.type, ir.VectorType) else 0
+    integers, suffix = (ir.VectorType(_I32, width), f"v{width}f32") if width else (_I32, "f32")
+
+    def constant(value: float, kind: Any = x.type) -> Any:
+        return ir.Constant(kind, [value] * width if width else value)
+
+    def call(name: str, *arguments: Any) -> Any:
+        kind = ir.FunctionType(x.type, [x.type] * len(arguments))
+        return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"{name}.{suffix}"), arguments)
+
+    least = constant(-87.0)
+    # Below this the result underflows; NaN fails the comparison and stays.
+    y = builder.select(builder.fcmp_ordered("<", x, least), least, x)
+    n = call("llvm.floor", call("llvm.fma", y, constant(1.44269504), constant(0.5)))
+    r = call("llvm.fma", n, constant(2.12194440e-4), call("llvm.fma", n, constant(-0.693359375), y))
+    p = constant(1.9875691500e-4)
+    for factor in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        p = call("llvm.fma", p, r, constant(factor))
+    small = builder.fadd(call("llvm.fma", builder.fmul(p, r), r, r), constant(1.0))
+    exponent = builder.shl(builder.add(builder.fptosi(n, integers), constant(127, integers)), constant(23, integers))
+    return builder.fmul(small, builder.bitcast(exponent, x.type))
+
+
+@_intrinsic  # type: ignore[untyped-decorator]
+def exp(typing_context: Any, x: Any) -> Any:
+    """The exponential function, written so that a loop over it vectorises."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        return _exp(builder, arguments[0])
+
+    return types.float32(types.float32), generate
+
+
 def _for_vectors(emit: _Emitter, size: Any, step: Callable[[Any], None]) -> None:
     """`step(at)` for every whole vector of `size` elements, and once more under a mask for the rest."""
     builder = emit.builder
@@ -373,6 +404,48 @@ def sum_of_squares(typing_context: Any, x: Any, size: Any) -> Any:
         return emit.sum_lanes(builder.load(total))
 
     return types.float32(_POINTER, types.intp), generate
+
+
+@_intrinsic  # type: ignore[untyped-decorator]
+def largest_of(typing_context: Any, x: Any, size: Any, least: Any) -> Any:
+    """The largest of the numbers, but at least `least`; NaN is passed over."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        (x, size, least), emit = arguments, _Emitter(builder, 4 * PANEL)
+        most = cgutils.alloca_once_value(builder, emit.splat(least))
+        emit.zero = emit.splat(least)
+
+        def step(at: Any) -> None:
+            value = emit.load(builder.gep(x, [at]))
+            above = builder.fcmp_ordered(">", value, builder.load(most))
+            builder.store(builder.select(above, value, builder.load(most)), most)
+
+        _for_vectors(emit, size, step)
+        return emit.max_lanes(builder.load(most))
+
+    return types.float32(_POINTER, types.intp, types.float32), generate
+
+
+@_intrinsic  # type: ignore[untyped-decorator]
+def exponentials(typing_context: Any, x: Any, size: Any, shift: Any) -> Any:
+    """`x[i] = exp(x[i] - shift)`, in place; their sum."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        (x, size, shift), emit = arguments, _Emitter(builder, 4 * PANEL)
+        shifts, (total,) = emit.splat(shift), emit.variables(1)
+
+        def step(at: Any) -> None:
+            place = builder.gep(x, [at])
+            value = _exp(builder, builder.fsub(emit.load(place), shifts))
+            if emit.mask is not None:
+                value = builder.select(emit.mask, value, emit.zero)
+            emit.store(value, place)
+            builder.store(builder.fadd(builder.load(total), value), total)
+
+        _for_vectors(emit, size, step)
+        return emit.sum_lanes(builder.load(total))
+
+    return types.float32(_POINTER, types.intp, types.float32), generate
 
 
 @_intrinsic  # type: ignore[untyped-decorator]

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from model.linear_cpu import exp, linear_panels
-from model.tiles_cpu import compiled, declare
+from model.linear_cpu import linear_panels
+from model.tiles_cpu import compiled, declare, exp
 
 
 @compiled  # type: ignore[untyped-decorator]
