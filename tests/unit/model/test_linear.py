@@ -5,13 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from model import threads
-from model.linear import MlpWeights, PackedMatrix, Packer, linear, linear_cpu, swiglu
+from model.linear import MlpWeights, PackedMatrix, Packer, linear, swiglu
 
 
 def packed(weight_CH: torch.Tensor) -> PackedMatrix:
@@ -22,7 +21,7 @@ def packed(weight_CH: torch.Tensor) -> PackedMatrix:
     return matrix
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, 5, 6, 7, 8, 13, 192, 193, 400])
+@pytest.mark.parametrize("num_rows", [*range(1, 14), 192, 193, 400])
 @pytest.mark.parametrize("biased", [False, True])
 def test_a_packed_matrix_multiplies(num_rows: int, biased: bool) -> None:
     columns, depth = random.randrange(1, 70), random.choice([3, 64, 511, 513, 1100])
@@ -72,16 +71,6 @@ def test_a_packed_swiglu_equals_the_operators(num_rows: int) -> None:
     plain = swiglu(x_TH, MlpWeights(gate_up=torch.cat((gate, up)), down=down))
     found = swiglu(x_TH, MlpWeights(gate_up=gate_up, down=packed(down)))
     torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5 * float(plain.abs().max() + 1))
-
-
-def test_the_exponential_is_within_two_ulp_and_keeps_its_limits() -> None:
-    exp = linear_cpu().exp
-    x = np.random.default_rng().uniform(-87, 87, 1000).astype(np.float32)
-    found = np.array([exp(value) for value in x])
-    np.testing.assert_allclose(found, np.exp(x.astype(np.float64)), rtol=2.5e-7)
-    assert exp(np.float32(0)) == 1
-    assert exp(np.float32("-inf")) < 1e-37
-    assert np.isnan(exp(np.float32("nan")))
 
 
 @pytest.mark.usefixtures("some_threads")

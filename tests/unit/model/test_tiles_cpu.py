@@ -1,0 +1,126 @@
+"""What the register tiles' module emits for rows of any length, compared with numpy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from model.tiles_cpu import (
+    address,
+    copy_row,
+    exp,
+    exponentials,
+    largest_of,
+    rotate,
+    scale_row,
+    sum_of_squares,
+)
+
+Array = npt.NDArray[np.float32]
+SIZES = [1, 2, 15, 16, 17, 63, 64, 65, 128, 200]
+_compiled: Any = numba.njit
+
+
+@_compiled  # type: ignore[untyped-decorator]
+def _exp_of_each(x: Any, out: Any) -> None:
+    for i in range(len(x)):
+        out[i] = exp(x[i])
+
+
+@_compiled  # type: ignore[untyped-decorator]
+def _exponentials(x: Any, size: Any, shift: Any) -> Any:
+    return exponentials(address(x, 0), size, shift)
+
+
+@_compiled  # type: ignore[untyped-decorator]
+def _largest(x: Any, size: Any, least: Any) -> Any:
+    return largest_of(address(x, 0), size, least)
+
+
+@_compiled  # type: ignore[untyped-decorator]
+def _sum_of_squares(x: Any, size: Any) -> Any:
+    return sum_of_squares(address(x, 0), size)
+
+
+@_compiled  # type: ignore[untyped-decorator]
+def _scale(x: Any, factor: Any, weight: Any, size: Any, out: Any) -> None:
+    scale_row(address(x, 0), factor, address(weight, 0), size, address(out, 0))
+
+
+@_compiled  # type: ignore[untyped-decorator]
+def _copy(x: Any, size: Any, out: Any) -> None:
+    copy_row(address(x, 0), size, address(out, 0))
+
+
+@_compiled  # type: ignore[untyped-decorator]
+def _rotate(x: Any, cos: Any, sin: Any, half: Any) -> None:
+    rotate(address(x, 0), address(cos, 0), address(sin, 0), half)
+
+
+def numbers(size: int, most: float = 3) -> Array:
+    return np.random.default_rng().uniform(-most, most, size).astype(np.float32)
+
+
+def exp_of_each(x: Array) -> Array:
+    out = np.empty_like(x)
+    _exp_of_each(x, out)
+    return out
+
+
+def exp_of_row(x: Array) -> Array:
+    out = x.copy()
+    _exponentials(out, len(out), np.float32(0))
+    return out
+
+
+@pytest.mark.parametrize("exp_of", [exp_of_each, exp_of_row])
+def test_the_exponential_is_within_two_ulp_and_keeps_its_limits(exp_of: Any) -> None:
+    x = numbers(1000, 87)
+    np.testing.assert_allclose(exp_of(x), np.exp(x.astype(np.float64)), rtol=2.5e-7)
+    one, least, nothing = exp_of(np.array([0, -np.inf, np.nan], np.float32))
+    assert one == 1
+    assert least < 1e-37
+    assert np.isnan(nothing)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_what_lies_behind_a_row_is_neither_changed_nor_counted(size: int) -> None:
+    x, weight, behind = numbers(size + 70), numbers(size + 70), np.full(70, 1e9, np.float32)
+    x[size:] = behind
+    row = x[:size].astype(np.float64)
+
+    assert _sum_of_squares(x, size) == pytest.approx((row**2).sum(), rel=1e-5)
+    assert _largest(x, size, np.float32(-9)) == x[:size].max()
+    assert _largest(x, size, np.float32(9)) == 9
+
+    copied, scaled = np.concatenate((weight[:size], behind)), np.concatenate((weight[:size], behind))
+    _copy(x, size, copied)
+    np.testing.assert_array_equal(copied, x)
+    _scale(x, np.float32(0.3), weight, size, scaled)
+    np.testing.assert_allclose(scaled[:size], weight[:size] * (x[:size] * np.float32(0.3)), rtol=1e-6)
+    np.testing.assert_array_equal(scaled[size:], behind)
+
+    total = _exponentials(x, size, np.float32(1))
+    np.testing.assert_allclose(x[:size], np.exp(row - 1), rtol=1e-6)
+    np.testing.assert_array_equal(x[size:], behind)
+    assert total == pytest.approx(np.exp(row - 1).sum(), rel=1e-5)
+
+
+def test_a_number_that_is_none_is_not_the_largest() -> None:
+    x = numbers(100)
+    x[[3, 70]] = np.nan
+    assert _largest(x, len(x), np.float32(-9)) == np.nanmax(x)
+
+
+@pytest.mark.parametrize("half", SIZES)
+def test_two_halves_are_rotated_into_each_other(half: int) -> None:
+    x, cos, sin = numbers(2 * half + 20), numbers(2 * half), numbers(2 * half)
+    first, second, behind = x[:half].copy(), x[half : 2 * half].copy(), x[2 * half :].copy()
+    _rotate(x, cos, sin, half)
+    np.testing.assert_allclose(x[:half], first * cos[:half] - second * sin[:half], atol=1e-5)
+    np.testing.assert_allclose(x[half : 2 * half], second * cos[half:] + first * sin[half:], atol=1e-5)
+    np.testing.assert_array_equal(x[2 * half :], behind)
