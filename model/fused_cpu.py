@@ -17,12 +17,13 @@ import torch
 from model.linear import PANEL
 from model.tiles_cpu import (
     COLUMNS,
+    DOTS,
     MAX_ROWS,
     address,
     compiled,
     copy_row,
     declare,
-    dot,
+    dots,
     exponentials,
     fetch,
     largest_of,
@@ -199,23 +200,21 @@ def attend_heads(
     """
     num_q, num_kv, dim = q.shape[1], k_cache.shape[1], k_cache.shape[2]
     group, stride = num_q // num_kv, num_kv * dim
-    room = -(-length // 4) * 4
+    room = -(-length // DOTS) * DOTS
     slots, scores = np.empty(room, np.int64), np.empty((num_q, room), np.float32)
-    # Scores are computed four at a time; those behind the end repeat the last one, and nobody reads them.
+    # Scores are computed several at a time; those behind the end repeat the last one, and nobody reads them.
     for s in range(room):
         position = min(s, length - 1)
         slots[s] = (pages[position // page_size] * page_size + position % page_size) * stride
-    for s in range(0, length, 4):
+    for s in range(0, length, DOTS):
         following = min(s + page_size, length - 1)
         for n in range(first, last):
-            k0, k1 = address(k_cache, slots[s] + n * dim), address(k_cache, slots[s + 1] + n * dim)
-            k2, k3 = address(k_cache, slots[s + 2] + n * dim), address(k_cache, slots[s + 3] + n * dim)
-            for t in range(following, min(following + 4, length)):
+            for t in range(following, min(following + DOTS, length)):
                 for i in range(0, dim, PANEL):
                     fetch(address(k_cache, slots[t] + n * dim + i))
             for head in range(n * group, (n + 1) * group):
-                x = address(q, (b * num_q + head) * dim)
-                dot(x, k0, k1, k2, k3, dim, scale, address(scores, head * room + s))
+                x, out_of = address(q, (b * num_q + head) * dim), address(scores, head * room + s)
+                dots(x, address(k_cache, n * dim), slots, s, dim, scale, out_of)
     for head in range(first * group, last * group):
         _softmax(scores[head, :length])
     # A page's positions are apart by the same distance, so that a tile runs over all of them.

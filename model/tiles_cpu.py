@@ -37,7 +37,8 @@ COLUMNS = 2 * PANEL if _WIDE else PANEL
 """Columns of a tile, whole panels. The sums of 12 rows and two vectors of weights take 26 of AVX-512's 32 registers, as
 its instructions read a factor from memory; those of 6 rows, two vectors and a factor take 15 of AVX2's 16."""
 
-_DOT_WIDTH = 16 if _WIDE else 8
+DOTS = 16 if _WIDE else 8
+"""Products of vectors that are taken together: as many as a register has lanes, each being summed in one of them."""
 
 _F32, _I1, _I32 = ir.FloatType(), ir.IntType(1), ir.IntType(32)
 _POINTER = types.CPointer(types.float32)
@@ -135,6 +136,20 @@ class _Emitter:
         add = self._function("llvm.vector.reduce.fadd", _F32, [_F32, self.vector])
         return self.builder.call(add, [ir.Constant(_F32, -0.0), vector], fastmath=("reassoc",))
 
+    def sum_each(self, vectors: list[Any]) -> Any:
+        """The sum over each of `width` vectors, in the lane of its number: each step adds halves of two vectors."""
+        distance = self.width // 2
+        while distance > 0:
+            lanes = range(self.width)
+            low = [i if not i & distance else self.width + i - distance for i in lanes]
+            high = [i + distance if not i & distance else self.width + i for i in lanes]
+            vectors = [
+                self.builder.fadd(self._shuffle(first, second, low), self._shuffle(first, second, high))
+                for first, second in zip(vectors[:distance], vectors[distance:], strict=True)
+            ]
+            distance //= 2
+        return vectors[0]
+
     def max_lanes(self, vector: Any) -> Any:
         """Of numbers."""
         return self.builder.call(self._function("llvm.vector.reduce.fmax", _F32, [self.vector]), [vector])
@@ -142,6 +157,9 @@ class _Emitter:
     def variables(self, count: int) -> list[Any]:
         """Zeros at first. LLVM keeps them in registers."""
         return [cgutils.alloca_once_value(self.builder, self.zero) for _ in range(count)]
+
+    def _shuffle(self, first: Any, second: Any, lanes: list[int]) -> Any:
+        return self.builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(_I32, self.width), lanes))
 
     def _splat(self, value: Any, kind: Any) -> Any:
         undefined = ir.Constant(ir.VectorType(kind, self.width), ir.Undefined)
@@ -347,6 +365,8 @@ def _for_vectors(emit: _Emitter, size: Any, step: Callable[[Any], None]) -> None
     whole = builder.sub(size, rest)
     with cgutils.for_range_slice(builder, size.type(0), whole, size.type(emit.width)) as (at, _):
         step(at)
+        end = builder.block
+    _forbid_unrolling(builder, end)
     with builder.if_then(cgutils.is_not_null(builder, rest)):
         emit.mask_after(rest)
         step(whole)
@@ -354,37 +374,28 @@ def _for_vectors(emit: _Emitter, size: Any, step: Callable[[Any], None]) -> None
 
 
 @_intrinsic  # type: ignore[untyped-decorator]
-def dot(
-    typing_context: Any,
-    x: Any,
-    first: Any,
-    second: Any,
-    third: Any,
-    fourth: Any,
-    depth: Any,
-    scale: Any,
-    out: Any,
-) -> Any:
-    """`out[n] = scale · Σ_i x[i] · y_n[i]` for four vectors `y_n` of any length."""
+def dots(typing_context: Any, x: Any, y: Any, offsets: Any, start: Any, depth: Any, factor: Any, out: Any) -> Any:
+    """`out[n] = factor · Σ_i x[i] · y_n[i]` for the `DOTS` vectors `y_n` that begin `offsets[start + n]` behind `y`."""
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-        x, *ys, depth, scale, out = arguments
-        emit = _Emitter(builder, _DOT_WIDTH)
-        sums = emit.variables(len(ys))
+        x, y, offsets, start, depth, factor, out = arguments
+        emit = _Emitter(builder, DOTS)
+        numbers = builder.gep(context.make_array(signature.args[2])(context, builder, offsets).data, [start])
+        ys = [builder.gep(y, [builder.load(builder.gep(numbers, [depth.type(n)]))]) for n in range(DOTS)]
+        sums = emit.variables(DOTS)
 
         def step(at: Any) -> None:
-            factor = emit.load(builder.gep(x, [at]))
-            for total, y in zip(sums, ys, strict=True):
-                emit.add_product(total, factor, emit.load(builder.gep(y, [at])))
+            part = emit.load(builder.gep(x, [at]))
+            for total, row in zip(sums, ys, strict=True):
+                emit.add_product(total, part, emit.load(builder.gep(row, [at])))
 
         _for_vectors(emit, depth, step)
-        for n, total in enumerate(sums):
-            product = builder.fmul(emit.sum_lanes(builder.load(total)), scale)
-            builder.store(product, builder.gep(out, [depth.type(n)]), align=4)
+        totals = emit.sum_each([builder.load(total) for total in sums])
+        emit.store(builder.fmul(totals, emit.splat(factor)), out)
         return context.get_dummy_value()
 
     size, number = types.intp, types.float32
-    return types.void(*[_POINTER] * 5, size, number, _POINTER), generate
+    return types.void(_POINTER, _POINTER, offsets, size, size, number, _POINTER), generate
 
 
 @_intrinsic  # type: ignore[untyped-decorator]

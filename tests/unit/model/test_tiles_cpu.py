@@ -10,8 +10,10 @@ import numpy.typing as npt
 import pytest
 
 from model.tiles_cpu import (
+    DOTS,
     address,
     copy_row,
+    dots,
     exp,
     exponentials,
     largest_of,
@@ -59,6 +61,11 @@ def _copy(x: Any, size: Any, out: Any) -> None:
 @_compiled  # type: ignore[untyped-decorator]
 def _rotate(x: Any, cos: Any, sin: Any, half: Any) -> None:
     rotate(address(x, 0), address(cos, 0), address(sin, 0), half)
+
+
+@_compiled  # type: ignore[untyped-decorator]
+def _dots(x: Any, y: Any, offsets: Any, start: Any, depth: Any, factor: Any, out: Any) -> None:
+    dots(address(x, 0), address(y, 0), offsets, start, depth, factor, address(out, 0))
 
 
 def numbers(size: int, most: float = 3) -> Array:
@@ -124,3 +131,13 @@ def test_two_halves_are_rotated_into_each_other(half: int) -> None:
     np.testing.assert_allclose(x[:half], first * cos[:half] - second * sin[:half], atol=1e-5)
     np.testing.assert_allclose(x[half : 2 * half], second * cos[half:] + first * sin[half:], atol=1e-5)
     np.testing.assert_array_equal(x[2 * half :], behind)
+
+
+@pytest.mark.parametrize("depth", SIZES)
+def test_products_of_one_vector_with_many_that_lie_anywhere(depth: int) -> None:
+    x, y, out = numbers(depth + 9), numbers(3 * DOTS * depth), np.full(DOTS + 3, 7, np.float32)
+    offsets = np.random.default_rng().integers(0, len(y) - depth, 2 * DOTS)
+    _dots(x, y, offsets, 5, depth, np.float32(0.5), out)
+    expected = [0.5 * (x[:depth].astype(np.float64) @ y[at : at + depth]) for at in offsets[5 : 5 + DOTS]]
+    np.testing.assert_allclose(out[:DOTS], expected, atol=1e-4)
+    np.testing.assert_array_equal(out[DOTS:], 7)
