@@ -104,6 +104,15 @@ def test_what_is_shorter_than_a_turn_waits_for_one_whatever_its_weight() -> None
     assert contention([0.1], [1e-6], [False], cores=1, turn_s=0.4).decode_slowdown == pytest.approx(1.0)
 
 
+def test_nobody_waits_for_a_turn_of_who_is_done_before_it_ends() -> None:
+    """Three threads on one core, each for 0.1 at a time: as fast as by their weights, however long a turn is."""
+    short, long = (contention([0.1] * 3, [1e-6] * 3, [False] * 3, cores=1, turn_s=turn_s) for turn_s in (0.0, 4.0))
+    assert long.decode_slowdown == pytest.approx(short.decode_slowdown, rel=0.1)
+    # A shard waits half of the 0.3 that the one thread keeps the core, and not half a turn.
+    state = contention([0.3] * 2, [0.01] * 2, [False, True], cores=1, turn_s=4.0)
+    assert state.shard_slowdown < 1 + 2 * 0.3 / 2 / 0.01
+
+
 def test_where_shards_pause_decode_waits_for_a_piece_and_prefill_for_what_passes() -> None:
     whole, paused = (
         contention([0.01, 1e-6], [0.01, 1.0], [False, True], piece_s=piece_s) for piece_s in (np.inf, 0.01)
