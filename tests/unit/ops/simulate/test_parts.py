@@ -15,7 +15,7 @@ from experts.shard import PIECE_OPERATIONS
 from octet.background import share_behind
 from octet.errors import ConfigError
 from ops.simulate.contention import Contention, SharedCores, contend, layer_s
-from ops.simulate.costs import CPU, H100, calibrated, from_rates
+from ops.simulate.costs import CPU, H100, calibrated, from_rates, read_calibration
 from ops.simulate.expert_loads import drawn, recorded
 from ops.simulate.load import day, enveloped, read_requests, stacked
 from ops.simulate.outcome import Action, _most_reversals
@@ -245,7 +245,7 @@ def test_what_was_measured_replaces_what_was_assumed(tmp_path: pathlib.Path) -> 
     }
     file = tmp_path / "breakdown.json"
     file.write_text(json.dumps(report))
-    cost = calibrated(from_rates(CPU, SHAPE, 4), file, SHAPE)
+    cost = calibrated(from_rates(CPU, SHAPE, 4), read_calibration(file, SHAPE), SHAPE)
     assert cost.decode_per_sequence_s == 0.002
     assert cost.worker_threads == 2
     assert cost.expert_per_read_s == 2e-4
@@ -258,13 +258,13 @@ def test_what_was_measured_replaces_what_was_assumed(tmp_path: pathlib.Path) -> 
     assert cost.prefill_fixed_s == pytest.approx(0.02 / 2 - 2 * cost.exchange_fixed_s)
     file.write_text(json.dumps(report | {"model": {"moe_layers": 3, "experts": 8}}))
     with pytest.raises(ConfigError, match="as in --model"):
-        calibrated(cost, file, SHAPE)
+        read_calibration(file, SHAPE)
     file.write_text(json.dumps(report | {"costs": {}}))
     with pytest.raises(ConfigError, match="processor time"):
-        calibrated(cost, file, SHAPE)
+        read_calibration(file, SHAPE)
     file.write_text("{}")
     with pytest.raises(ConfigError, match="schema"):
-        calibrated(cost, file, SHAPE)
+        read_calibration(file, SHAPE)
 
 
 def test_reversals_are_counted_within_ten_minutes() -> None:
