@@ -206,7 +206,7 @@ def bench_breakdown(
     json_file: _JsonFile = None,
 ) -> None:
     """Where a decode step's time goes, the least it could take, and what steps cost by their size."""
-    from ops.bench.breakdown.command import BreakdownOptions
+    from ops.bench.breakdown.calibration import BreakdownOptions
     from ops.bench.breakdown.command import bench_breakdown as run
 
     options = BreakdownOptions(
@@ -357,18 +357,16 @@ def bench_kernels(
 
 @bench.command("simulator")
 def bench_simulator(
-    calibrate: Annotated[pathlib.Path, typer.Option(metavar="F.json", help="From `octet bench breakdown --json`.")],
+    rounds: Annotated[int, typer.Option(min=1, help="Each measures costs, clusters and costs again, in turn.")] = 3,
     streams: Annotated[int, typer.Option(min=1)] = 8,
-    requests: Annotated[int, typer.Option(min=1)] = 32,
-    repeats: Annotated[int, typer.Option(min=1)] = 3,
+    requests: Annotated[int, typer.Option(min=1)] = 48,
+    json_file: _JsonFile = None,
 ) -> None:
     """Simulated against measured throughput and TPOT of clusters of three sizes on this machine."""
-    from ops.bench.machine import describe
-    from ops.simulate.validation import ValidationOptions
-    from ops.simulate.validation import bench_simulator as run
+    from ops.bench.simulator.command import SimulatorOptions
+    from ops.bench.simulator.command import bench_simulator as run
 
-    options = ValidationOptions(streams=streams, requests=requests, repeats=repeats)
-    run(calibrate, options, describe().cores)
+    run(SimulatorOptions(rounds=rounds, streams=streams, requests=requests), json_file)
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:

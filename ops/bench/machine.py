@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import os
 import pathlib
 import platform
@@ -12,6 +13,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+
+from model.linear import Packer, linear
 
 _STREAM_BYTES, _MATMUL_SIZE, _REPEATS = 256 * 2**20, 1024, 7
 
@@ -80,15 +83,25 @@ def describe() -> Machine:
 
 
 def cpu_rates(threads: int) -> Rates:
-    """The best of several, in fp32: reading memory that no cache holds, and 1024³ products. Sets torch's threads."""
+    """The best of several, in fp32: reading memory that no cache holds, and 1024³ products, by whichever way is faster
+    on this processor. Sets torch's threads."""
     parts = torch.ones(threads, _STREAM_BYTES // 4 // threads)
     torch.set_num_threads(1)
     with ThreadPoolExecutor(threads) as pool:
         stream_s = _best(lambda: list(pool.map(lambda part: torch.dot(part, part), parts)))
     torch.set_num_threads(threads)
-    x = torch.rand(_MATMUL_SIZE, _MATMUL_SIZE)
-    matmul_s = _best(lambda: x @ x)
+    x, weight = torch.rand(2, _MATMUL_SIZE, _MATMUL_SIZE)
+    matmul_s = min(_best(functools.partial(product, x)) for product in products(weight))
     return Rates(threads=threads, bytes_per_s=parts.nbytes / stream_s, flops_per_s=2 * _MATMUL_SIZE**3 / matmul_s)
+
+
+def products(weight_CH: torch.Tensor) -> tuple[Callable[[torch.Tensor], torch.Tensor], ...]:
+    """Ways to multiply rows `[T, H]` by a matrix: torch's, and over packed panels, as members do."""
+    packer = Packer()
+    packed, rows_CH = packer.matrix(*weight_CH.shape)
+    rows_CH.copy_(weight_CH)
+    packer.pack()
+    return lambda x_TH: linear(x_TH, weight_CH), lambda x_TH: linear(x_TH, packed)
 
 
 def _best(run: Callable[[], object]) -> float:

@@ -12,7 +12,7 @@ import numpy as np
 
 from octet.config import OctetConfig
 from octet.errors import ConfigError
-from ops.simulate.costs import CPU, H100, Costs, calibrated, from_rates
+from ops.simulate.costs import CPU, H100, Costs, calibrated, from_rates, read_calibration
 from ops.simulate.expert_loads import ExpertLoads, drawn, recorded
 from ops.simulate.load import Request, day, enveloped, read_requests, stacked
 from ops.simulate.outcome import Result, Run, summarized
@@ -129,7 +129,7 @@ def make_scenario(config: OctetConfig, options: SimulateOptions) -> Scenario:
         cores = 2
     costs = from_rates(rates, shape, min(slots_that_fit, shape.num_experts), cores)
     if options.calibrate is not None:
-        costs = calibrated(costs, options.calibrate, shape)
+        costs = calibrated(costs, read_calibration(options.calibrate, shape), shape)
     page_bytes = shape.kv_bytes * config.kv.page_size
     affordable = int(config.kv.memory_gib * 2**30) // page_bytes
     if options.gpus is not None:

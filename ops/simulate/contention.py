@@ -13,8 +13,8 @@ With two micro-batches a worker has two frames under way, and computes one while
 Where members share cores, threads that would run at once are given turns, by their weights (generalized processor
 sharing: Parekh and Gallager 1993), on the cores that other processes leave at the time. Whoever computes sees the
 others as they are in the mean while he does: who has one frame under way does not compute while his shards do. What is
-shorter than a turn has its core to itself once it has one, but waits for half a turn of every thread too many, whatever
-its weight.
+shorter than a turn has its core to itself once it has one, but waits for half of what every thread too many keeps its
+core for, whatever its weight: a turn, or less if its part of a layer is shorter.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class SharedCores(NamedTuple):
     weight_behind: float
     """Of a thread that has stepped back; a thread of any other member has 1."""
     turn_s: float
-    """For which a thread keeps its core when others want it."""
+    """For which a thread that goes on computing keeps its core when others want it."""
 
 
 class _Workers(NamedTuple):
@@ -155,10 +155,11 @@ def _share(left: Any, threads: Any) -> Any:
 
 
 @_compile  # type: ignore[untyped-decorator]
-def _slowdown(alone: Any, left: Any, front: Any, behind: Any, weight_behind: Any, turn: Any) -> Any:
-    """What takes `alone` seconds of a core takes so many times as long beside so many threads, itself among `front`."""
+def _slowdown(alone: Any, left: Any, front: Any, behind: Any, weight_behind: Any, kept: Any) -> Any:
+    """What takes `alone` seconds of a core takes so many times as long beside so many threads, itself among `front`, if
+    a thread keeps its core for `kept` seconds."""
     by_weight = 1 / _share(left, front + weight_behind * behind) - 1
-    by_turn = (1 / _share(left, front + behind) - 1) * turn / 2 / max(alone, 1e-12)
+    by_turn = (1 / _share(left, front + behind) - 1) * kept / 2 / max(alone, 1e-12)
     return 1 + max(by_weight, by_turn)
 
 
@@ -245,6 +246,26 @@ def _at_once(workers: Any, now: Any, shared: Any) -> Any:
 
 
 @_compile  # type: ignore[untyped-decorator]
+def _kept(workers: Any, now: Any, num_shards: Any, shared: Any, waits: Any) -> Any:
+    """For how long a thread keeps its core, in the mean over those that have one: a turn, or until its part is done.
+
+    Args:
+        waits: the worker that waits for it, of whose own threads none is meant; -1 for a shard.
+    """
+    threads, kept = 0.0, 0.0
+    for i in range(len(workers.compute)):
+        computing = now.rate[i] * workers.compute[i] * shared.threads[i]
+        at_shards = now.rate[i] * workers.fullest[i] * num_shards
+        if i == waits:
+            # With one frame, it is not at the shards while the worker has something to compute.
+            computing, at_shards = 0.0, at_shards if workers.frames[i] == 2 else 0.0
+        kept += computing * min(workers.compute[i], shared.turn_s)
+        kept += at_shards * min(workers.fullest[i], shared.turn_s)
+        threads += computing + at_shards
+    return kept / max(threads, 1e-12)
+
+
+@_compile  # type: ignore[untyped-decorator]
 def _slow_workers(
     workers: Any, now: Any, num_shards: Any, shared: Any, left: Any, front: Any, back: Any
 ) -> Any:  # fmt: skip
@@ -269,7 +290,8 @@ def _slow_workers(
             factor = 1 / max(by_weight, of_rest)
         else:
             beside = seen - running + threads
-            factor = _slowdown(workers.compute[i], left, beside, back, shared.weight_behind, shared.turn_s)
+            kept = _kept(workers, now, num_shards, shared, i)
+            factor = _slowdown(workers.compute[i], left, beside, back, shared.weight_behind, kept)
         now.slowdown[i] += _DAMPING * (factor - now.slowdown[i])
 
 
@@ -288,7 +310,8 @@ def _shards_factor(
         served += used * mean
     whole = max(busy, 1e-12)
     beside = front_served / whole, back_served / whole
-    return _slowdown(served / whole, left, beside[0], beside[1], shared.weight_behind, shared.turn_s)
+    kept = _kept(workers, now, num_shards, shared, -1)
+    return _slowdown(served / whole, left, beside[0], beside[1], shared.weight_behind, kept)
 
 
 @_compile  # type: ignore[untyped-decorator]

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import math
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from experts.shard import PIECE_OPERATIONS
@@ -153,29 +154,35 @@ def from_rates(rates: Rates, shape: Shape, slots_per_layer: int, cores: int = 0)
     )
 
 
-def calibrated(costs: Costs, file: pathlib.Path, shape: Shape) -> Costs:
-    """`costs` with what `octet bench breakdown --json` has measured in place of what it covers.
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """What a breakdown has measured, on one prefill worker, one decode worker and so many shards."""
+
+    costs: Mapping[str, Any]
+    """As `octet bench breakdown --json` writes them."""
+    worker_threads: int
+    num_shards: int
+    turn_s: float
+
+
+def calibrated(costs: Costs, measured: Calibration, shape: Shape) -> Costs:
+    """`costs` with what was measured in place of what it covers.
 
     Decode steps of one worker, which shares its cores with shards that wait while it computes, are taken as long as
     they were. Prefill and shards compute at the same time there, so their parts are taken from the processor time that
     each used: a shard's on its thread, and the prefill worker's on all of its threads alike.
-
-    Raises: ConfigError if the file is not such a report, or is of another model.
     """
-    report = _read(file)
-    measured, model = report["costs"], report["model"]
-    if (model["moe_layers"], model["experts"]) != (len(shape.moe_layers), shape.num_experts):
-        found = f"a model of {model['moe_layers']} MoE layers with {model['experts']} experts"
-        raise ConfigError("--calibrate", found, f"{len(shape.moe_layers)} with {shape.num_experts}, as in --model")
-    attention, exchange, processor = (measured[name] for name in ("attention", "exchange", "processor"))
+    attention, exchange, handoff, processor = (
+        measured.costs[name] for name in ("attention", "exchange", "handoff", "processor")
+    )
     prefill, expert = processor["prefill"], processor["expert"]
-    threads = report["rates"]["decode_worker"]["threads"]
+    threads = measured.worker_threads
     # The rows' way is simulated by itself.
     num_layers, top_k = len(shape.moe_layers), shape.experts_per_token
-    way_bytes = min(top_k, report["shards"]) * 2 * shape.hidden_bytes
+    way_bytes = min(top_k, measured.num_shards) * 2 * shape.hidden_bytes
     way_per_token_s = num_layers * way_bytes * exchange["per_byte_s"]
     # A shard's receiving and replying are part of the way in what a round took, and of the call in processor time.
-    way_fixed_s = max(0.0, exchange["fixed_s"] - (expert["fixed_s"] - measured["expert"]["fixed_s"]))
+    way_fixed_s = max(0.0, exchange["fixed_s"] - (expert["fixed_s"] - measured.costs["expert"]["fixed_s"]))
     return dataclasses.replace(
         costs,
         decode_fixed_s=attention["fixed_s"],
@@ -191,15 +198,19 @@ def calibrated(costs: Costs, file: pathlib.Path, shape: Shape) -> Costs:
         reads_overlap=False,
         exchange_fixed_s=way_fixed_s,
         exchange_per_byte_s=exchange["per_byte_s"],
-        handoff_fixed_s=measured["handoff"]["fixed_s"],
-        handoff_per_byte_s=measured["handoff"]["per_byte_s"],
+        handoff_fixed_s=handoff["fixed_s"],
+        handoff_per_byte_s=handoff["per_byte_s"],
         worker_threads=threads,
         decode_cores=processor["decode_cores"],
-        turn_s=report["turn_s"],
+        turn_s=measured.turn_s,
     )
 
 
-def _read(file: pathlib.Path) -> dict[str, Any]:
+def read_calibration(file: pathlib.Path, shape: Shape) -> Calibration:
+    """What `octet bench breakdown --json` wrote.
+
+    Raises: ConfigError if the file is not such a report, or is of another model.
+    """
     try:
         report = json.loads(file.read_text())
     except (OSError, ValueError) as error:
@@ -208,7 +219,16 @@ def _read(file: pathlib.Path) -> dict[str, Any]:
         raise ConfigError("--calibrate", str(file), f"schema {SCHEMA}", "write it anew with `octet bench breakdown`")
     if "processor" not in report["costs"]:
         raise ConfigError("--calibrate", str(file), "processor time among its costs", "write it anew, by this version")
-    return {**report, "shards": _num_shards(report)}
+    model = report["model"]
+    if (model["moe_layers"], model["experts"]) != (len(shape.moe_layers), shape.num_experts):
+        found = f"a model of {model['moe_layers']} MoE layers with {model['experts']} experts"
+        raise ConfigError("--calibrate", found, f"{len(shape.moe_layers)} with {shape.num_experts}, as in --model")
+    return Calibration(
+        costs=report["costs"],
+        worker_threads=report["rates"]["decode_worker"]["threads"],
+        num_shards=_num_shards(report),
+        turn_s=report["turn_s"],
+    )
 
 
 def _num_shards(report: dict[str, Any]) -> int:

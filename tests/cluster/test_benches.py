@@ -9,7 +9,8 @@ import pytest
 
 from cluster.launch import RunningCluster
 from cluster.planning import EMBEDDED_MODEL
-from ops.bench.breakdown.command import BreakdownOptions, bench_breakdown
+from ops.bench.breakdown.calibration import BreakdownOptions
+from ops.bench.breakdown.command import bench_breakdown
 from ops.bench.breakdown.report import GROUPS
 from ops.bench.interference.command import InterferenceOptions, bench_interference
 from ops.bench.peers.command import PeersOptions, bench_peers

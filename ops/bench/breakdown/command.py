@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import json
 import os
 import pathlib
-import random
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -16,46 +13,24 @@ from cluster.plan import ServingPlan
 from cluster.planning import make_plan
 from octet.config import load_config
 from octet.errors import StartupError
-from ops.bench.breakdown.analysis import ServedStep, middle_half, serve, steady, summarize
-from ops.bench.breakdown.costs import fit_costs
+from ops.bench.breakdown.analysis import ServedStep, middle_half, serve, summarize
+from ops.bench.breakdown.calibration import (
+    BreakdownOptions,
+    Run,
+    decoded,
+    make_prompts,
+    overrides,
+    prompts_and_handoffs,
+    run,
+)
 from ops.bench.breakdown.floor import Work, attention_work, expert_work
 from ops.bench.breakdown.processes import Pools
-from ops.bench.breakdown.records import ShardCall, Step
 from ops.bench.breakdown.report import DecodeCase, PrefillCase, Report, as_json, print_report
 from ops.bench.checkpoints import BENCH, write_checkpoint
 from ops.bench.machine import Machine, Rates, cpu_rates, describe
 from ops.bench.turns import turn_s
-from ops.local import make_request
 
 _ELEMENT_BYTES = 4
-_TIMEOUT_S = 300.0
-_LEAST_S = 1e-6
-"""That anything takes."""
-_LONG_SEQUENCES = 8
-_MOVES, _STEPS_AFTER = 5, 6
-"""Hand-offs of one sequence by itself, for each length, and steps that follow."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class BreakdownOptions:
-    streams: tuple[int, ...] = (1, 8, 32)
-    prompt_tokens: int = 128
-    long_prompt_tokens: int = 1024
-    """Of 8 more sequences, from which the costs learn what a context costs."""
-    new_tokens: int = 24
-    rounds: int = 5
-    shards: int = 2
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Run:
-    """What one batch of requests left behind."""
-
-    decode: list[Step]
-    prefill: list[Step]
-    calls: list[list[ShardCall]]
-    tokens_s: list[list[float]]
-    """By request: when its tokens came."""
 
 
 def bench_breakdown(model_dir: pathlib.Path | None, options: BreakdownOptions, json_file: pathlib.Path | None) -> None:
@@ -65,7 +40,7 @@ def bench_breakdown(model_dir: pathlib.Path | None, options: BreakdownOptions, j
         if model_dir is None:
             model_dir = pathlib.Path(scratch)
             write_checkpoint(model_dir, BENCH)
-        plan = make_plan(load_config(overrides=_overrides(model_dir, options)))
+        plan = make_plan(load_config(overrides=overrides(str(model_dir), options)))
         pools = Pools(plan)
         try:
             report = _measure(pools, plan, machine, options)
@@ -76,44 +51,26 @@ def bench_breakdown(model_dir: pathlib.Path | None, options: BreakdownOptions, j
         json_file.write_text(json.dumps(as_json(report), indent=2) + "\n")
 
 
-def _overrides(model_dir: pathlib.Path, options: BreakdownOptions) -> list[str]:
-    page_size = 16
-    longest = max(options.prompt_tokens, options.long_prompt_tokens) + options.new_tokens
-    sequences = max(*options.streams, _LONG_SEQUENCES)
-    pages = 2 * sequences * -(-longest // page_size)
-    return [
-        f"model.path={model_dir}",
-        f"pools.experts.size={options.shards}",
-        f"kv.page_size={page_size}",
-        f"kv.prefill_pages={pages}",
-        f"kv.decode_pages={pages}",
-    ]
-
-
 def _measure(pools: Pools, plan: ServingPlan, machine: Machine, options: BreakdownOptions) -> Report:
     """Rounds go through all numbers of sequences, with probes and without: the machine's moods hit all alike."""
     rates = _rates(plan)
-    batches = {count: _prompts(plan, count, options.prompt_tokens) for count in options.streams}
-    _run(pools, _prompts(plan, 2, options.prompt_tokens), options.new_tokens)
-    # Before any probe is in, for the costs: prompts that no prefix cache knows, and long contexts.
-    new = [_run(pools, prompts, 2) for prompts in batches.values()]
-    long_prompts = _prompts(plan, _LONG_SEQUENCES, options.long_prompt_tokens)
-    new.append(_run(pools, long_prompts, 2))
-    # Once more: from the prefix cache they come together, and are decoded together.
-    long = _run(pools, long_prompts, options.new_tokens)
-    moved = [_moved(pools, plan, count) for count in (options.prompt_tokens, options.long_prompt_tokens)]
+    batches = {count: make_prompts(plan, count, options.prompt_tokens) for count in options.streams}
+    run(pools, make_prompts(plan, 2, options.prompt_tokens), options.new_tokens)
+    # Before any probe is in, for the costs.
+    samples = prompts_and_handoffs(pools, plan, options, list(batches.values()))
     probed: dict[int, list[ServedStep]] = {count: [] for count in options.streams}
     plain: dict[int, list[ServedStep]] = {count: [] for count in options.streams}
-    calls = [call for run in (*new, long) for of_shard in run.calls for call in of_shard]
     for _ in range(options.rounds):
-        for on, kept in ((True, probed), (False, plain)):
-            pools.probe(on)
-            for count, prompts in batches.items():
-                run = _run(pools, prompts, options.new_tokens)
-                kept[count] += _served(run, count)
-                calls += [] if on else [call for of_shard in run.calls for call in of_shard]
+        pools.probe(True)
+        for count, prompts in batches.items():
+            probed[count] += run(pools, prompts, options.new_tokens).served(count)
+        pools.probe(False)
+        for count, prompts in batches.items():
+            found = decoded(pools, prompts, options.new_tokens)
+            plain[count] += found.decode
+            samples += found
     pools.probe(True)
-    chunks = _run(pools, _prompts(plan, options.streams[-1], options.prompt_tokens), 2)
+    chunks = run(pools, make_prompts(plan, options.streams[-1], options.prompt_tokens), 2)
     pools.probe(False)
     rates = [before.best(after) for before, after in zip(rates, _rates(plan), strict=True)]
     machine_rates, worker_rates, shard_rates = rates
@@ -127,42 +84,9 @@ def _measure(pools: Pools, plan: ServingPlan, machine: Machine, options: Breakdo
         shard_rates=shard_rates,
         decode=[_case(plan, count, probed[count], plain[count]) for count in options.streams],
         prefill=_prefill_case(plan, chunks),
-        costs=fit_costs(
-            [*_served(long, _LONG_SEQUENCES), *(step for kept in plain.values() for step in kept)],
-            calls,
-            [step for run in new for step in run.prefill],
-            moved,
-        ),
+        costs=samples.costs(),
         turn_s=turn_s(),
     )
-
-
-def _run(pools: Pools, prompts: Sequence[Sequence[int]], new_tokens: int) -> _Run:
-    requests = [make_request(prompt, max_new_tokens=new_tokens) for prompt in prompts]
-    tokens_s = pools.generate(requests, _TIMEOUT_S)
-    return _Run(
-        decode=pools.decode.call("take"),
-        prefill=pools.prefill.call("take"),
-        calls=[shard.call("take") for shard in pools.shards],
-        tokens_s=tokens_s,
-    )
-
-
-def _moved(pools: Pools, plan: ServingPlan, num_tokens: int) -> tuple[int, float]:
-    """Hand sequences over that nothing else runs beside.
-
-    Returns: bytes, and how much later than after a step their second tokens came (median).
-    """
-    found = []
-    for _ in range(_MOVES):
-        run = _run(pools, _prompts(plan, 1, num_tokens), 2 + _STEPS_AFTER)
-        first_s, *later_s = (after - before for before, after in itertools.pairwise(run.tokens_s[0]))
-        found.append(first_s - statistics.median(later_s))
-    return num_tokens * plan.census.kv_bytes_per_token, max(statistics.median(found), _LEAST_S)
-
-
-def _served(run: _Run, num_sequences: int) -> list[ServedStep]:
-    return serve(steady(run.decode, num_sequences), run.calls)
 
 
 def _case(plan: ServingPlan, count: int, probed: Sequence[ServedStep], plain: Sequence[ServedStep]) -> DecodeCase:
@@ -191,10 +115,10 @@ def _expert_work(plan: ServingPlan, steps: Sequence[ServedStep], *, of_all: bool
     return total
 
 
-def _prefill_case(plan: ServingPlan, run: _Run) -> PrefillCase | None:
+def _prefill_case(plan: ServingPlan, chunks: Run) -> PrefillCase | None:
     """Whole chunks; None if the prompts were too short for one."""
-    whole = [step for step in run.prefill if step.num_tokens == plan.config.prefill.chunk_tokens]
-    served = serve(whole, run.calls)
+    whole = [step for step in chunks.prefill if step.num_tokens == plan.config.prefill.chunk_tokens]
+    served = serve(whole, chunks.calls)
     return PrefillCase(num_tokens=served[0].step.num_tokens, breakdown=summarize(served)) if served else None
 
 
@@ -216,10 +140,6 @@ def _model(plan: ServingPlan) -> dict[str, int]:
         "attention_bytes": plan.census.attention_bytes,
         "kv_bytes_per_token": plan.census.kv_bytes_per_token,
     }
-
-
-def _prompts(plan: ServingPlan, count: int, num_tokens: int) -> list[list[int]]:
-    return [random.choices(range(plan.model.vocab_size), k=num_tokens) for _ in range(count)]
 
 
 def _median_step_s(steps: Sequence[ServedStep]) -> float:

@@ -15,7 +15,7 @@ from experts.shard import PIECE_OPERATIONS
 from octet.background import share_behind
 from octet.errors import ConfigError
 from ops.simulate.contention import Contention, SharedCores, contend, layer_s
-from ops.simulate.costs import CPU, H100, calibrated, from_rates
+from ops.simulate.costs import CPU, H100, calibrated, from_rates, read_calibration
 from ops.simulate.expert_loads import drawn, recorded
 from ops.simulate.load import day, enveloped, read_requests, stacked
 from ops.simulate.outcome import Action, _most_reversals
@@ -102,6 +102,15 @@ def test_what_is_shorter_than_a_turn_waits_for_one_whatever_its_weight() -> None
     state = contention([0.1, 1.0], [1e-6] * 2, [False, True], cores=1, behind=[False, True], turn_s=0.4)
     assert state.decode_slowdown == pytest.approx(1 + 0.4 / 2 / 0.1, rel=0.05)
     assert contention([0.1], [1e-6], [False], cores=1, turn_s=0.4).decode_slowdown == pytest.approx(1.0)
+
+
+def test_nobody_waits_for_a_turn_of_who_is_done_before_it_ends() -> None:
+    """Three threads on one core, each for 0.1 at a time: as fast as by their weights, however long a turn is."""
+    short, long = (contention([0.1] * 3, [1e-6] * 3, [False] * 3, cores=1, turn_s=turn_s) for turn_s in (0.0, 4.0))
+    assert long.decode_slowdown == pytest.approx(short.decode_slowdown, rel=0.1)
+    # A shard waits half of the 0.3 that the one thread keeps the core, and not half a turn.
+    state = contention([0.3] * 2, [0.01] * 2, [False, True], cores=1, turn_s=4.0)
+    assert state.shard_slowdown < 1 + 2 * 0.3 / 2 / 0.01
 
 
 def test_where_shards_pause_decode_waits_for_a_piece_and_prefill_for_what_passes() -> None:
@@ -236,7 +245,7 @@ def test_what_was_measured_replaces_what_was_assumed(tmp_path: pathlib.Path) -> 
     }
     file = tmp_path / "breakdown.json"
     file.write_text(json.dumps(report))
-    cost = calibrated(from_rates(CPU, SHAPE, 4), file, SHAPE)
+    cost = calibrated(from_rates(CPU, SHAPE, 4), read_calibration(file, SHAPE), SHAPE)
     assert cost.decode_per_sequence_s == 0.002
     assert cost.worker_threads == 2
     assert cost.expert_per_read_s == 2e-4
@@ -249,13 +258,13 @@ def test_what_was_measured_replaces_what_was_assumed(tmp_path: pathlib.Path) -> 
     assert cost.prefill_fixed_s == pytest.approx(0.02 / 2 - 2 * cost.exchange_fixed_s)
     file.write_text(json.dumps(report | {"model": {"moe_layers": 3, "experts": 8}}))
     with pytest.raises(ConfigError, match="as in --model"):
-        calibrated(cost, file, SHAPE)
+        read_calibration(file, SHAPE)
     file.write_text(json.dumps(report | {"costs": {}}))
     with pytest.raises(ConfigError, match="processor time"):
-        calibrated(cost, file, SHAPE)
+        read_calibration(file, SHAPE)
     file.write_text("{}")
     with pytest.raises(ConfigError, match="schema"):
-        calibrated(cost, file, SHAPE)
+        read_calibration(file, SHAPE)
 
 
 def test_reversals_are_counted_within_ten_minutes() -> None:
