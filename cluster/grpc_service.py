@@ -1,4 +1,4 @@
-"""The gRPC server of a frontend."""
+"""The gRPC servers of a frontend."""
 
 from __future__ import annotations
 
