@@ -22,7 +22,8 @@ SERVICES = ("octet.v1.Generation", "octet.v1.Cluster", "")
 
 _SERVERS = 8
 """Each accepts one call after the other, and takes some six turns of the event loop for it: where a turn takes a
-millisecond, 50 calls at once wait for 310 ms at one server, and for 78 at eight that share the connections."""
+millisecond, 50 calls at once wait for 310 ms at one server, and for 78 at eight that share the connections. Under
+overload the slowest refusals took half as long (docs/benchmarks.md)."""
 
 
 class GrpcServer:
