@@ -1,12 +1,15 @@
-"""The gRPC server of a frontend."""
+"""The gRPC servers of a frontend."""
 
 from __future__ import annotations
+
+import asyncio
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from cluster.cluster_service import ClusterService
+from cluster.exclusive_port import exclusive_port
 from cluster.generation_service import GenerationService
 from cluster.server_tls import server_credentials
 from cluster.unreadable import Unreadable
@@ -17,48 +20,47 @@ from octet.v1 import octet_pb2_grpc as rpc
 SERVICES = ("octet.v1.Generation", "octet.v1.Cluster", "")
 """Services that have a health of their own; the empty name is the server's."""
 
+_SERVERS = 8
+"""Each accepts one call after the other, and takes some six turns of the event loop for it: where a turn takes a
+millisecond, 50 calls at once wait for 310 ms at one server, and for 78 at eight that share the connections. Under
+overload the slowest refusals took half as long (docs/benchmarks.md)."""
+
 
 class GrpcServer:
-    """The server with both services, health and reflection."""
+    """Servers on one port and one event loop, with both services, health and reflection. The kernel gives each
+    connection to one of them."""
 
     def __init__(self, config: FrontendConfig, generation: GenerationService, cluster: ClusterService) -> None:
-        limit = config.max_message_mib * 2**20
         self._config = config
-        self._server = grpc.aio.server(
-            interceptors=[Unreadable()],
-            options=[
-                # Two servers on one port would share its connections at random; the second must fail.
-                ("grpc.so_reuseport", 0),
-                ("grpc.max_receive_message_length", limit),
-                ("grpc.max_send_message_length", limit),
-                ("grpc.keepalive_time_ms", 30_000),
-                ("grpc.keepalive_timeout_ms", 10_000),
-                ("grpc.keepalive_permit_without_calls", 1),
-                ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
-            ],
-        )
-        rpc.add_GenerationServicer_to_server(generation, self._server)
-        rpc.add_ClusterServicer_to_server(cluster, self._server)
         self._health = health.aio.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection((*SERVICES[:2], health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        self._servers = [_server(config) for _ in range(_SERVERS)]
+        for server in self._servers:
+            rpc.add_GenerationServicer_to_server(generation, server)
+            rpc.add_ClusterServicer_to_server(cluster, server)
+            health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+            reflection.enable_server_reflection((*SERVICES[:2], health.SERVICE_NAME, reflection.SERVICE_NAME), server)
 
     async def start(self, port: int | None = None) -> int:
         """Listen, not serving yet, on this port or the configured one. Returns: the port.
 
         Raises: ConfigError if it is taken, or a TLS file cannot be read.
         """
-        address = f"{self._config.host}:{self._config.port if port is None else port}"
+        host, port = self._config.host, self._config.port if port is None else port
         credentials = server_credentials(self._config.tls)
         try:
-            if credentials is None:
-                bound = self._server.add_insecure_port(address)
-            else:
-                bound = self._server.add_secure_port(address, credentials)
-        except RuntimeError as error:
-            raise ConfigError("frontend.port", address, "a free address of this machine", str(error)) from error
+            with exclusive_port(host, port) as (addresses, bound):
+                for server in self._servers:
+                    for address in addresses:
+                        if credentials is None:
+                            server.add_insecure_port(f"{address}:{bound}")
+                        else:
+                            server.add_secure_port(f"{address}:{bound}", credentials)
+        except (OSError, RuntimeError) as error:
+            raise ConfigError(
+                "frontend.port", f"{host}:{port}", "a free address of this machine", str(error)
+            ) from error
         await self.set_serving(False)
-        await self._server.start()
+        await asyncio.gather(*(server.start() for server in self._servers))
         return bound
 
     async def set_serving(self, serving: bool) -> None:
@@ -67,4 +69,20 @@ class GrpcServer:
             await self._health.set(service, state)
 
     async def stop(self, grace_s: float) -> None:
-        await self._server.stop(grace_s)
+        await asyncio.gather(*(server.stop(grace_s) for server in self._servers))
+
+
+def _server(config: FrontendConfig) -> grpc.aio.Server:
+    limit = config.max_message_mib * 2**20
+    return grpc.aio.server(
+        interceptors=[Unreadable()],
+        options=[
+            ("grpc.so_reuseport", 1),
+            ("grpc.max_receive_message_length", limit),
+            ("grpc.max_send_message_length", limit),
+            ("grpc.keepalive_time_ms", 30_000),
+            ("grpc.keepalive_timeout_ms", 10_000),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+        ],
+    )
