@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -20,7 +21,9 @@ from octet.v1 import octet_pb2_grpc as rpc
 SERVICES = ("octet.v1.Generation", "octet.v1.Cluster", "")
 """Services that have a health of their own; the empty name is the server's."""
 
-_SERVERS = 8
+_SHARES_PORTS = sys.platform == "linux"
+"""Elsewhere sockets that share a port do not share its connections."""
+_SERVERS = 8 if _SHARES_PORTS else 1
 """Each accepts one call after the other, and takes some six turns of the event loop for it: where a turn takes a
 millisecond, 50 calls at once wait for 310 ms at one server, and for 78 at eight that share the connections. Under
 overload the slowest refusals took half as long (docs/benchmarks.md)."""
@@ -48,13 +51,13 @@ class GrpcServer:
         host, port = self._config.host, self._config.port if port is None else port
         credentials = server_credentials(self._config.tls)
         try:
-            with exclusive_port(host, port) as (addresses, bound):
-                for server in self._servers:
-                    for address in addresses:
-                        if credentials is None:
-                            server.add_insecure_port(f"{address}:{bound}")
-                        else:
-                            server.add_secure_port(f"{address}:{bound}", credentials)
+            if _SHARES_PORTS:
+                with exclusive_port(host, port) as (addresses, bound):
+                    for server in self._servers:
+                        for address in addresses:
+                            _bind(server, f"{address}:{bound}", credentials)
+            else:
+                bound = _bind(self._servers[0], f"{host}:{port}", credentials)
         except (OSError, RuntimeError) as error:
             raise ConfigError(
                 "frontend.port", f"{host}:{port}", "a free address of this machine", str(error)
@@ -72,12 +75,20 @@ class GrpcServer:
         await asyncio.gather(*(server.stop(grace_s) for server in self._servers))
 
 
+def _bind(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None) -> int:
+    """Returns: the port. Raises: RuntimeError."""
+    bound: int = (
+        server.add_insecure_port(address) if credentials is None else server.add_secure_port(address, credentials)
+    )
+    return bound
+
+
 def _server(config: FrontendConfig) -> grpc.aio.Server:
     limit = config.max_message_mib * 2**20
     return grpc.aio.server(
         interceptors=[Unreadable()],
         options=[
-            ("grpc.so_reuseport", 1),
+            ("grpc.so_reuseport", int(_SHARES_PORTS)),
             ("grpc.max_receive_message_length", limit),
             ("grpc.max_send_message_length", limit),
             ("grpc.keepalive_time_ms", 30_000),
