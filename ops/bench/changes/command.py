@@ -31,7 +31,7 @@ from ops.bench.machine import describe
 
 _TIMEOUT_S = 120.0
 _PAGE_SIZE = 16
-_WIDTH = 190
+_WIDTH = 210
 """Of the table, also where output goes to a file."""
 _WARM_UP_S, _BEFORE_S, _LEAST_S, _TAIL_S, _PAUSE_S = 3.0, 3.0, 1.0, 0.25, 1.0
 """A window of change begins with its cause, ends a tail after its effect, and lasts at least `_LEAST_S`."""
