@@ -18,6 +18,7 @@ from cluster.members import Endpoint, MemberStatus, Role
 from cluster.plan import ServingPlan
 from cluster.tether import Tether
 from octet import faults
+from octet.background import give_way
 from octet.ids import Epoch, WorkerId
 from router.routing import Routing
 
@@ -89,6 +90,7 @@ class _AttentionActor(FaultCalls):
     def stop(self) -> None:
         self._lifeline.let_go()
         self._worker.stop()
+        give_way()
 
 
 class PrefillWorker(_AttentionActor):
@@ -148,6 +150,7 @@ class ExpertShard(FaultCalls):
     def stop(self) -> None:
         self._lifeline.let_go()
         self._worker.stop()
+        give_way()
 
 
 class _Lifeline:

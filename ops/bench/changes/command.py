@@ -22,6 +22,7 @@ from ops.bench.changes import random_events
 from ops.bench.changes.gaps import Window, Windows, look, outcomes
 from ops.bench.changes.kinds import KINDS, SHORT_WINDOW, Kind, Layout, overrides
 from ops.bench.changes.leftovers import leftovers_once_settled, take_stock
+from ops.bench.changes.others import Others
 from ops.bench.changes.random_events import RandomReport
 from ops.bench.changes.report import Result, as_json, print_results
 from ops.bench.changes.stage import Stage
@@ -30,7 +31,7 @@ from ops.bench.machine import describe
 
 _TIMEOUT_S = 120.0
 _PAGE_SIZE = 16
-_WIDTH = 190
+_WIDTH = 210
 """Of the table, also where output goes to a file."""
 _WARM_UP_S, _BEFORE_S, _LEAST_S, _TAIL_S, _PAUSE_S = 3.0, 3.0, 1.0, 0.25, 1.0
 """A window of change begins with its cause, ends a tail after its effect, and lasts at least `_LEAST_S`."""
@@ -168,19 +169,27 @@ async def _run_random(
 async def _windows(stage: Stage, kind: Kind) -> Windows:
     await kind.prepare(stage)
     await asyncio.sleep(_PAUSE_S)
+    own = await stage.sessions()
     quiet_s = time.monotonic()
     await asyncio.sleep(_BEFORE_S)
+    others = Others(own)
     begin_s = time.monotonic()
     recovered_s = await kind.act(stage)
     done_s = time.monotonic()
     during = Window(begin_s, max(done_s + _TAIL_S, begin_s + _LEAST_S))
-    await asyncio.sleep(during.end_s - done_s + _PAUSE_S)
+    await asyncio.sleep(during.end_s - done_s)
+    others_s, noted_s = others.taken_s(), time.monotonic() - begin_s
+    await asyncio.sleep(_PAUSE_S)
+    others = Others(own)
     after_s = time.monotonic()
     await asyncio.sleep(during.length_s)
+    quiet = Window(after_s, time.monotonic())
     return Windows(
         before=Window(quiet_s, begin_s),
         during=during,
-        quiet=Window(after_s, time.monotonic()),
+        quiet=quiet,
         duration_s=done_s - begin_s,
         recovered_s=recovered_s,
+        others=others_s / noted_s,
+        quiet_others=others.taken_s() / quiet.length_s,
     )

@@ -99,12 +99,17 @@ class Windows:
     duration_s: float
     recovered_s: float | None
     """Of a loss: until the cluster went on without what was lost."""
+    others: float
+    """Cores that processes of nobody here had during it, on average."""
+    quiet_others: float
 
     def trial(self, answers: Sequence[Answer]) -> Trial:
         """What streams saw; once they have ended, since a gap is known by its end."""
         return Trial(
             duration_s=self.duration_s,
             recovered_s=self.recovered_s,
+            others=self.others,
+            quiet_others=self.quiet_others,
             before=look(answers, self.before),
             during=look(answers, self.during),
             quiet=look(answers, self.quiet),
@@ -117,6 +122,8 @@ class Trial:
 
     duration_s: float
     recovered_s: float | None
+    others: float
+    quiet_others: float
     before: Seen
     during: Seen
     quiet: Seen
@@ -135,6 +142,8 @@ class Summary:
     trials: int
     duration_s: Middle
     recovered_s: Middle | None
+    others: Middle
+    """Cores that they had in either window: where that is not small, they made gaps as well."""
     gap_s: Middle
     quiet_gap_s: Middle
     more_gap_s: Middle
@@ -156,6 +165,7 @@ def summarize(trials: Sequence[Trial]) -> Summary:
         trials=len(trials),
         duration_s=middle([trial.duration_s for trial in trials]),
         recovered_s=middle(recovered) if recovered else None,
+        others=middle([max(trial.others, trial.quiet_others) for trial in trials]),
         gap_s=middle([trial.during.gap_s for trial in trials]),
         quiet_gap_s=middle([trial.quiet.gap_s for trial in trials]),
         more_gap_s=middle([trial.during.gap_s - trial.quiet.gap_s for trial in trials]),

@@ -26,6 +26,7 @@ _COLUMNS: tuple[tuple[str, Literal["left", "right"]], ...] = (
     ("tokens/s before, during, after", "right"),
     ("as quiet", "right"),
     ("failed", "right"),
+    ("others' cores", "right"),
     ("goal", "left"),
 )
 
@@ -53,7 +54,7 @@ def print_results(machine: Machine, results: Mapping[str, Result], streams: int,
     console.print(machine.line)
     console.print(
         f"{streams} streams; the longest of any stream in a window of change and in a quiet one of the same length, "
-        "median / most over the trials"
+        "median / most over the trials; others' cores are what processes of nobody here had of them meanwhile"
     )
     table = Table(box=None, pad_edge=False)
     for title, justify in _COLUMNS:
@@ -82,6 +83,7 @@ def _row(name: str, result: Result, summary: Summary) -> list[str]:
         ", ".join(f"{rate:.0f}" for rate in summary.tokens_per_s),
         f"{outcomes.answers - outcomes.different - len(outcomes.problems)} of {outcomes.answers}",
         str(len(outcomes.problems)),
+        _s(summary.others),
         f"{goal}: {verdict}",
     ]
 

@@ -29,6 +29,12 @@ class Stage:
         """
         self.cluster, self.client, self.sizes = cluster, client, dict(sizes)
 
+    async def sessions(self) -> frozenset[int]:
+        """Of the processes of the cluster, and of this one."""
+        status = await self.client.status()
+        pids = {member.pid for pool in status.pools for member in pool.members}
+        return frozenset(os.getsid(pid) for pid in {os.getpid(), *pids})
+
     async def scale(self, pool: str, size: int) -> None:
         await self.client.scale(**{pool: size})
 

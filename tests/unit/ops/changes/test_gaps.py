@@ -51,13 +51,20 @@ def test_outcomes_are_those_of_answers_that_ran_in_a_window() -> None:
 
 def test_a_trial_sees_each_of_its_windows() -> None:
     windows = Windows(
-        before=Window(0.0, 1.0), during=Window(1.0, 3.0), quiet=Window(3.0, 5.0), duration_s=1.5, recovered_s=0.5
+        before=Window(0.0, 1.0),
+        during=Window(1.0, 3.0),
+        quiet=Window(3.0, 5.0),
+        duration_s=1.5,
+        recovered_s=0.5,
+        others=0.25,
+        quiet_others=0.125,
     )
     answer = Answer(sent_s=0.0, times_s=[0.25, 0.75, 1.0, 2.5, 3.0, 3.5, 4.0])
     trial = windows.trial([answer])
     assert (trial.before.gap_s, trial.during.gap_s, trial.quiet.gap_s) == (0.5, 1.5, 0.5)
     assert trial.before.wait_s == 0.25
     assert (trial.duration_s, trial.recovered_s) == (1.5, 0.5)
+    assert (trial.others, trial.quiet_others) == (0.25, 0.125)
 
 
 def test_a_summary_compares_each_trial_with_its_own_quiet_window() -> None:
@@ -68,6 +75,8 @@ def test_a_summary_compares_each_trial_with_its_own_quiet_window() -> None:
             quiet=Window(1.0 + during_s, 1.0 + during_s + quiet_s),
             duration_s=during_s,
             recovered_s=None,
+            others=during_s / 8,
+            quiet_others=quiet_s,
         )
 
     trials = [
@@ -78,6 +87,8 @@ def test_a_summary_compares_each_trial_with_its_own_quiet_window() -> None:
     assert (summary.gap_s.p50, summary.gap_s.max) == (3.0, 4.0)
     assert (summary.more_gap_s.p50, summary.more_gap_s.max) == (2.75, 3.5)
     assert summary.recovered_s is None
+    # Whichever window had more of them: 0.5, 1 and 0.375.
+    assert (summary.others.p50, summary.others.max) == (0.5, 1.0)
     assert summary.trials == 3
 
 

@@ -17,6 +17,8 @@ def summary(gap_s: float, quiet_gap_s: float, first_s: float = 0.5) -> Summary:
         quiet=Window(begin_s, begin_s + quiet_gap_s),
         duration_s=1.0,
         recovered_s=None,
+        others=0.0,
+        quiet_others=0.0,
     )
     return summarize([windows.trial([Answer(sent_s=0.0, times_s=[first_s, begin_s, begin_s + quiet_gap_s])])])
 
