@@ -36,6 +36,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from model.threads import Apart
 from model.tiles_cpu import compiled
 
 _LINE = 8
@@ -58,13 +59,16 @@ class Team:
     def __init__(self, size: int) -> None:
         self._state = np.zeros(_BEGUN + 1 + _MAX_STAGES, np.int64)
         self._turn = 0
-        self._helpers = [_Helper(self._state) for _ in range(size - 1)]
+        self._apart = Apart()
+        self._helpers = [_Helper(self._state, self._apart) for _ in range(size - 1)]
         for helper in self._helpers:
             weakref.finalize(self, helper.end)
 
     def run(self, kernel: Kernel, *arguments: object) -> None:
         """`kernel(state, turn, leads, *arguments)` on every thread that comes in time. Returns when it is all done."""
         self._turn += 1
+        if self._helpers:
+            self._apart.from_caller()
         for helper in self._helpers:
             helper.call((kernel, self._turn, arguments))
         kernel(self._state, self._turn, 1, *arguments)
@@ -78,8 +82,8 @@ class Team:
 class _Helper:
     """One more thread. It knows the last call only: what it was too late for is done."""
 
-    def __init__(self, state: Any) -> None:
-        self._state = state
+    def __init__(self, state: Any, apart: Apart) -> None:
+        self._state, self._apart = state, apart
         self._job: tuple[Kernel, int, tuple[object, ...]] | None = None
         self._asleep = threading.Lock()
         self._asleep.acquire()
@@ -96,6 +100,7 @@ class _Helper:
         self._thread.join(_END_S)
 
     def _serve(self) -> None:
+        self._apart.add()
         while True:
             # Woken by the next call, or by the end of the team: there is nothing that a deadline could tell.
             self._asleep.acquire()

@@ -7,9 +7,12 @@ has not begun when all parts are taken is not waited for. Which thread computes 
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import itertools
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -56,7 +59,8 @@ def in_parts(work: Callable[[int, int], object], count: int, num_operations: int
         while (part := take()) < num_parts:
             work(part * count // num_parts, (part + 1) * count // num_parts)
 
-    pool = _pool(threads - 1, _niceness())
+    pool, apart = _pool(threads - 1, _niceness())
+    apart.from_caller()
     others = [pool.submit(share) for _ in range(min(threads, num_parts) - 1)]
     try:
         share()
@@ -67,10 +71,57 @@ def in_parts(work: Callable[[int, int], object], count: int, num_operations: int
                 other.result()
 
 
+class Apart:
+    """Threads that are kept off the core of whoever calls them.
+
+    A thread that is woken for a fraction of a millisecond is often put where its waker runs, and two that share a step
+    then take turns on one core while another is idle. The system's balancing is slower than that.
+    """
+
+    def __init__(self) -> None:
+        self._threads: list[int] = []
+        self._core = -1
+
+    def add(self) -> None:
+        """The calling thread."""
+        self._threads.append(threading.get_native_id())
+        self._core = -1
+
+    def from_caller(self) -> None:
+        """Of the cores that the calling thread may have, they get all but the one that it is on. Cheap if that is the
+        same as the last time; nothing happens where there is one core only, or the system does not tell."""
+        core = _core()
+        if core == self._core:
+            return
+        self._core = core
+        others = os.sched_getaffinity(0) - {core} if core >= 0 else set()
+        if others:
+            for thread in self._threads:
+                # It is no error to have ended.
+                with contextlib.suppress(OSError):
+                    os.sched_setaffinity(thread, others)
+
+
 @functools.cache
-def _pool(size: int, niceness: int) -> ThreadPoolExecutor:
+def _find_core() -> Callable[[], int]:
+    try:
+        # Holding the interpreter's lock: it takes less than letting it go.
+        find: Callable[[], int] = ctypes.PyDLL(None).sched_getcpu
+    except (OSError, AttributeError):
+        return lambda: -1
+    return find
+
+
+def _core() -> int:
+    """That the calling thread is on; -1 where the system does not tell."""
+    return _find_core()()
+
+
+@functools.cache
+def _pool(size: int, niceness: int) -> tuple[ThreadPoolExecutor, Apart]:
     """Of threads as nice as the caller, which they inherit: one that has stepped back shares with its like."""
-    return ThreadPoolExecutor(size, thread_name_prefix="parts")
+    apart = Apart()
+    return ThreadPoolExecutor(size, thread_name_prefix="parts", initializer=apart.add), apart
 
 
 def _niceness() -> int:

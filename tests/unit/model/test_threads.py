@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import os
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -78,3 +80,36 @@ def test_torch_keeps_one_thread_where_work_is_divided_here(monkeypatch: pytest.M
         set_num_threads(5, own=own)
         assert num_threads() == 5
     assert told == [1, 5]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="of Linux")
+def test_helpers_keep_off_the_core_of_whoever_calls_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        pytest.skip("there is one core")
+    apart, ready, done = threads.Apart(), threading.Event(), threading.Event()
+
+    def help_out() -> None:
+        apart.add()
+        ready.set()
+        done.wait(30)
+
+    helper = threading.Thread(target=help_out)
+    helper.start()
+    try:
+        assert ready.wait(30)
+        for core in (cores[0], cores[-1]):
+            monkeypatch.setattr(threads, "_core", always(core))
+            apart.from_caller()
+            assert os.sched_getaffinity(helper.native_id or 0) == set(cores) - {core}
+        monkeypatch.setattr(threads, "_core", always(-1))
+        apart.from_caller()
+        assert os.sched_getaffinity(helper.native_id or 0) == set(cores[:-1]), "nothing is known: nothing changes"
+    finally:
+        done.set()
+        helper.join()
+    assert os.sched_getaffinity(0) == set(cores)
+
+
+def always(core: int) -> Callable[[], int]:
+    return lambda: core
