@@ -26,8 +26,8 @@ from ops.bench.peers.environments import PeerError
 from ops.bench.peers.rates import Spread, Trial, Trials, goal_of, rate_of, ratios, spread
 
 SCHEMA = "octet.peers/1"
-_REST_S = 0.5
-"""Between two contestants: OpenMP threads spin for a while after their work."""
+_REST_S = 2.0
+"""Between two contestants: threads spin for a while after their work, vLLM's worker for a second of a whole core."""
 CLUSTER = ClusterContestant.name
 _KINDS = ("decode", "prefill", "whole")
 
