@@ -18,7 +18,7 @@ import statistics
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -35,6 +35,7 @@ from octet.ids import WorkerId
 from octet.v1 import octet_pb2 as pb
 from ops.bench.checkpoints import BENCH, write_checkpoint
 from ops.bench.machine import describe
+from ops.bench.processor_time import threads_s
 from ops.bench.soak import family_memory
 from ops.local import DECODE, LocalEngine, make_request
 from router.telemetry import Telemetry
@@ -240,9 +241,9 @@ def _cluster_cost(model_dir: pathlib.Path, reading_s: float) -> _Cost:
             asyncio.run(_ask(cluster.address, _NEW_TOKENS))
             seen.append(_decode_worker(cluster.address))
         worker, everyone = [seen[0].pid], [pid for pid, _ in family_memory() if pid != os.getpid()]
-        before_s = [processor_s(worker), processor_s(everyone)]
+        before_s = [threads_s(worker), threads_s(everyone)]
         time.sleep(_IDLE_S)
-        after_s = [processor_s(worker), processor_s(everyone)]
+        after_s = [threads_s(worker), threads_s(everyone)]
     finally:
         cluster.stop(drain=False)
     steps_s = [
@@ -251,16 +252,6 @@ def _cluster_cost(model_dir: pathlib.Path, reading_s: float) -> _Cost:
     ]
     shares = [(after - before) / _IDLE_S for before, after in zip(before_s, after_s, strict=True)]
     return _Cost(statistics.median(steps_s), *shares)
-
-
-def processor_s(pids: Iterable[int]) -> float:
-    """That threads of these processes have used which are there now; Linux counts it in nanoseconds."""
-    total_ns = 0
-    for pid in pids:
-        for task in pathlib.Path(f"/proc/{pid}/task").glob("*"):
-            with contextlib.suppress(OSError):
-                total_ns += int((task / "schedstat").read_text().split()[0])
-    return total_ns / 1e9
 
 
 async def _ask(address: str, new_tokens: int) -> None:

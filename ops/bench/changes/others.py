@@ -2,42 +2,41 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 from collections.abc import Collection
 
-_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+from ops.bench.processor_time import PROC, machine_s, process_s, stat_fields
+
+_SESSION = 3
+"""Its place in `stat_fields`."""
 
 
 class Others:
     """Counts from when it is made. Belongs to one thread."""
 
-    def __init__(self, own: Collection[int], proc: pathlib.Path = pathlib.Path("/proc")) -> None:
+    def __init__(self, own: Collection[int], proc: pathlib.Path = PROC) -> None:
         """
         Args:
             own: sessions whose processes are the bench's.
         """
         self._own, self._proc = frozenset(own), proc
-        self._before = self._ticks()
+        self._before_s = self._total_s()
 
     def taken_s(self) -> float:
         """Seconds of cores since then; to some hundredths, and 0 where the system does not tell."""
-        return max(0, self._ticks() - self._before) / _TICKS_PER_S
+        return max(0.0, self._total_s() - self._before_s)
 
-    def _ticks(self) -> int:
-        """All that any process has had of the cores, less what was ours."""
+    def _total_s(self) -> float:
+        """All that anybody has had of the cores, less what was ours."""
         try:
-            first = (self._proc / "stat").read_text().partition("\n")[0]
+            return machine_s(self._proc) - sum(map(self._own_s, self._proc.glob("[0-9]*")))
         except OSError:
-            return 0
-        user, nice, system, _idle, _waiting, *rest = (int(field) for field in first.split()[1:9])
-        return user + nice + system + sum(rest) - sum(self._own_ticks(path) for path in self._proc.glob("[0-9]*/stat"))
+            return 0.0
 
-    def _own_ticks(self, path: pathlib.Path) -> int:
+    def _own_s(self, process: pathlib.Path) -> float:
         """Of a process, and of its children that have ended: those were ours before."""
         try:
-            # Its name may have anything in it.
-            fields = path.read_text().rpartition(")")[2].split()
+            ours = int(stat_fields(process)[_SESSION]) in self._own
+            return process_s(process, ended_children=True) if ours else 0.0
         except OSError:
-            return 0
-        return sum(int(field) for field in fields[11:15]) if int(fields[3]) in self._own else 0
+            return 0.0

@@ -23,7 +23,8 @@ from ops.bench.checkpoints import BENCH, write_checkpoint
 from ops.bench.machine import Machine, describe
 from ops.bench.peers.contestants import PEERS, ClusterContestant, Contestant, Size
 from ops.bench.peers.environments import PeerError
-from ops.bench.peers.rates import Spread, Trial, Trials, goal_of, rate_of, ratios, spread
+from ops.bench.peers.rates import Trial, Trials, goal_of, rate_of, ratios
+from ops.bench.spread import Spread, spread
 
 SCHEMA = "octet.peers/1"
 _REST_S = 2.0

@@ -11,8 +11,9 @@ new prompts follow each other: one token each takes `T1` seconds, `M + 1` tokens
 from __future__ import annotations
 
 import dataclasses
-import statistics
 from collections.abc import Mapping, Sequence
+
+from ops.bench.spread import Spread, spread
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,15 +43,6 @@ class Trial:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Spread:
-    """A median and the range around it."""
-
-    median: float
-    lowest: float
-    highest: float
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Goal:
     """Octet's rate over a peer's is at least this."""
 
@@ -75,10 +67,6 @@ GOALS = (
 
 def rate_of(trial: Trial, kind: str) -> float:
     return {"prefill": trial.prefill_rate, "decode": trial.decode_rate, "whole": trial.whole_rate}[kind]
-
-
-def spread(values: Sequence[float]) -> Spread:
-    return Spread(median=statistics.median(values), lowest=min(values), highest=max(values))
 
 
 def ratios(ours: Sequence[Trial], theirs: Sequence[Trial], kind: str) -> Spread:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import os
-import pathlib
 import time
 from collections.abc import AsyncIterator, Mapping
 
@@ -14,6 +12,7 @@ from cluster.launch import launch
 from octet.client import AsyncClient
 from octet.config import OctetConfig
 from ops.bench.load import Arrival, Outcome, closed_loop
+from ops.bench.processor_time import PROC, machine_s, process_s
 from ops.bench.simulator.report import Figures, Others
 from ops.bench.summary import summarize
 
@@ -98,12 +97,10 @@ async def started(config: OctetConfig, loop: Loop) -> AsyncIterator[Cluster]:
 
 def _processor_s(pools: Mapping[int, str]) -> dict[str, float]:
     """Processor time so far, of the processes of each pool, and of all others of this machine (Linux)."""
-    # user, nice, system; then idle, iowait, irq, softirq.
-    fields = list(map(int, pathlib.Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:8]))
-    ticks = {_OTHERS: sum(fields[:3]) + sum(fields[5:])}
+    used_s = dict.fromkeys([_OTHERS, *pools.values()], 0.0)
+    used_s[_OTHERS] = machine_s()
     for pid, pool in pools.items():
-        of_process = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        used = int(of_process[11]) + int(of_process[12])
-        ticks[pool] = ticks.get(pool, 0) + used
-        ticks[_OTHERS] -= used
-    return {whose: count / os.sysconf("SC_CLK_TCK") for whose, count in ticks.items()}
+        own_s = process_s(PROC / str(pid))
+        used_s[pool] += own_s
+        used_s[_OTHERS] -= own_s
+    return used_s

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from ops.bench.breakdown.costs import Costs
 from ops.bench.machine import Machine
+from ops.bench.spread import Spread, spread
 
 SCHEMA = "octet.simulator/1"
 GOAL = (0.8, 1.2)
@@ -68,13 +69,6 @@ class Round:
     compared: Sequence[Compared]
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Spread:
-    median: float
-    least: float
-    most: float
-
-
 def spreads(rounds: Sequence[Round]) -> dict[Sizes, dict[str, Spread]]:
     """Of the quotients of each figure over the rounds."""
     by_size: dict[Sizes, list[Compared]] = {}
@@ -82,7 +76,7 @@ def spreads(rounds: Sequence[Round]) -> dict[Sizes, dict[str, Spread]]:
         for compared in one.compared:
             by_size.setdefault(compared.sizes, []).append(compared)
     return {
-        sizes: {figure: _spread([one.ratio(figure) for one in found]) for figure in FIGURES}
+        sizes: {figure: spread([one.ratio(figure) for one in found]) for figure in FIGURES}
         for sizes, found in by_size.items()
     }
 
@@ -96,11 +90,11 @@ def print_report(machine: Machine, rounds: Sequence[Round], console: Console | N
         f"Goal: within {GOAL[0]} to {GOAL[1]}"
     )
     others = [compared.others for one in rounds for compared in one.compared]
-    idle = _spread([one.cores for one in others])
-    each_s = _spread([one.per_token_s for one in others])
+    idle = spread([one.cores for one in others])
+    each_s = spread([one.per_token_s for one in others])
     console.print(
-        f"others than members: {idle.median:.2f} cores ({idle.least:.2f} to {idle.most:.2f}), and for each token "
-        f"{each_s.median * 1e3:.2f} ms ({each_s.least * 1e3:.2f} to {each_s.most * 1e3:.2f})"
+        f"others than members: {idle.median:.2f} cores ({idle.lowest:.2f} to {idle.highest:.2f}), and for each token "
+        f"{each_s.median * 1e3:.2f} ms ({each_s.lowest * 1e3:.2f} to {each_s.highest * 1e3:.2f})"
     )
 
 
@@ -130,15 +124,11 @@ def as_json(machine: Machine, loop: Mapping[str, Any], rounds: Sequence[Round]) 
         "loop": loop,
         "rounds": [dataclasses.asdict(one) for one in rounds],
         "ratios": [
-            {"sizes": sizes, **{figure: dataclasses.asdict(spread) for figure, spread in ratios.items()}}
+            {"sizes": sizes, **{figure: dataclasses.asdict(ratio) for figure, ratio in ratios.items()}}
             for sizes, ratios in spreads(rounds).items()
         ],
     }
 
 
-def _spread(values: Sequence[float]) -> Spread:
-    return Spread(median=statistics.median(values), least=min(values), most=max(values))
-
-
-def _cells(spread: Spread) -> tuple[str, str]:
-    return f"{spread.median:.2f}", f"{spread.least:.2f} to {spread.most:.2f}"
+def _cells(ratio: Spread) -> tuple[str, str]:
+    return f"{ratio.median:.2f}", f"{ratio.lowest:.2f} to {ratio.highest:.2f}"

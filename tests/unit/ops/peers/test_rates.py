@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ops.bench.peers.rates import Trial, goal_of, rate_of, ratios, spread
+from ops.bench.peers.rates import Trial, goal_of, rate_of, ratios
+from ops.bench.spread import spread
 
 
 def trial(first_s: float, all_s: float, streams: int = 8) -> Trial:
