@@ -24,9 +24,8 @@ SERVICES = ("octet.v1.Generation", "octet.v1.Cluster", "")
 _SHARES_PORTS = sys.platform == "linux"
 """Elsewhere sockets that share a port do not share its connections."""
 _SERVERS = 8 if _SHARES_PORTS else 1
-"""Each accepts one call after the other, and takes some six turns of the event loop for it: where a turn takes a
-millisecond, 50 calls at once wait for 310 ms at one server, and for 78 at eight that share the connections. Under
-overload the slowest refusals took half as long (docs/benchmarks.md)."""
+"""Each accepts one call after the other, and takes some six turns of the event loop for it. Under overload the slowest
+refusals took half as long with eight that share the connections (docs/benchmarks.md)."""
 
 
 class GrpcServer:

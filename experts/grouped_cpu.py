@@ -13,7 +13,7 @@ import numpy as np
 
 from model.linear import PANEL
 from model.linear_cpu import ROWS, swiglu_rows
-from model.tiles_cpu import declare
+from model.vectors_cpu import declare
 
 
 @declare("i8(i4[:,::1], b1[::1], i8[::1])")  # type: ignore[untyped-decorator]

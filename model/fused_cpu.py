@@ -15,24 +15,9 @@ import numpy as np
 import torch
 
 from model.linear import PANEL
-from model.tiles_cpu import (
-    COLUMNS,
-    DOTS,
-    MAX_ROWS,
-    address,
-    compiled,
-    copy_row,
-    declare,
-    dots,
-    exponentials,
-    fetch,
-    largest_of,
-    multiply,
-    reordered,
-    rotate,
-    scale_row,
-    sum_of_squares,
-)
+from model.rows_cpu import DOTS, copy_row, dots, exponentials, largest_of, rotate, scale_row, sum_of_squares
+from model.tiles_cpu import COLUMNS, MAX_ROWS, multiply
+from model.vectors_cpu import address, compiled, declare, fetch, reordered
 
 
 def rms_norm(x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:

@@ -22,7 +22,7 @@ from model.fused_cpu import attend_heads, norm_rows, prepare_rows
 from model.linear import PANEL
 from model.linear_cpu import ROWS, linear_rows, silu_product
 from model.team_cpu import done, enter, leave, note, take, wait
-from model.tiles_cpu import compiled, declare
+from model.vectors_cpu import compiled, declare
 
 _ROW_BLOCK = 8
 """Rows of a block of cheap work."""

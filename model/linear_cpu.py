@@ -16,17 +16,9 @@ from typing import Any
 import numpy as np
 
 from model.linear import PANEL
-from model.tiles_cpu import (
-    COLUMNS,
-    MAX_ROWS,
-    address,
-    advance,
-    compiled,
-    declare,
-    exp,
-    multiply,
-    reordered,
-)
+from model.rows_cpu import exp
+from model.tiles_cpu import COLUMNS, MAX_ROWS, multiply
+from model.vectors_cpu import address, advance, compiled, declare, reordered
 
 _DEPTH = 512
 """Inputs per pass: a tile's part of so many, 32 or 64 KiB of weights, and its rows of input stay near the core."""

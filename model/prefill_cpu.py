@@ -18,8 +18,10 @@ import torch
 
 from model.batch import PrefillTable
 from model.linear import PANEL
+from model.rows_cpu import exp, exponentials, largest_of
 from model.threads import in_parts
-from model.tiles_cpu import COLUMNS, MAX_ROWS, address, compiled, declare, exp, exponentials, largest_of, multiply
+from model.tiles_cpu import COLUMNS, MAX_ROWS, multiply
+from model.vectors_cpu import address, compiled, declare
 
 _KEYS = 128
 """Of a block: packed, they and their values stay near the core while many queries see them."""
@@ -103,6 +105,74 @@ def _pack(
 
 
 @compiled  # type: ignore[untyped-decorator]
+def _attend_tile(
+    queries: Any,
+    keys: Any,
+    values: Any,
+    first_own: Any,
+    behind: Any,
+    group: Any,
+    size: Any,
+    goes_on: Any,
+    scores: Any,
+    sums: Any,
+    largest: Any,
+    total: Any,
+) -> None:
+    """A tile of rows and a block of keys; see `_attend_block`.
+
+    Args:
+        first_own: positions of the block that the first row sees, if there are as many; each token's rows see one more
+            than those of the token before it.
+        behind: rows of the first token that are not in this tile.
+        group: rows of a token.
+        size: positions of the block.
+        goes_on: whether there were blocks before this one.
+    """
+    count, dim = queries.shape
+    seen = min(size, first_own + (behind + count - 1) // group)
+    for key in range(0, seen, COLUMNS):
+        multiply(
+            count,
+            COLUMNS,
+            dim,
+            address(queries, 0),
+            dim,
+            address(keys, key * dim),
+            PANEL,
+            dim * PANEL,
+            address(scores, key),
+            _KEYS,
+            0,
+            address(keys, key * dim),
+            0,
+        )
+    for r in range(count):
+        if not goes_on:
+            largest[r], total[r] = scores[r, 0], np.float32(0)
+        factor = _carry_on(scores[r, :seen], min(first_own + (behind + r) // group, seen), largest, total, r)
+        if goes_on and factor != np.float32(1):
+            for i in range(dim):
+                sums[r, i] *= factor
+    for column in range(0, dim, COLUMNS):
+        multiply(
+            count,
+            min(COLUMNS, dim - column),
+            seen,
+            address(scores, 0),
+            _KEYS,
+            address(values, column),
+            dim,
+            PANEL,
+            address(sums, column),
+            dim,
+            1 if goes_on else 0,
+            address(values, column),
+            0,
+        )
+
+
+@compiled  # type: ignore[untyped-decorator]
 def _attend_block(
     q: Any,
     k_cache: Any,
@@ -147,48 +217,21 @@ def _attend_block(
         _pack(k_cache, v_cache, kv_slots, pages, page_size, kv_head, start, begin, size, keys, values)
         # Rows that end before this block see nothing of it.
         for row in range(max(begin - position, 0) * group // MAX_ROWS * MAX_ROWS, num_rows, MAX_ROWS):
-            count = min(MAX_ROWS, num_rows - row)
-            seen = min(size, position + (row + count - 1) // group + 1 - begin)
-            for key in range(0, seen, COLUMNS):
-                multiply(
-                    count,
-                    COLUMNS,
-                    dim,
-                    address(queries, row * dim),
-                    dim,
-                    address(keys, key * dim),
-                    PANEL,
-                    dim * PANEL,
-                    address(scores, key),
-                    _KEYS,
-                    0,
-                    address(keys, key * dim),
-                    0,
-                )
-            for r in range(count):
-                if begin == 0:
-                    largest[row + r], total[row + r] = scores[r, 0], np.float32(0)
-                own = min(position + (row + r) // group + 1 - begin, seen)
-                factor = _carry_on(scores[r, :seen], own, largest, total, row + r)
-                if begin > 0 and factor != np.float32(1):
-                    for i in range(dim):
-                        sums[row + r, i] *= factor
-            for column in range(0, dim, COLUMNS):
-                multiply(
-                    count,
-                    min(COLUMNS, dim - column),
-                    seen,
-                    address(scores, 0),
-                    _KEYS,
-                    address(values, column),
-                    dim,
-                    PANEL,
-                    address(sums, row * dim + column),
-                    dim,
-                    min(begin, 1),
-                    address(values, column),
-                    0,
-                )
+            last = min(row + MAX_ROWS, num_rows)
+            _attend_tile(
+                queries[row:last],
+                keys,
+                values,
+                position + 1 - begin + row // group,
+                row % group,
+                group,
+                size,
+                begin > 0,
+                scores,
+                sums[row:last],
+                largest[row:last],
+                total[row:last],
+            )
     for row in range(num_rows):
         factor = np.float32(1) / total[row]
         for i in range(dim):

@@ -37,7 +37,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from model.threads import Apart
-from model.tiles_cpu import compiled
+from model.vectors_cpu import compiled
 
 _LINE = 8
 """Counters are a cache line apart."""

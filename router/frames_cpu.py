@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from model.tiles_cpu import compiled, declare
+from model.vectors_cpu import compiled, declare
 from router.frames import HEADER_BYTES, MAGIC, Kind
 from router.wire_cpu import send_now
 

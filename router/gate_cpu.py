@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from model.linear_cpu import linear_panels
-from model.tiles_cpu import compiled, declare, exp
+from model.rows_cpu import exp
+from model.vectors_cpu import compiled, declare
 
 
 @compiled  # type: ignore[untyped-decorator]

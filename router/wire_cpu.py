@@ -15,7 +15,7 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
-from model.tiles_cpu import compiled, declare
+from model.vectors_cpu import compiled, declare
 
 OK, LOST, TIMED_OUT, NO_FRAME = 0, -1, -2, -3
 """What a call ended with: done; the peer is gone; it was silent for too long; what came is no frame, or too long."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from model.team_cpu import Team, done, enter, leave, note, take, wait
-from model.tiles_cpu import declare
+from model.vectors_cpu import declare
 
 
 @declare("void(i8[::1], i8, i8, i8[:,::1])")  # type: ignore[untyped-decorator]

@@ -9,18 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from model.tiles_cpu import (
-    DOTS,
-    address,
-    copy_row,
-    dots,
-    exp,
-    exponentials,
-    largest_of,
-    rotate,
-    scale_row,
-    sum_of_squares,
-)
+from model.rows_cpu import DOTS, copy_row, dots, exp, exponentials, largest_of, rotate, scale_row, sum_of_squares
+from model.vectors_cpu import address
 
 Array = npt.NDArray[np.float32]
 SIZES = [1, 2, 15, 16, 17, 63, 64, 65, 128, 200]
