@@ -86,6 +86,7 @@ class AttentionWorker:
         keep_freed_memory()
         set_num_threads(plan.threads[role], own=packs(self._dtype, self._device))
         self._mailbox = Mailbox(host, plan.secret)
+        self._hosts: dict[WorkerId, str] = {}
         self._pulse = Pulse(host)
         self._store = GroupStore.host(host, plan.config.lane.connect_s, plan.secret)
         self._lanes = lane_builder(worker_id, role, plan, self._store, host)
@@ -123,6 +124,7 @@ class AttentionWorker:
 
     def meet(self, peers: Mapping[WorkerId, str]) -> None:
         """Be able to write to these mailboxes."""
+        self._hosts.update((peer, _host(address)) for peer, address in peers.items())
         self._mailbox.connect(dict(peers))
 
     def link(self, shards: Sequence[WorkerId], epoch: Epoch) -> None:
@@ -161,6 +163,7 @@ class AttentionWorker:
             self._built.sender.disconnect(peer)
             if self._built.receiver is not None:
                 self._built.receiver.disconnect(peer)
+            self._hosts.pop(peer, None)
         self._mailbox.disconnect(peers)
         self._peer_stores.forget(peers)
 
@@ -277,7 +280,9 @@ class AttentionWorker:
         sender = KvSender(cache, leases, {})
         engine: Engine
         if self._role == "prefill":
-            engine = PrefillEngine(self._worker_id, plan.routing.epoch, runner, leases, sender, plan.config.prefill)
+            engine = PrefillEngine(
+                self._worker_id, plan.routing.epoch, runner, leases, sender, plan.config.prefill, self._is_beside
+            )
         else:
             receiver = KvReceiver(self._worker_id, cache, {}, self._ask, self._mailbox.wake)
             speculator = Speculator(MtpDrafter(runner), speculation) if mtp is not None else None
@@ -305,5 +310,13 @@ class AttentionWorker:
             runner.between_layers = loop.hear
         return _Parts(engine=engine, routed=routed, loop=loop, sender=sender, receiver=receiver)
 
+    def _is_beside(self, peer: WorkerId) -> bool:
+        return self._device.type == "cpu" and self._hosts.get(peer) == _host(self._mailbox.address)
+
     def _ask(self, to: WorkerId, pull: KvPull) -> None:
         self._mailbox.send(to, pull)
+
+
+def _host(address: str) -> str:
+    """Of a mailbox."""
+    return address.rpartition(":")[0]

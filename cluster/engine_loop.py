@@ -18,7 +18,7 @@ from octet.errors import LaneError, LaneTimeoutError, UnavailableError, WireErro
 from octet.faults import reach
 from octet.ids import WorkerId
 from octet.mailbox import Mailbox
-from octet.messages import KvPull, Message, WorkerLoad
+from octet.messages import KvPull, Message, PrefillRequest, WorkerLoad
 from router.exchange import Exchange
 from router.plan import Planner
 from router.routed_experts import RoutedExperts
@@ -115,9 +115,11 @@ class EngineLoop:
 
     def hear(self) -> None:
         """Answer pulls between two layers of a step, so that sequences whose prompts are computed do not wait for the
-        next prompt; pulls change nothing that the step goes by. Called by the thread that takes it."""
+        next prompt, and know of prompts that come; neither changes anything that the step goes by. Called by the
+        thread that takes it."""
         for message in self._mailbox.receive(0.0):
-            if isinstance(message, KvPull):
+            # A request does not overtake what was said before it: an abort may be of an earlier attempt.
+            if isinstance(message, KvPull) or (isinstance(message, PrefillRequest) and not self._held):
                 self._handle(message)
             else:
                 self._held.append(message)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from decode.batch import DecodeBatch, Incoming, RunningSequence
+from decode.gathering import Gathering
 from decode.handoff import Arrival, KvReceiver
 from decode.migration import Migration
 from decode.speculation import Speculator
@@ -54,6 +55,7 @@ class DecodeEngine:
         self._worker_id, self._epoch = worker_id, epoch
         self._runner, self._pool, self._receiver, self._speculator = runner, runner.pool, receiver, speculator
         self._batch = DecodeBatch(runner.pool, config.max_batch, lookahead=int(runner.drafts))
+        self._gathering, self._waits = Gathering(config.gather_s), False
         self._offers: list[KvOffer] = []
         self._incoming: dict[LeaseId, Incoming] = {}
         self._outbox: list[tuple[WorkerId, Message]] = []
@@ -66,14 +68,16 @@ class DecodeEngine:
     @property
     def busy(self) -> bool:
         """Whether `step` would compute something now."""
-        return bool(self._batch.running)
+        return bool(self._batch.running) and not self._waits
 
     def handle(self, message: Message) -> None:
         match message:
-            case KvOffer():
+            case KvOffer(source=source, following=following):
+                self._gathering.note(source, following)
                 self._offers.append(message)
                 self._offers.sort(key=lambda offer: (offer.request.priority, offer.request.arrival_s))
             case Abort():
+                self._gathering.forget()
                 self._abort(message)
             case KvPull() | KvRenew() | KvAck() if self._migration is not None:
                 self._migration.handle(message)
@@ -85,12 +89,15 @@ class DecodeEngine:
 
         Raises: LaneError, and then nothing has changed.
         """
+        if not self._batch.running:
+            self._gathering.empty()
         self._land()
         self._hand_over(now_s)
         self._evict(self._batch.grow())
         self._pull()
         self._renew(now_s)
-        if self._batch.running:
+        self._waits = bool(self._batch.running) and self._gathering.waits(now_s, len(self._incoming))
+        if self.busy:
             try:
                 self._decode()
             except ExpertMissingError as error:

@@ -65,6 +65,20 @@ class Attention:
                 self._prefill(index, q_TQD[span.rows], batch.kv_slots_T[span.rows], span, out_TQD[span.rows])
         return linear(out_TQD.flatten(1), layer.o)
 
+    def of_some(
+        self,
+        index: int,
+        layer: LayerWeights,
+        x_TH: torch.Tensor,
+        batch: Batch,
+        cos_sin: tuple[torch.Tensor, torch.Tensor],
+        rows_W: torch.Tensor,
+        decode: DecodeSpans,
+    ) -> torch.Tensor:
+        """`[W, H]`, of some rows, which attend on their own; keys and values are written of all."""
+        q_TQD = self._prepare(index, layer, self._project(layer, x_TH), batch, cos_sin)
+        return linear(self._decode(index, q_TQD[rows_W], decode).flatten(1), layer.o)
+
     def write(
         self,
         index: int,

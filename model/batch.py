@@ -6,11 +6,15 @@ Shapes: `T` tokens, `B` sequences, `P` pages of the longest sequence.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 
 from model.pages import PagePool
+
+Wanted = Literal["all", "last", "none"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +27,12 @@ class Span:
     """The page table, covering at least `start + len(token_ids)` tokens."""
     by_token: bool = False
     """Attend with each token on its own, which pays where a few of them follow a long context."""
+    wanted: Wanted = "all"
+    """Tokens whose final hidden states somebody reads; of the others, the last layer computes keys and values alone."""
+
+    @property
+    def num_wanted(self) -> int:
+        return {"all": len(self.token_ids), "last": 1, "none": 0}[self.wanted]
 
     @property
     def stop(self) -> int:
@@ -42,6 +52,8 @@ class Batch:
     """All of `prefill` for one compiled call on a CPU."""
     decode: DecodeSpans | None
     """The tokens of all spans that attend by token, together; they come first in T."""
+    wanted: WantedRows | None = None
+    """The rows that the last layer computes; None for all."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +64,15 @@ class PrefillSpan:
     start: int
     pages: torch.Tensor
     """The page table of positions 0..start."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class WantedRows:
+    """The last tokens of some spans `W`."""
+
+    rows_W: torch.Tensor
+    decode: DecodeSpans | None
+    """They attend on their own, however their prompt is cut into passes; None where there are none."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,15 +112,16 @@ def halve(spans: Sequence[Span]) -> tuple[list[Span], list[Span]]:
         elif take == 0:
             second.append(span)
         else:
-            first.append(dataclasses.replace(span, token_ids=span.token_ids[:take]))
+            wanted: Wanted = "none" if span.wanted == "last" else span.wanted
+            first.append(dataclasses.replace(span, token_ids=span.token_ids[:take], wanted=wanted))
             second.append(dataclasses.replace(span, token_ids=span.token_ids[take:], start=span.start + take))
     return first, second
 
 
-def build_batch(spans: Sequence[Span], pool: PagePool, device: torch.device) -> tuple[Batch, list[int]]:
+def build_batch(spans: Sequence[Span], pool: PagePool, device: torch.device) -> tuple[Batch, list[slice]]:
     """Pack spans; those that attend by token, as single tokens do, are moved to the front.
 
-    Returns: the batch, and for each span, in the order given, the row of its last token.
+    Returns: the batch, and for each span, in the order given, its rows of what a pass returns.
     """
     by_token = [span.by_token or len(span.token_ids) == 1 for span in spans]
     order = sorted(range(len(spans)), key=lambda index: not by_token[index])
@@ -127,7 +149,26 @@ def build_batch(spans: Sequence[Span], pool: PagePool, device: torch.device) -> 
         prefill_table=_prefill_table(prefill) if prefill and device.type == "cpu" else None,
         decode=_decode_spans(singles, pool, device) if singles else None,
     )
-    return batch, last_rows
+    if any(span.wanted == "all" for span in spans):
+        return batch, [
+            slice(last + 1 - len(span.token_ids), last + 1) for span, last in zip(spans, last_rows, strict=True)
+        ]
+    return _with_wanted(batch, spans, last_rows, pool, device)
+
+
+def _with_wanted(
+    batch: Batch, spans: Sequence[Span], last_rows: Sequence[int], pool: PagePool, device: torch.device
+) -> tuple[Batch, list[slice]]:
+    """A pass of which no span is wanted as a whole."""
+    wanted = [(span, row) for span, row in zip(spans, last_rows, strict=True) if span.wanted == "last"]
+    singles = [dataclasses.replace(span, token_ids=span.token_ids[-1:], start=span.stop - 1) for span, _ in wanted]
+    rows = WantedRows(
+        rows_W=torch.tensor([row for _, row in wanted], dtype=torch.int64, device=device),
+        decode=_decode_spans(singles, pool, device) if singles else None,
+    )
+    stops = itertools.accumulate(span.num_wanted for span in spans)
+    kept = [slice(stop - span.num_wanted, stop) for span, stop in zip(spans, stops, strict=True)]
+    return dataclasses.replace(batch, wanted=rows), kept
 
 
 def build_rows(spans: Sequence[Span], pool: PagePool, device: torch.device) -> Batch:

@@ -49,7 +49,7 @@ class ModelRunner:
         return self._mtp is not None
 
     def run(self, spans: Sequence[Span]) -> list[torch.Tensor]:
-        """The final hidden states `[tokens, hidden]` of each span. Raises: LaneError; running again is safe."""
+        """The final hidden states `[wanted tokens, hidden]` of each span. Raises: LaneError; running again is safe."""
         if self._graphs is not None and self._graphs.takes(spans):
             with self._whole():
                 hidden_TH = self._graphs.run(spans)
@@ -98,10 +98,7 @@ class ModelRunner:
         with self._whole():
             hidden = self._transformer.forward([batch for batch, _ in built], self._routed, self.between_layers)
             self._check(hidden)
-        return [
-            [h_TH[last + 1 - len(span.token_ids) : last + 1] for span, last in zip(spans, last_rows, strict=True)]
-            for h_TH, spans, (_, last_rows) in zip(hidden, parts, built, strict=True)
-        ]
+        return [[h_TH[span_rows] for span_rows in rows] for h_TH, (_, rows) in zip(hidden, built, strict=True)]
 
     @contextlib.contextmanager
     def _whole(self) -> Iterator[None]:

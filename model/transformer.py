@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from model.attention import Attention
-from model.batch import Batch
+from model.batch import Batch, WantedRows
 from model.config import ModelConfig
 from model.kv_cache import KvCache
 from model.linear import PackedMatrix, linear, packs, swiglu
@@ -72,7 +72,12 @@ class Transformer:
         return take_turns([self._steps(batch, routed) for batch in batches], between)
 
     def _steps(self, batch: Batch, routed: RoutedLayer[_Pending]) -> Generator[None, None, torch.Tensor]:
-        x_TH = yield from self.layers(self.embed(batch), enumerate(self._weights.layers), batch, routed)
+        *layers, last = enumerate(self._weights.layers)
+        if batch.wanted is None:
+            x_TH = yield from self.layers(self.embed(batch), [*layers, last], batch, routed)
+        else:
+            x_TH = yield from self.layers(self.embed(batch), layers, batch, routed)
+            x_TH = yield from self._last_layer(x_TH, *last, batch, batch.wanted, routed)
         return self.norm(x_TH, self._weights.norm)
 
     def layers(
@@ -90,15 +95,39 @@ class Transformer:
         for index, layer in layers:
             h_TH = self.norm(x_TH, layer.input_norm)
             x_TH = x_TH + self._attend(index, layer, h_TH, batch, cos_sin)
-            h_TH = self.norm(x_TH, layer.post_attention_norm)
-            if layer.gate is None:
-                x_TH = x_TH + swiglu(h_TH, layer.mlp)
-            else:
-                pending = routed.dispatch(index, h_TH)
-                shared_TH = swiglu(h_TH, layer.mlp)
-                yield
-                x_TH = x_TH + (routed.combine(pending).to(x_TH.dtype) + shared_TH)
+            x_TH = yield from self._feed_forward(x_TH, index, layer, routed)
         return x_TH
+
+    def _feed_forward(
+        self, x_TH: torch.Tensor, index: int, layer: LayerWeights, routed: RoutedLayer[_Pending]
+    ) -> Generator[None, None, torch.Tensor]:
+        """A layer's second half."""
+        h_TH = self.norm(x_TH, layer.post_attention_norm)
+        if layer.gate is None:
+            return x_TH + swiglu(h_TH, layer.mlp)
+        pending = routed.dispatch(index, h_TH)
+        shared_TH = swiglu(h_TH, layer.mlp)
+        yield
+        return x_TH + (routed.combine(pending).to(x_TH.dtype) + shared_TH)
+
+    def _last_layer(
+        self,
+        x_TH: torch.Tensor,
+        index: int,
+        layer: LayerWeights,
+        batch: Batch,
+        wanted: WantedRows,
+        routed: RoutedLayer[_Pending],
+    ) -> Generator[None, None, torch.Tensor]:
+        """`[W, H]`: of the other rows nobody will see more than keys and values."""
+        cos_sin = self._rotary.at(batch.positions_T, x_TH.dtype)
+        h_TH = self.norm(x_TH, layer.input_norm)
+        if wanted.decode is None:
+            self._attend.write(index, layer, h_TH, batch, cos_sin)
+            return x_TH[:0]
+        attended_WH = self._attend.of_some(index, layer, h_TH, batch, cos_sin, wanted.rows_W, wanted.decode)
+        x_WH = yield from self._feed_forward(x_TH[wanted.rows_W] + attended_WH, index, layer, routed)
+        return x_WH
 
     @staticmethod
     def _decode(

@@ -95,6 +95,9 @@ class PrefillConfig(ConfigNode):
 class DecodeConfig(ConfigNode):
     max_batch: int = pydantic.Field(64, ge=1)
     """Sequences advanced by one step."""
+    gather_s: float = pydantic.Field(1.0, ge=0)
+    """How long the first sequences of an empty batch wait for more, while the next chunk of a prefill worker on the
+    same cores will bring them: a burst of answers is computed faster together. 0 starts with whoever comes first."""
     cuda_graphs: bool = True
     """On GPUs, capture a step once for each size of batch and launch it as graphs; false launches every kernel."""
 

@@ -73,6 +73,8 @@ class KvOffer:
     """One per choice in `request.choices`; only choices that go on are offered."""
     lease_s: float
     """The lease ends this long after the offer, or after it was renewed."""
+    following: int = 0
+    """More offers of the same source that its next chunk will bring, where it computes on the decode worker's cores."""
     hidden: bytes = b""
     """The final hidden state `[H]` of the last token, in the cluster's dtype, where the decode worker speculates."""
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from model.batch import Span
+from model.batch import Span, Wanted
 from model.runner import ModelRunner, tensor_bytes
 from model.sampler import SampleRow, logprobs, sample
 from octet.config import PrefillConfig
@@ -56,7 +56,13 @@ class PrefillEngine:
         leases: LeaseTable,
         sender: KvSender,
         config: PrefillConfig,
+        is_beside: Callable[[WorkerId], bool] = lambda decode_worker: False,
     ) -> None:
+        """
+        Args:
+            is_beside: whether a decode worker computes on this one's cores.
+        """
+        self._is_beside = is_beside
         self._worker_id, self._epoch = worker_id, epoch
         self._runner, self._pool, self._leases, self._sender = runner, runner.pool, leases, sender
         self._chunk_tokens = config.chunk_tokens
@@ -97,7 +103,7 @@ class PrefillEngine:
         chunks = self._queue.chunks(self._chunk_tokens)
         if chunks:
             try:
-                hidden = self._runner.run([_span(chunk) for chunk in chunks])
+                hidden = self._runner.run([self._span(chunk) for chunk in chunks])
             except ExpertMissingError as error:
                 self.fail_all(str(error))
             else:
@@ -175,6 +181,14 @@ class PrefillEngine:
             for (task, last_H), logits_V in zip(finished, logits, strict=True):
                 self._finish(task, logits_V, last_H, now_s)
 
+    def _span(self, chunk: Chunk) -> Span:
+        task = chunk.task
+        wanted: Wanted = "last" if chunk.last else "none"
+        if self._runner.drafts or _wants_prompt_logprobs(task):
+            wanted = "all"
+        token_ids = task.token_ids[task.done : chunk.stop]
+        return Span(token_ids=token_ids, start=task.done, pages=task.pages, wanted=wanted)
+
     def _write_draft_kv(self, chunks: Sequence[Chunk], hidden: Sequence[torch.Tensor]) -> None:
         """The MTP layer's part of the pages. What a prompt's last position holds is up to each choice's first token."""
         spans, kept = [], []
@@ -233,8 +247,17 @@ class PrefillEngine:
             next_tokens=tuple(token_id for _, token_id in going_on),
             hidden=tensor_bytes(last_H) if self._runner.drafts else b"",
             lease_s=self._leases.lease_s,
+            following=self._num_following(request.decode_worker),
         )
         self._outbox.append((request.decode_worker, offer))
+
+    def _num_following(self, decode_worker: WorkerId) -> int:
+        if not self._is_beside(decode_worker):
+            return 0
+        return sum(
+            task.request.decode_worker == decode_worker and _goes_on(task)
+            for task in self._queue.next_to_finish(self._chunk_tokens)
+        )
 
     def _note_prompt_logprobs(self, chunk: Chunk, hidden_TH: torch.Tensor) -> None:
         """Row t predicts token t + 1; the first token of a prompt has no prediction."""
@@ -261,11 +284,6 @@ class PrefillEngine:
         return reports + outbox
 
 
-def _span(chunk: Chunk) -> Span:
-    task = chunk.task
-    return Span(token_ids=task.token_ids[task.done : chunk.stop], start=task.done, pages=task.pages)
-
-
 def _sample_row(task: Task, choice: int) -> SampleRow:
     request = task.request
     return SampleRow(
@@ -276,6 +294,12 @@ def _sample_row(task: Task, choice: int) -> SampleRow:
         token_ids=task.token_ids,
         num_prompt_tokens=request.num_prompt_tokens,
     )
+
+
+def _goes_on(task: Task) -> bool:
+    """Whether a choice will take more tokens than the next one, unless that stops it."""
+    request = task.request
+    return len(task.token_ids) - request.num_prompt_tokens + 1 < request.stopping.max_new_tokens
 
 
 def _wants_prompt_logprobs(task: Task) -> bool:

@@ -76,6 +76,16 @@ class PrefillQueue:
             budget -= take
         return chunks
 
+    def next_to_finish(self, budget: int) -> list[Task]:
+        """Tasks that a chunk of `budget` tokens would complete, if none of what waits is cached."""
+        finished: list[Task] = []
+        for task in (*self.running, *self.waiting):
+            budget -= task.remaining
+            if budget < 0:
+                break
+            finished.append(task)
+        return finished
+
     def finish(self, task: Task) -> None:
         self.running.remove(task)
 

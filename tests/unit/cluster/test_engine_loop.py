@@ -10,10 +10,25 @@ from cluster.engine_loop import EngineLoop
 from octet.background import COMPUTING
 from octet.config import LaneConfig
 from octet.ids import LeaseId, RequestId, WorkerId
-from octet.messages import Abort, KvPull, Message, WorkerLoad
+from octet.messages import Abort, KvPull, Message, PrefillRequest, WorkerLoad
+from octet.request import Output, Sampling, Stopping
 
 PATIENT_S = 20.0
 PULL = KvPull(lease_id=LeaseId("a"), decode_worker=WorkerId("decode-0"), channel=0)
+REQUEST = PrefillRequest(
+    request_id=RequestId("r"),
+    attempt=0,
+    choices=(0,),
+    token_ids=b"",
+    num_prompt_tokens=0,
+    sampling=Sampling(),
+    stopping=Stopping(max_new_tokens=1),
+    output=Output(),
+    priority=0,
+    arrival_s=0.0,
+    decode_worker=WorkerId("decode-0"),
+    frontend=WorkerId("frontend-0"),
+)
 ABORT = Abort(request_id=RequestId("r"), choice=None, attempt=0)
 
 
@@ -24,9 +39,9 @@ def own() -> int:
 class Played:
     """Mailbox, engine and exchange of a loop: an engine whose one step hears what came meanwhile, twice."""
 
-    def __init__(self, niceness: int = 0, num_requests: int = 1) -> None:
+    def __init__(self, niceness: int = 0, num_requests: int = 1, coming: list[list[Message]] | None = None) -> None:
         self.num_requests, self.niceness = num_requests, -1
-        self.coming: list[list[Message]] = [[], [ABORT], [PULL, ABORT]]
+        self.coming: list[list[Message]] = [[], [ABORT], [PULL, ABORT]] if coming is None else coming
         self.handled: list[str] = []
         self.busy, self.done = True, threading.Event()
         self.loop = EngineLoop(
@@ -66,6 +81,14 @@ def test_pulls_are_answered_within_a_step_and_all_else_behind_it_in_order() -> N
     assert played.done.wait(PATIENT_S)
     played.loop.stop(PATIENT_S)
     assert played.handled == ["KvPull", "step", "Abort", "Abort"]
+
+
+def test_requests_are_known_within_a_step_unless_something_was_said_before_them() -> None:
+    played = Played(coming=[[], [REQUEST], [ABORT, REQUEST, PULL], [ABORT]])
+    played.loop.start(cast(Any, None), cast(Any, played))
+    assert played.done.wait(PATIENT_S)
+    played.loop.stop(PATIENT_S)
+    assert played.handled == ["PrefillRequest", "KvPull", "step", "Abort", "PrefillRequest", "Abort"]
 
 
 @pytest.mark.parametrize(("num_requests", "back"), [(4, 3), (5, 0)])

@@ -120,12 +120,21 @@ class Faulty:
 class Pair:
     """A prefill and a decode engine. Messages arrive at once, except pulls while they are held."""
 
-    def __init__(self, model: Model, num_pages: int = NUM_PAGES, max_batch: int = 16) -> None:
+    def __init__(self, model: Model, num_pages: int = NUM_PAGES, max_batch: int = 16, chunk_tokens: int = 512) -> None:
+        """On the same cores."""
         self.routed = Faulty(model.routed)
         self._channel, leases = LocalChannel(PATIENT_S), LeaseTable(LEASE_S)
         prefill_runner = model.runner(64, model.routed)
         self.sender = KvSender(prefill_runner.cache, leases, {DECODE: self._channel})
-        self.prefill = PrefillEngine(PREFILL, Epoch(1), prefill_runner, leases, self.sender, PrefillConfig())
+        self.prefill = PrefillEngine(
+            PREFILL,
+            Epoch(1),
+            prefill_runner,
+            leases,
+            self.sender,
+            PrefillConfig(chunk_tokens=chunk_tokens),
+            is_beside=lambda worker_id: worker_id == DECODE,
+        )
         self._arrived = threading.Event()
         runner = model.runner(num_pages, self.routed)
         self.receiver = KvReceiver(DECODE, runner.cache, {PREFILL: self._channel}, self._ask, self._arrived.set)
@@ -302,6 +311,31 @@ def test_one_step_gives_every_sequence_one_token(pair: Pair) -> None:
     before = len(pair.of(TokenEvent))
     pair.step_decode()
     assert len(pair.of(TokenEvent)) - before == 2
+
+
+def test_the_first_of_a_burst_wait_for_the_others(pairs: Callable[..., Pair]) -> None:
+    pair = pairs(chunk_tokens=12)
+    pair.submit(*(request(6, max_new_tokens=3) for _ in range(5)))
+    pair.until(lambda: len(pair.of(TokenEvent)) >= 4)
+    assert not pair.decode.busy
+    pair.until(lambda: all(journal.ended for journal in pair.journals.values()))
+    # What the prefill worker sampled; then all of them at once.
+    assert [event.index for event in pair.of(TokenEvent)] == [0] * 5 + [1] * 5 + [2] * 5
+
+
+def test_the_first_of_a_burst_wait_no_longer_than_they_may(pairs: Callable[..., Pair]) -> None:
+    pair = pairs(chunk_tokens=12)
+    pair.submit(*(request(6, max_new_tokens=_LONG) for _ in range(3)))
+    pair.step_prefill()
+    until_s = time.monotonic() + PATIENT_S
+    while pair.decode.load().running < 2:
+        assert time.monotonic() < until_s
+        pair.step_decode()
+    pair.step_decode()
+    assert [event.index for event in pair.of(TokenEvent)] == [0, 0]
+    pair.now_s = 1.0
+    pair.step_decode()
+    assert [event.index for event in pair.of(TokenEvent)] == [0, 0, 1, 1]
 
 
 def test_a_request_gets_as_many_tokens_as_it_asked_for(pair: Pair) -> None:

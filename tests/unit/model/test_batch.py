@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
-from model.batch import Batch, Span, build_batch, halve
+from model.batch import Batch, Span, Wanted, build_batch, halve
 from model.pages import PagePool
 
 POOL = PagePool(16, 4)
@@ -12,7 +14,7 @@ LATER = Span(token_ids=[30, 31], start=3, pages=[2, 9])
 OTHER_SINGLE = Span(token_ids=[40], start=0, pages=[8, 4])
 
 
-def built(*spans: Span) -> tuple[Batch, list[int]]:
+def built(*spans: Span) -> tuple[Batch, list[slice]]:
     return build_batch(spans, POOL, torch.device("cpu"))
 
 
@@ -21,9 +23,33 @@ def test_single_token_spans_come_first() -> None:
     assert batch.token_ids_T.tolist() == [20, 40, 10, 11, 12, 13, 14, 30, 31]
 
 
-def test_last_rows_are_in_the_order_of_the_spans() -> None:
-    batch, last_rows = built(LONG, SINGLE, LATER, OTHER_SINGLE)
-    assert batch.token_ids_T[last_rows].tolist() == [14, 20, 31, 40]
+def test_rows_are_in_the_order_of_the_spans() -> None:
+    batch, rows = built(LONG, SINGLE, LATER, OTHER_SINGLE)
+    assert [batch.token_ids_T[span_rows].tolist() for span_rows in rows] == [LONG.token_ids, [20], [30, 31], [40]]
+
+
+def test_only_last_tokens_are_wanted_where_no_span_is_wanted_as_a_whole() -> None:
+    spans = [dataclasses.replace(span, wanted="last") for span in (LONG, SINGLE, LATER)]
+    unwanted = dataclasses.replace(OTHER_SINGLE, wanted="none")
+    batch, rows = built(*spans[:2], unwanted, spans[2])
+    assert batch.wanted is not None
+    assert batch.wanted.decode is not None
+    wanted = batch.token_ids_T[batch.wanted.rows_W]
+    assert [wanted[span_rows].tolist() for span_rows in rows] == [[14], [20], [], [31]]
+    assert batch.wanted.decode.lengths_B.tolist() == [5, 7, 5]
+    assert batch.wanted.decode.pages_BP.tolist() == [[3, 1], [5, 7], [2, 9]]
+
+
+def test_nothing_may_be_wanted() -> None:
+    batch, rows = built(dataclasses.replace(LONG, wanted="none"))
+    assert batch.wanted is not None
+    assert (batch.wanted.rows_W.tolist(), batch.wanted.decode, rows) == ([], None, [slice(0, 0)])
+
+
+def test_a_whole_span_makes_all_rows_wanted() -> None:
+    batch, rows = built(dataclasses.replace(LATER, wanted="last"), LONG, dataclasses.replace(SINGLE, wanted="none"))
+    assert batch.wanted is None
+    assert [batch.token_ids_T[span_rows].tolist() for span_rows in rows] == [[30, 31], LONG.token_ids, [20]]
 
 
 def test_positions_count_from_the_start_of_each_span() -> None:
@@ -86,6 +112,13 @@ def test_halves_have_equally_many_tokens_and_keep_every_token_in_place() -> None
             for span in spans
             for offset, token in enumerate(span.token_ids)
         }
+
+
+def test_the_last_token_of_a_cut_span_is_wanted_in_the_second_half() -> None:
+    halves: tuple[tuple[Wanted, Wanted], ...] = (("all", "all"), ("last", "none"), ("none", "none"))
+    for wanted, of_first in halves:
+        (first,), (second,) = halve([dataclasses.replace(LONG, wanted=wanted)])
+        assert (first.wanted, second.wanted) == (of_first, wanted)
 
 
 def test_the_end_of_a_cut_span_comes_in_the_second_half() -> None:

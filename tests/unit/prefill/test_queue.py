@@ -102,6 +102,22 @@ def test_every_token_is_computed_once_and_no_step_exceeds_the_budget(lengths: li
     assert list(computed.values()) == [list(range(length)) for length in lengths]
 
 
+def test_who_ends_with_the_next_chunk_is_told_by_what_is_left_of_prompts() -> None:
+    queue = queue_of(
+        *(request(name, length, arrival_s=n) for n, (name, length) in enumerate([("a", 5), ("b", 4), ("c", 3)])),
+        running=2,
+    )
+    assert [names(queue.next_to_finish(budget)) for budget in (4, 5, 9, 11, 12)] == [
+        [],
+        ["a"],
+        ["a", "b"],
+        ["a", "b"],
+        ["a", "b", "c"],
+    ]
+    step(queue, 7)
+    assert names(queue.next_to_finish(5)) == ["b", "c"]
+
+
 def test_no_more_run_than_may() -> None:
     queue = PrefillQueue(max_running=1)
     for number in range(2):
