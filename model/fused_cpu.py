@@ -17,7 +17,7 @@ import torch
 from model.linear import PANEL
 from model.rows_cpu import DOTS, copy_row, dots, exponentials, largest_of, rotate, scale_row, sum_of_squares
 from model.tiles_cpu import COLUMNS, MAX_ROWS, multiply
-from model.vectors_cpu import address, compiled, declare, fetch, reordered
+from model.vectors_cpu import address, compiled, declare, fetch, inner, reordered
 
 
 def rms_norm(x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
@@ -99,7 +99,7 @@ def warm_up() -> None:
 _NO_NORM = np.empty(0, np.float32)
 
 
-@compiled  # type: ignore[untyped-decorator]
+@inner  # type: ignore[untyped-decorator]
 def norm_rows(x: Any, weight: Any, eps: Any, out: Any, first: Any, last: Any) -> None:
     """RMSNorm of the rows `first … last - 1`."""
     hidden = x.shape[1]
@@ -108,12 +108,12 @@ def norm_rows(x: Any, weight: Any, eps: Any, out: Any, first: Any, last: Any) ->
         scale_row(address(x, row * hidden), factor, address(weight, 0), hidden, address(out, row * hidden))
 
 
-@compiled  # type: ignore[untyped-decorator]
+@inner  # type: ignore[untyped-decorator]
 def _norm_factor(x: Any, size: Any, eps: Any) -> Any:
     return np.float32(1) / np.sqrt(sum_of_squares(x, size) / np.float32(size) + eps)
 
 
-@compiled  # type: ignore[untyped-decorator]
+@inner  # type: ignore[untyped-decorator]
 def _norm_rotate(x: Any, dim: Any, weight: Any, eps: Any, cos: Any, sin: Any, rotated: Any, out: Any) -> None:
     """One head: RMSNorm (if it has a weight), then half-rotation of the first `rotated` dims."""
     if weight.shape[0] > 0:
@@ -123,7 +123,7 @@ def _norm_rotate(x: Any, dim: Any, weight: Any, eps: Any, cos: Any, sin: Any, ro
     rotate(out, cos, sin, rotated // 2)
 
 
-@compiled  # type: ignore[untyped-decorator]
+@inner  # type: ignore[untyped-decorator]
 def prepare_rows(
     qkv: Any,
     q_norm: Any,

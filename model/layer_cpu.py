@@ -22,7 +22,7 @@ from model.fused_cpu import attend_heads, norm_rows, prepare_rows
 from model.linear import PANEL
 from model.linear_cpu import ROWS, linear_rows, silu_product
 from model.team_cpu import done, enter, leave, note, take, wait
-from model.vectors_cpu import compiled, declare
+from model.vectors_cpu import declare, inner
 
 _ROW_BLOCK = 8
 """Rows of a block of cheap work."""
@@ -34,7 +34,7 @@ _SPLIT_HEADS_BELOW = 4
 """So few tokens are divided by their KV heads."""
 
 
-@compiled  # type: ignore[untyped-decorator]
+@inner  # type: ignore[untyped-decorator]
 def _share_linear(state: Any, stage: Any, x: Any, panels: Any, bias: Any, out: Any) -> None:
     """One stage: blocks of panels."""
     step = max(1, _PANEL_BYTES // (panels.shape[1] * PANEL * 4))
@@ -49,7 +49,7 @@ def _share_linear(state: Any, stage: Any, x: Any, panels: Any, bias: Any, out: A
     wait(state, stage, num_blocks)
 
 
-@compiled  # type: ignore[untyped-decorator]
+@inner  # type: ignore[untyped-decorator]
 def _share_sum_and_norm(state: Any, stage: Any, x: Any, delta: Any, weight: Any, eps: Any, h: Any) -> None:
     """One stage: `x += delta`, then its norm, by rows. An empty `delta` adds nothing."""
     num_blocks = -(-x.shape[0] // _ROW_BLOCK)

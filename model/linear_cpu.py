@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from model.linear import PANEL
-from model.rows_cpu import exp
+from model.rows_cpu import copy_row, exp
 from model.tiles_cpu import COLUMNS, MAX_ROWS, multiply
-from model.vectors_cpu import address, advance, compiled, declare, reordered
+from model.vectors_cpu import address, advance, declare, inner, reordered
 
 _DEPTH = 512
 """Inputs per pass: a tile's part of so many, 32 or 64 KiB of weights, and its rows of input stay near the core."""
@@ -30,7 +30,7 @@ _AHEAD = 1024
 """Elements, 4 KiB: far enough for the memory to answer."""
 
 
-@compiled  # type: ignore[untyped-decorator]
+@inner  # type: ignore[untyped-decorator]
 def linear_rows(x: Any, panels: Any, bias: Any, out: Any, first: Any, last: Any) -> None:
     num_rows, depth = x.shape
     columns = out.shape[1]
@@ -40,7 +40,7 @@ def linear_rows(x: Any, panels: Any, bias: Any, out: Any, first: Any, last: Any)
     if bias.shape[0] > 0:
         add = 1
         for row in range(num_rows):
-            out[row, begin:end] = bias[begin:end]
+            copy_row(address(bias, begin), end - begin, address(out, row * columns + begin))
     for start in range(0, depth, _DEPTH):
         size = min(_DEPTH, depth - start)
         for p in range(first, last, COLUMNS // PANEL):
@@ -104,7 +104,7 @@ def silu_product(gate: Any, up: Any, out: Any) -> None:
         out[i] = gate[i] / (np.float32(1) + exp(min(-gate[i], np.float32(87)))) * up[i]
 
 
-@compiled  # type: ignore[untyped-decorator]
+@inner  # type: ignore[untyped-decorator]
 def swiglu_rows(x: Any, gate_up: Any, down: Any, h: Any, activated: Any, out: Any) -> None:
     """`out = down(silu(gate(x)) · up(x))` for at most `ROWS` rows.
 
@@ -116,7 +116,7 @@ def swiglu_rows(x: Any, gate_up: Any, down: Any, h: Any, activated: Any, out: An
         activated: room for `[T, I]`.
         out: `[T, H]`.
     """
-    num_rows, half, no_bias = x.shape[0], h.shape[1] // 2, np.empty(0, np.float32)
+    num_rows, half, no_bias = x.shape[0], h.shape[1] // 2, h[0, :0]
     linear_rows(x, gate_up, no_bias, h[:num_rows], 0, len(gate_up))
     for row in range(num_rows):
         silu_product(h[row, :half], h[row, half:], activated[row])

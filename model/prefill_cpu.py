@@ -21,7 +21,7 @@ from model.linear import PANEL
 from model.rows_cpu import exp, exponentials, largest_of
 from model.threads import in_parts
 from model.tiles_cpu import COLUMNS, MAX_ROWS, multiply
-from model.vectors_cpu import address, compiled, declare
+from model.vectors_cpu import address, declare, inner
 
 _KEYS = 128
 """Of a block: packed, they and their values stay near the core while many queries see them."""
@@ -55,7 +55,7 @@ def prefill_attention(
     in_parts(compute, num_blocks * k_cache.shape[1], 4 * int(seen.sum()) * q_TQD.shape[1] * q_TQD.shape[2])
 
 
-@compiled  # type: ignore[untyped-decorator]
+@inner  # type: ignore[untyped-decorator]
 def _carry_on(scores: Any, own: Any, largest: Any, total: Any, row: Any) -> Any:
     """Turn a row's scores into exponentials, of which the first `own` count.
 
@@ -77,7 +77,7 @@ def _carry_on(scores: Any, own: Any, largest: Any, total: Any, row: Any) -> Any:
     return factor
 
 
-@compiled  # type: ignore[untyped-decorator]
+@inner  # type: ignore[untyped-decorator]
 def _pack(
     k_cache: Any,
     v_cache: Any,
@@ -104,7 +104,7 @@ def _pack(
         keys[s // PANEL, :, s % PANEL] = 0
 
 
-@compiled  # type: ignore[untyped-decorator]
+@inner  # type: ignore[untyped-decorator]
 def _attend_tile(
     queries: Any,
     keys: Any,
@@ -172,7 +172,7 @@ def _attend_tile(
         )
 
 
-@compiled  # type: ignore[untyped-decorator]
+@inner  # type: ignore[untyped-decorator]
 def _attend_block(
     q: Any,
     k_cache: Any,

@@ -37,7 +37,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from model.threads import Apart
-from model.vectors_cpu import compiled
+from model.vectors_cpu import inner
 
 _LINE = 8
 """Counters are a cache line apart."""
@@ -165,7 +165,7 @@ def _now(typing_context: Any) -> Any:
     return types.int64(), generate
 
 
-@compiled  # type: ignore[untyped-decorator]
+@inner  # type: ignore[untyped-decorator]
 def enter(state: Any, turn: Any, leads: Any) -> Any:
     """Whether this thread is in time. `_OPEN` is twice the turn while a call is open, and one more afterwards."""
     if leads:
@@ -184,7 +184,7 @@ def enter(state: Any, turn: Any, leads: Any) -> Any:
     return False
 
 
-@compiled  # type: ignore[untyped-decorator]
+@inner  # type: ignore[untyped-decorator]
 def leave(state: Any, leads: Any) -> None:
     """The leader lets nobody in any more, and stays until all others are out: its arrays are in use no longer."""
     if not leads:
@@ -196,20 +196,20 @@ def leave(state: Any, leads: Any) -> None:
         spins = _spin(spins)
 
 
-@compiled  # type: ignore[untyped-decorator]
+@inner  # type: ignore[untyped-decorator]
 def take(state: Any, stage: Any) -> Any:
     """The number of a block that is this thread's."""
     return _fetch_add(state, _FIRST_STAGE + 2 * _LINE * stage, 1)
 
 
-@compiled  # type: ignore[untyped-decorator]
+@inner  # type: ignore[untyped-decorator]
 def done(state: Any, stage: Any) -> Any:
     """The block that was taken is done; the next one."""
     _fetch_add(state, _FIRST_STAGE + 2 * _LINE * stage + _LINE, 1)
     return take(state, stage)
 
 
-@compiled  # type: ignore[untyped-decorator]
+@inner  # type: ignore[untyped-decorator]
 def wait(state: Any, stage: Any, num_blocks: Any) -> None:
     """Until the blocks that others have taken are done, too."""
     spins = 0
@@ -217,14 +217,14 @@ def wait(state: Any, stage: Any, num_blocks: Any) -> None:
         spins = _spin(spins)
 
 
-@compiled  # type: ignore[untyped-decorator]
+@inner  # type: ignore[untyped-decorator]
 def note(state: Any, stage: Any, leads: Any) -> None:
     """The stage is done, and the leader goes on."""
     if leads:
         state[_BEGUN + 1 + stage] = _now()
 
 
-@compiled  # type: ignore[untyped-decorator]
+@inner  # type: ignore[untyped-decorator]
 def _spin(spins: Any) -> Any:
     if spins >= _SPINS:
         _yield_core()

@@ -15,7 +15,7 @@ from numba import types
 from numba.core import cgutils
 
 from model.linear import PANEL
-from model.vectors_cpu import POINTER, WIDE, Emitter, advance, compiled, forbid_unrolling, intrinsic_, prefetch
+from model.vectors_cpu import POINTER, WIDE, Emitter, advance, forbid_unrolling, inner, intrinsic_, prefetch
 
 MAX_ROWS = 12 if WIDE else 6
 """Rows of a tile."""
@@ -24,7 +24,7 @@ COLUMNS = 2 * PANEL if WIDE else PANEL
 its instructions read a factor from memory; those of 6 rows, two vectors and a factor take 15 of AVX2's 16."""
 
 
-@compiled  # type: ignore[untyped-decorator]
+@inner  # type: ignore[untyped-decorator]
 def multiply(
     rows: Any,
     columns: Any,

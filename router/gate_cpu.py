@@ -11,10 +11,10 @@ import numpy as np
 
 from model.linear_cpu import linear_panels
 from model.rows_cpu import exp
-from model.vectors_cpu import compiled, declare
+from model.vectors_cpu import declare, inner
 
 
-@compiled  # type: ignore[untyped-decorator]
+@inner  # type: ignore[untyped-decorator]
 def _largest(values: Any, taken: Any, first: Any, last: Any) -> Any:
     """The first of the largest values that are not taken; NaN is never larger."""
     best = -1
