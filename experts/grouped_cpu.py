@@ -13,7 +13,8 @@ import numpy as np
 
 from model.linear import PANEL
 from model.linear_cpu import ROWS, swiglu_rows
-from model.vectors_cpu import declare
+from model.rows_cpu import add_scaled_row, copy_row
+from model.vectors_cpu import address, declare
 
 
 @declare("i8(i4[:,::1], b1[::1], i8[::1])")  # type: ignore[untyped-decorator]
@@ -81,12 +82,11 @@ def grouped_swiglu(
         for first in range(begins[slot], begins[slot + 1], ROWS):
             n = min(ROWS, begins[slot + 1] - first)
             for i in range(n):
-                x_of[i] = x[row_of[first + i]]
+                copy_row(address(x, row_of[first + i] * hidden), hidden, address(x_of, i * hidden))
             swiglu_rows(x_of[:n], gate_up[first_slot + slot], down[first_slot + slot], h_of, activated, y_of[:n])
             for i in range(n):
                 row, weight = row_of[first + i], weight_of[first + i]
-                for j in range(hidden):
-                    y[row, j] += weight * y_of[i, j]
+                add_scaled_row(address(y_of, i * hidden), weight, hidden, address(y, row * hidden))
 
 
 @declare(  # type: ignore[untyped-decorator]

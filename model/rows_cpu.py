@@ -159,6 +159,24 @@ def scale_row(typing_context: Any, x: Any, factor: Any, weight: Any, size: Any, 
 
 
 @intrinsic_  # type: ignore[untyped-decorator]
+def add_scaled_row(typing_context: Any, x: Any, factor: Any, size: Any, out: Any) -> Any:
+    """`out[i] += factor · x[i]`."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        (x, factor, size, out), emit = arguments, Emitter(builder, LANES)
+        factors = emit.splat(factor)
+
+        def step(at: Any) -> None:
+            place = builder.gep(out, [at])
+            emit.store(builder.fadd(emit.load(place), builder.fmul(factors, emit.load(builder.gep(x, [at])))), place)
+
+        for_vectors(emit, size, step)
+        return context.get_dummy_value()
+
+    return types.void(POINTER, types.float32, types.intp, POINTER), generate
+
+
+@intrinsic_  # type: ignore[untyped-decorator]
 def copy_row(typing_context: Any, x: Any, size: Any, out: Any) -> Any:
     """`out[i] = x[i]`."""
 

@@ -9,7 +9,18 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from model.rows_cpu import DOTS, copy_row, dots, exp, exponentials, largest_of, rotate, scale_row, sum_of_squares
+from model.rows_cpu import (
+    DOTS,
+    add_scaled_row,
+    copy_row,
+    dots,
+    exp,
+    exponentials,
+    largest_of,
+    rotate,
+    scale_row,
+    sum_of_squares,
+)
 from model.vectors_cpu import address
 
 Array = npt.NDArray[np.float32]
@@ -41,6 +52,11 @@ def _sum_of_squares(x: Any, size: Any) -> Any:
 @_compiled  # type: ignore[untyped-decorator]
 def _scale(x: Any, factor: Any, weight: Any, size: Any, out: Any) -> None:
     scale_row(address(x, 0), factor, address(weight, 0), size, address(out, 0))
+
+
+@_compiled  # type: ignore[untyped-decorator]
+def _add_scaled(x: Any, factor: Any, size: Any, out: Any) -> None:
+    add_scaled_row(address(x, 0), factor, size, address(out, 0))
 
 
 @_compiled  # type: ignore[untyped-decorator]
@@ -100,6 +116,10 @@ def test_what_lies_behind_a_row_is_neither_changed_nor_counted(size: int) -> Non
     _scale(x, np.float32(0.3), weight, size, scaled)
     np.testing.assert_allclose(scaled[:size], weight[:size] * (x[:size] * np.float32(0.3)), rtol=1e-6)
     np.testing.assert_array_equal(scaled[size:], behind)
+    added = scaled.copy()
+    _add_scaled(x, np.float32(0.3), size, added)
+    np.testing.assert_allclose(added[:size], scaled[:size] + np.float32(0.3) * x[:size], rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(added[size:], behind)
 
     total = _exponentials(x, size, np.float32(1))
     np.testing.assert_allclose(x[:size], np.exp(row - 1), rtol=1e-6)
