@@ -69,7 +69,8 @@ class EngineLoop:
         """
         Args:
             report: told once when the lane has broken, and why; returns at once.
-            niceness: beyond the process's own, of the threads that compute while at most `few_requests` are here.
+            niceness: beyond the process's own, of the threads that compute while at most `few_requests` are here; if it
+                is not 0, shards are told that what they send meanwhile gives way.
         """
         self._worker_id, self._engine, self._routed, self._mailbox = worker_id, engine, routed, mailbox
         self._config, self._report, self._few_requests = config, report, few_requests
@@ -155,7 +156,9 @@ class EngineLoop:
         if not self._engine.busy:
             return self._engine.step(now_s)
         begun_s = time.perf_counter()
-        if self._behind is not None and self._num_requests() <= self._few_requests:
+        assert self._exchange is not None, "start comes first"
+        self._exchange.gives_way = self._behind is not None and self._num_requests() <= self._few_requests
+        if self._behind is not None and self._exchange.gives_way:
             # A step's waits have deadlines of their own.
             outgoing = self._behind.submit(self._engine.step, now_s).result()
         else:

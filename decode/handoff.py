@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 
 from model.kv_cache import KvCache
+from octet.background import COMPUTING, step_back
 from octet.errors import OctetError
 from octet.faults import reach
 from octet.ids import LeaseId, WorkerId
@@ -128,6 +129,8 @@ class KvReceiver:
         peer.broken = f"the channel from {source} broke: {error}"
 
     def _pull_all(self, source: WorkerId, peer: _Peer) -> None:
+        # Sequences run meanwhile; who awaits the pages has its first token.
+        step_back(COMPUTING)
         while (item := peer.offers.get()) is not None:
             offer, pages = item
             reason = peer.broken

@@ -46,6 +46,8 @@ class Call:
     """Counts the frames of a lane, so that a reply finds its question."""
     room_UH: torch.Tensor | None = None
     """Where the answer may be written, so that `Port.reply` has nothing to copy."""
+    gives_way: bool = False
+    """Whether those who sent it would rather wait than keep decode frames from the cores."""
 
 
 class Ticket(Protocol):
@@ -57,6 +59,9 @@ class Ticket(Protocol):
 
 class Exchange(Protocol):
     """The attention worker's end. Tickets are received in the order in which they were sent; two may be open."""
+
+    gives_way: bool
+    """Of the rows sent from now on; see `Call`. On GPUs nobody asks."""
 
     @property
     def num_shards(self) -> int: ...
@@ -135,6 +140,7 @@ class LocalExchange:
 
     def __init__(self, shards: Sequence[Serve]) -> None:
         self._shards = shards
+        self.gives_way = False
 
     @property
     def num_shards(self) -> int:

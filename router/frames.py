@@ -51,19 +51,22 @@ class Header:
     layer: int = 0
     num_rows: int = 0
     payload_bytes: int = 0
+    gives_way: bool = False
+    """Of a call; see `router.exchange.Call`."""
 
     def write(self, buffer: torch.Tensor | memoryview) -> None:
         memory = buffer if isinstance(buffer, memoryview) else buffer.numpy().data
-        fields = (MAGIC, self.kind, self.epoch, self.sequence, self.layer, self.num_rows, self.payload_bytes, 0)
+        size, gives_way = self.payload_bytes, int(self.gives_way)
+        fields = (MAGIC, self.kind, self.epoch, self.sequence, self.layer, self.num_rows, size, gives_way)
         _FIELDS.pack_into(memory, 0, *fields)
 
     @staticmethod
     def read(buffer: torch.Tensor | memoryview, expected_epoch: Epoch) -> Header:
         """Raises: LaneError if this is no frame, WrongEpochError."""
         memory = buffer if isinstance(buffer, memoryview) else buffer.numpy().data
-        magic, kind, epoch, sequence, layer, num_rows, payload_bytes, _ = _FIELDS.unpack_from(memory, 0)
-        if magic != MAGIC or kind not in _KINDS:
-            raise LaneError(f"not a frame: magic {magic:#x}, kind {kind}")
+        magic, kind, epoch, sequence, layer, num_rows, payload_bytes, gives_way = _FIELDS.unpack_from(memory, 0)
+        if magic != MAGIC or kind not in _KINDS or gives_way not in (0, 1):
+            raise LaneError(f"not a frame: magic {magic:#x}, kind {kind}, gives way {gives_way}")
         if epoch != expected_epoch:
             raise WrongEpochError(f"a frame of epoch {epoch} arrived on a lane of epoch {expected_epoch}")
         return Header(
@@ -73,6 +76,7 @@ class Header:
             layer=layer,
             num_rows=num_rows,
             payload_bytes=payload_bytes,
+            gives_way=gives_way == 1,
         )
 
 

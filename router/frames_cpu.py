@@ -20,19 +20,33 @@ _CALL, _REPLY = Kind.CALL.value, Kind.REPLY.value
 
 
 @compiled  # type: ignore[untyped-decorator]
-def _write_header(frame: Any, kind: Any, epoch: Any, number: Any, layer: Any, num_rows: Any, size: Any) -> None:
+def _write_header(
+    frame: Any, kind: Any, epoch: Any, number: Any, layer: Any, num_rows: Any, size: Any, gives_way: Any
+) -> None:
     header = frame[:_WORDS].view(np.int64)
     header[0], header[1], header[2], header[3] = MAGIC, kind, epoch, number
-    header[4], header[5], header[6], header[7] = layer, num_rows, size - HEADER_BYTES, 0
+    header[4], header[5], header[6], header[7] = layer, num_rows, size - HEADER_BYTES, gives_way
 
 
-@declare("i8(i4, i4[::1], i8, i8, i8, i4[:,::1], i8[::1], i4[:,::1], f4[:,::1])")  # type: ignore[untyped-decorator]
+@declare(  # type: ignore[untyped-decorator]
+    "i8(i4, i4[::1], i8, i8, i8, i8, i4[:,::1], i8[::1], i4[:,::1], f4[:,::1])"
+)
 def send_call(
-    fd: Any, frame: Any, epoch: Any, number: Any, layer: Any, x: Any, rows: Any, slots: Any, weights: Any
+    fd: Any,
+    frame: Any,
+    epoch: Any,
+    number: Any,
+    layer: Any,
+    gives_way: Any,
+    x: Any,
+    rows: Any,
+    slots: Any,
+    weights: Any,
 ) -> Any:
     """Write a call into `frame`, and send as much of it as the system takes at once.
 
     Args:
+        gives_way: 1 if it does; see `router.exchange.Call`.
         x: `[T, W]`.
         rows: `[U]`, which of `x` are sent.
         slots: `[U, K]`, likewise `weights`.
@@ -41,7 +55,7 @@ def send_call(
     """
     num_rows, width, top_k = len(rows), x.shape[1], slots.shape[1]
     size = HEADER_BYTES + 4 * num_rows * (width + 2 * top_k)
-    _write_header(frame, _CALL, epoch, number, layer, num_rows, size)
+    _write_header(frame, _CALL, epoch, number, layer, num_rows, size, gives_way)
     payload, numbers = frame[_WORDS:], frame[_WORDS:].view(np.float32)
     slots_at, weights_at = num_rows * width, num_rows * (width + top_k)
     for u in range(num_rows):
@@ -57,7 +71,7 @@ def send_call(
 @declare("i8(i4, i4[::1], i8, i8, i8, i8, i8, i8)")  # type: ignore[untyped-decorator]
 def send_reply(fd: Any, frame: Any, kind: Any, epoch: Any, number: Any, layer: Any, num_rows: Any, size: Any) -> Any:
     """Send a frame whose payload is written, likewise. `size`: in bytes, with the header."""
-    _write_header(frame, kind, epoch, number, layer, num_rows, size)
+    _write_header(frame, kind, epoch, number, layer, num_rows, size, 0)
     return send_now(fd, frame, 0, size)
 
 

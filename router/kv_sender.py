@@ -8,6 +8,7 @@ import threading
 from collections.abc import Mapping
 
 from model.kv_cache import KvCache
+from octet.background import COMPUTING, step_back
 from octet.errors import LaneError
 from octet.faults import reach
 from octet.ids import LeaseId, WorkerId
@@ -97,6 +98,8 @@ class KvSender:
             peer.thread.join(timeout_s)
 
     def _answer(self, worker_id: WorkerId, peer: _Peer) -> None:
+        # What runs goes on meanwhile; who awaits the pages has its first token.
+        step_back(COMPUTING)
         channel = peer.channel
         while (lease_id := peer.pulls.get()) is not None:
             pages = self._leases.begin_sending(lease_id)

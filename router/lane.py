@@ -62,7 +62,7 @@ class Link:
         """Raises: RequestLimitError if a frame has no room for so many."""
         self._layout.check(num_rows)
 
-    def send(self, layer: int, x_TH: torch.Tensor, part: ShardArrays) -> int:
+    def send(self, layer: int, x_TH: torch.Tensor, part: ShardArrays, gives_way: bool = False) -> int:
         """Send a shard's rows of `x_TH`. Returns: the call's number. Raises: LaneError."""
         self._finish(self._wire.timeout_s)
         number = self._num_calls
@@ -70,7 +70,9 @@ class Link:
             # Of a step that failed: nobody has received it, and its room is wanted.
             self._wait(number - OPEN_ROUNDS)
         words_TW = x_TH.view(torch.int32).numpy()
-        sent = self._frames_cpu.send_call(self._wire.fd, self._call, self._epoch, number, layer, words_TW, *part)
+        sent = self._frames_cpu.send_call(
+            self._wire.fd, self._call, self._epoch, number, layer, int(gives_way), words_TW, *part
+        )
         self._wire.check(sent, 0)
         self._num_calls += 1
         size = self._layout.call_bytes(len(part[0]))
@@ -180,6 +182,7 @@ class LaneExchange:
             links: one per shard, in the order of the placement's.
         """
         self._links = tuple(links)
+        self.gives_way = False
         self._open: collections.deque[_Round] = collections.deque()
 
     @property
@@ -196,7 +199,7 @@ class LaneExchange:
         started = _Round(layer, {}, {})
         for shard, part in parts:
             try:
-                started.calls[shard] = self._links[shard].send(layer, x_TH, part), part[0]
+                started.calls[shard] = self._links[shard].send(layer, x_TH, part, self.gives_way), part[0]
             except LaneError as error:
                 started.broken[shard] = _anew(error)
         self._open.append(started)
@@ -276,7 +279,13 @@ class LanePort:
         self._layout.check_call(header)
         num_rows = header.num_rows
         room_UH = self._replies[header.sequence % OPEN_ROUNDS].reply(num_rows)
-        return Call(layer=header.layer, rows=self._calls[row].rows(num_rows), sequence=header.sequence, room_UH=room_UH)
+        return Call(
+            layer=header.layer,
+            rows=self._calls[row].rows(num_rows),
+            sequence=header.sequence,
+            room_UH=room_UH,
+            gives_way=header.gives_way,
+        )
 
     def reply(self, call: Call, y_UH: torch.Tensor) -> None:
         """Does not wait until the other end has read it."""

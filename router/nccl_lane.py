@@ -111,6 +111,7 @@ class NcclLaneExchange:
             wires: one per shard, in the order of the placement's.
         """
         self._wires, self._data = tuple(wires), data
+        self.gives_way = False
         self._layout, self._epoch, self._device = layout, epoch, device
         self._open: collections.deque[_Round] = collections.deque()
         self._unsettled: collections.deque[_Round] = collections.deque()

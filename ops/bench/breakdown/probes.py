@@ -173,6 +173,14 @@ class _RecordedExchange:
     def num_shards(self) -> int:
         return self._exchange.num_shards
 
+    @property
+    def gives_way(self) -> bool:
+        return self._exchange.gives_way
+
+    @gives_way.setter
+    def gives_way(self, gives_way: bool) -> None:
+        self._exchange.gives_way = gives_way
+
     def send(self, layer: int, x_TH: torch.Tensor, plan: DispatchPlan) -> Ticket:
         sent_s = time.perf_counter()
         ticket = self._send(layer, x_TH, plan)

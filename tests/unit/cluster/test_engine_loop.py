@@ -40,7 +40,7 @@ class Played:
     """Mailbox, engine and exchange of a loop: an engine whose one step hears what came meanwhile, twice."""
 
     def __init__(self, niceness: int = 0, num_requests: int = 1, coming: list[list[Message]] | None = None) -> None:
-        self.num_requests, self.niceness = num_requests, -1
+        self.num_requests, self.niceness, self.gives_way = num_requests, -1, False
         self.coming: list[list[Message]] = [[], [ABORT], [PULL, ABORT]] if coming is None else coming
         self.handled: list[str] = []
         self.busy, self.done = True, threading.Event()
@@ -98,3 +98,4 @@ def test_a_step_is_stepped_back_while_few_requests_are_here(num_requests: int, b
     assert played.done.wait(PATIENT_S)
     played.loop.stop(PATIENT_S)
     assert played.niceness == min(before + COMPUTING + back, 19)
+    assert played.gives_way == (back > 0)

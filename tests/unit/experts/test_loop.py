@@ -59,9 +59,9 @@ class FakeLane:
         for layer in layers:
             self.ask(layer)
 
-    def ask(self, layer: int) -> None:
+    def ask(self, layer: int, gives_way: bool = False) -> None:
         rows = ExpertRows(x_UH=torch.ones(1, 2), slots_UK=torch.zeros(1, 1).int(), weights_UK=torch.ones(1, 1))
-        self._incoming.put(Call(layer=layer, rows=rows, sequence=0))
+        self._incoming.put(Call(layer=layer, rows=rows, sequence=0, gives_way=gives_way))
 
     def end(self, error: Exception | None) -> None:
         self._incoming.put(error)
@@ -179,6 +179,62 @@ def test_time_for_which_others_pass_is_waiting_and_not_work() -> None:
     by_lane = serving.counters()[1]
     assert by_lane["prefill-0"].wait_s >= 0.2 > by_lane["prefill-0"].busy_s
     assert by_lane["decode-0"].busy_s >= 0.2
+    serving.close(PATIENT_S)
+
+
+@pytest.mark.parametrize(("gives_way", "decodes"), [(True, True), (True, False), (False, True)])
+def test_a_frame_that_gives_way_rests_while_decode_frames_come(gives_way: bool, decodes: bool) -> None:
+    """Most of the time, in which nobody has to wait for it."""
+    piece_s, decode, prefill = 0.02, FakeLane(), FakeLane()
+    waited: list[float] = []
+
+    class Shard(FakeShard):
+        def serve(self, layer: int, rows: Rows, room_UH: Any = None, pause: Any = None) -> torch.Tensor:
+            if layer == 1:
+                time.sleep(piece_s)
+                pausing_s = time.perf_counter()
+                pause()
+                waited.append(time.perf_counter() - pausing_s)
+            return rows.x_UH
+
+    serving = ShardLoop(cast(ExpertShard, Shard()))
+    serving.add("decode-0", decode, DECODE_FIRST)
+    serving.add("prefill-0", prefill, PREFILL_AFTER)
+    # Of three, one at least begins within 30 ms of a decode frame, however busy the machine is.
+    for _ in range(3):
+        if decodes:
+            decode.ask(11)
+            decode.answers.get(timeout=PATIENT_S)
+        prefill.ask(1, gives_way)
+        prefill.answers.get(timeout=PATIENT_S)
+    rested = [seconds for seconds in waited if seconds >= 10 * piece_s]
+    assert bool(rested) == (gives_way and decodes)
+    until(lambda: serving.counters()[0].frames == 3 + 3 * decodes)
+    assert serving.counters()[1]["prefill-0"].wait_s >= 0.9 * sum(rested)
+    serving.close(PATIENT_S)
+
+
+def test_decode_frames_are_served_while_a_frame_rests() -> None:
+    decode, prefill = FakeLane(), FakeLane()
+
+    class Shard(FakeShard):
+        def serve(self, layer: int, rows: Rows, room_UH: Any = None, pause: Any = None) -> torch.Tensor:
+            if layer == 1:
+                time.sleep(0.02)
+                decode.ask(12)
+                pause()
+            self.served.append(layer)
+            return rows.x_UH
+
+    shard = Shard()
+    serving = ShardLoop(cast(ExpertShard, shard))
+    serving.add("decode-0", decode, DECODE_FIRST)
+    serving.add("prefill-0", prefill, PREFILL_AFTER)
+    decode.ask(11)
+    decode.answers.get(timeout=PATIENT_S)
+    prefill.ask(1, gives_way=True)
+    prefill.answers.get(timeout=PATIENT_S)
+    assert shard.served == [11, 12, 1]
     serving.close(PATIENT_S)
 
 

@@ -40,9 +40,17 @@ def rows_of(num_rows: int, layout: FrameLayout) -> ExpertRows:
     )
 
 
-@given(kind=st.sampled_from(Kind), epoch=_int63, sequence=_int63, layer=_int63, num_rows=_int63, payload_bytes=_int63)
+@given(
+    kind=st.sampled_from(Kind),
+    epoch=_int63,
+    sequence=_int63,
+    layer=_int63,
+    num_rows=_int63,
+    payload_bytes=_int63,
+    gives_way=st.booleans(),
+)
 def test_a_header_is_read_as_it_was_written(
-    kind: Kind, epoch: int, sequence: int, layer: int, num_rows: int, payload_bytes: int
+    kind: Kind, epoch: int, sequence: int, layer: int, num_rows: int, payload_bytes: int, gives_way: bool
 ) -> None:
     written = Header(
         kind=kind,
@@ -51,6 +59,7 @@ def test_a_header_is_read_as_it_was_written(
         layer=layer,
         num_rows=num_rows,
         payload_bytes=payload_bytes,
+        gives_way=gives_way,
     )
     buffer = torch.empty(HEADER_BYTES, dtype=torch.uint8)
     written.write(buffer)
@@ -63,10 +72,11 @@ def test_bytes_of_something_else_are_no_frame(data: bytes) -> None:
         Header.read(torch.tensor(list(data), dtype=torch.uint8), EPOCH)
 
 
-def test_an_unknown_kind_is_no_frame() -> None:
+@pytest.mark.parametrize(("field", "value"), [(1, max(Kind) + 1), (7, 2), (7, -1)], ids=["kind", "way", "way"])
+def test_an_unknown_kind_or_way_is_no_frame(field: int, value: int) -> None:
     buffer = torch.empty(HEADER_BYTES, dtype=torch.uint8)
     Header(kind=Kind.CALL, epoch=EPOCH).write(buffer)
-    buffer.view(torch.int64)[1] = max(Kind) + 1
+    buffer.view(torch.int64)[field] = value
     with pytest.raises(LaneError, match="not a frame"):
         Header.read(buffer, EPOCH)
 
@@ -102,11 +112,18 @@ def test_a_call_is_read_as_it_was_sent(
     rows, chosen = rows_of(num_rows, layout), torch.randperm(num_rows)
     x_TW = rows.x_UH[chosen.argsort()].view(torch.int32)
     arrays = (part.numpy() for part in (x_TW, chosen, rows.slots_UK, rows.weights_UK))
-    sent = send_call(wire[0].fileno(), new_frames(layout, 1)[0], EPOCH, 5, 2, *arrays)
+    gives_way = data.draw(st.booleans())
+    sent = send_call(wire[0].fileno(), new_frames(layout, 1)[0], EPOCH, 5, 2, int(gives_way), *arrays)
     assert sent == layout.call_bytes(num_rows)
     buffer = received(wire, sent, layout)
     assert Header.read(buffer.memory, EPOCH) == Header(
-        kind=Kind.CALL, epoch=EPOCH, sequence=5, layer=2, num_rows=num_rows, payload_bytes=sent - HEADER_BYTES
+        kind=Kind.CALL,
+        epoch=EPOCH,
+        sequence=5,
+        layer=2,
+        num_rows=num_rows,
+        payload_bytes=sent - HEADER_BYTES,
+        gives_way=gives_way,
     )
     got = buffer.rows(num_rows)
     assert torch.equal(got.x_UH, rows.x_UH)
