@@ -31,6 +31,8 @@ DECODE_FIRST, PREFILL_AFTER = 0, 1
 _REST = 16
 """Times as long as it has computed a frame that gives way rests, while decode frames come: what keeps gaps between
 tokens beside a long prompt at one and a half times those without (`octet bench interference`)."""
+_SHORT_ROWS = 256
+"""A frame of no more rows does not rest: a short prompt is over before it would be noticed."""
 _RECENT_S = 0.03
 """Decode frames come as long as the last one came no longer ago: a step's layers are milliseconds apart."""
 
@@ -132,13 +134,14 @@ class ShardLoop:
     def _answer(self, lane: LaneEnd, call: LaneCall, priority: int) -> float:
         """Returns: seconds for which others were let pass."""
         aside_s, resumed_s = 0.0, time.perf_counter()
+        is_long = len(call.rows.x_UH) > _SHORT_ROWS
         if priority == DECODE_FIRST:
             self._decoded_s = resumed_s
 
         def pause() -> None:
             nonlocal aside_s, resumed_s
             now_s = time.perf_counter()
-            if call.gives_way and now_s - self._decoded_s < _RECENT_S:
+            if call.gives_way and is_long and now_s - self._decoded_s < _RECENT_S:
                 aside_s += self._turns.rest(priority, _REST * (now_s - resumed_s))
             else:
                 aside_s += self._turns.step_aside(priority)

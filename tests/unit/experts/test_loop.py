@@ -59,8 +59,10 @@ class FakeLane:
         for layer in layers:
             self.ask(layer)
 
-    def ask(self, layer: int, gives_way: bool = False) -> None:
-        rows = ExpertRows(x_UH=torch.ones(1, 2), slots_UK=torch.zeros(1, 1).int(), weights_UK=torch.ones(1, 1))
+    def ask(self, layer: int, gives_way: bool = False, num_rows: int = 1) -> None:
+        rows = ExpertRows(
+            x_UH=torch.ones(num_rows, 2), slots_UK=torch.zeros(num_rows, 1).int(), weights_UK=torch.ones(num_rows, 1)
+        )
         self._incoming.put(Call(layer=layer, rows=rows, sequence=0, gives_way=gives_way))
 
     def end(self, error: Exception | None) -> None:
@@ -182,8 +184,14 @@ def test_time_for_which_others_pass_is_waiting_and_not_work() -> None:
     serving.close(PATIENT_S)
 
 
-@pytest.mark.parametrize(("gives_way", "decodes"), [(True, True), (True, False), (False, True)])
-def test_a_frame_that_gives_way_rests_while_decode_frames_come(gives_way: bool, decodes: bool) -> None:
+@pytest.mark.parametrize(
+    ("gives_way", "decodes", "num_rows"),
+    [(True, True, 300), (True, False, 300), (False, True, 300), (True, True, 200)],
+    ids=["rests", "nobody_decodes", "does_not_give_way", "short"],
+)
+def test_a_long_frame_that_gives_way_rests_while_decode_frames_come(
+    gives_way: bool, decodes: bool, num_rows: int
+) -> None:
     """Most of the time, in which nobody has to wait for it."""
     piece_s, decode, prefill = 0.02, FakeLane(), FakeLane()
     waited: list[float] = []
@@ -205,10 +213,10 @@ def test_a_frame_that_gives_way_rests_while_decode_frames_come(gives_way: bool, 
         if decodes:
             decode.ask(11)
             decode.answers.get(timeout=PATIENT_S)
-        prefill.ask(1, gives_way)
+        prefill.ask(1, gives_way, num_rows)
         prefill.answers.get(timeout=PATIENT_S)
     rested = [seconds for seconds in waited if seconds >= 10 * piece_s]
-    assert bool(rested) == (gives_way and decodes)
+    assert bool(rested) == (gives_way and decodes and num_rows == 300)
     until(lambda: serving.counters()[0].frames == 3 + 3 * decodes)
     assert serving.counters()[1]["prefill-0"].wait_s >= 0.9 * sum(rested)
     serving.close(PATIENT_S)
@@ -232,7 +240,7 @@ def test_decode_frames_are_served_while_a_frame_rests() -> None:
     serving.add("prefill-0", prefill, PREFILL_AFTER)
     decode.ask(11)
     decode.answers.get(timeout=PATIENT_S)
-    prefill.ask(1, gives_way=True)
+    prefill.ask(1, gives_way=True, num_rows=300)
     prefill.answers.get(timeout=PATIENT_S)
     assert shard.served == [11, 12, 1]
     serving.close(PATIENT_S)
