@@ -276,12 +276,20 @@ class AttentionWorker:
             MtpHead(transformer, mtp, plan.model.num_hidden_layers) if mtp is not None else None,
             graphs,
         )
+        pool = plan.config.pools.prefill
         leases, receiver = LeaseTable(plan.config.handoff.lease_s), None
         sender = KvSender(cache, leases, {})
         engine: Engine
         if self._role == "prefill":
             engine = PrefillEngine(
-                self._worker_id, plan.routing.epoch, runner, leases, sender, plan.config.prefill, self._is_beside
+                self._worker_id,
+                plan.routing.epoch,
+                runner,
+                leases,
+                sender,
+                plan.config.prefill,
+                self._is_beside,
+                few_requests=pool.few_prompts if pool.niceness else 0,
             )
         else:
             receiver = KvReceiver(self._worker_id, cache, {}, self._ask, self._mailbox.wake)
@@ -295,7 +303,6 @@ class AttentionWorker:
                 speculator,
                 Migration(self._worker_id, leases, sender),
             )
-        pool = plan.config.pools.prefill
         loop = EngineLoop(
             self._worker_id,
             engine,

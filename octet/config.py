@@ -84,8 +84,9 @@ class KvConfig(ConfigNode):
 
 
 class PrefillConfig(ConfigNode):
-    chunk_tokens: int = pydantic.Field(1024, ge=1)
-    """Tokens computed in one step, over all packed requests: what comes meanwhile waits for its end."""
+    chunk_tokens: int = pydantic.Field(2048, ge=1)
+    """Tokens computed in one step, over all packed requests: what comes meanwhile waits for its end. With few prompts,
+    while a worker steps back for running streams (`pools.prefill`), half as many."""
     max_requests: int = pydantic.Field(64, ge=1)
     """Requests that may hold pages at once in one worker."""
     prefix_cache: bool = True

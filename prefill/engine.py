@@ -57,12 +57,14 @@ class PrefillEngine:
         sender: KvSender,
         config: PrefillConfig,
         is_beside: Callable[[WorkerId], bool] = lambda decode_worker: False,
+        few_requests: int = 0,
     ) -> None:
         """
         Args:
             is_beside: whether a decode worker computes on this one's cores.
+            few_requests: with so many, and a decode worker beside, chunks are half as long: it waits for shorter frames.
         """
-        self._is_beside = is_beside
+        self._is_beside, self._few_requests = is_beside, few_requests
         self._worker_id, self._epoch = worker_id, epoch
         self._runner, self._pool, self._leases, self._sender = runner, runner.pool, leases, sender
         self._chunk_tokens = config.chunk_tokens
@@ -100,7 +102,7 @@ class PrefillEngine:
         """Compute one chunk; return what it brought forth. Raises: LaneError, and then nothing has changed."""
         self._pool.release(self._leases.reclaim(now_s))
         self._admit()
-        chunks = self._queue.chunks(self._chunk_tokens)
+        chunks = self._queue.chunks(self._budget)
         if chunks:
             try:
                 hidden = self._runner.run([self._span(chunk) for chunk in chunks])
@@ -256,8 +258,16 @@ class PrefillEngine:
             return 0
         return sum(
             task.request.decode_worker == decode_worker and _goes_on(task)
-            for task in self._queue.next_to_finish(self._chunk_tokens)
+            for task in self._queue.next_to_finish(self._budget)
         )
+
+    @property
+    def _budget(self) -> int:
+        """Tokens of the next chunk."""
+        if self._queue.num_tasks > self._few_requests:
+            return self._chunk_tokens
+        beside = any(self._is_beside(task.request.decode_worker) for task in self._queue.running)
+        return max(1, self._chunk_tokens // 2) if beside else self._chunk_tokens
 
     def _note_prompt_logprobs(self, chunk: Chunk, hidden_TH: torch.Tensor) -> None:
         """Row t predicts token t + 1; the first token of a prompt has no prediction."""

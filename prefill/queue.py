@@ -46,6 +46,10 @@ class PrefillQueue:
         self.waiting: list[Task] = []
         self.running: list[Task] = []
 
+    @property
+    def num_tasks(self) -> int:
+        return len(self.waiting) + len(self.running)
+
     def add(self, request: PrefillRequest) -> None:
         self.waiting.append(Task(request=request, token_ids=unpack_ids(request.token_ids)))
         self.waiting.sort(key=_order)

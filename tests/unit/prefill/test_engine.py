@@ -116,6 +116,7 @@ class Prefill:
         chunk_tokens: int = 512,
         max_requests: int = 8,
         beside: Collection[WorkerId] = (),
+        few_requests: int = 0,
     ):
         self.routed = Watched(model.routed)
         routed: RoutedLayer[Any] = self.routed
@@ -130,7 +131,9 @@ class Prefill:
         self.leases, self.channel = LeaseTable(LEASE_S), LocalChannel(PATIENT_S)
         self.sender = KvSender(cache, self.leases, {DECODE: self.channel})
         config = PrefillConfig(chunk_tokens=chunk_tokens, max_requests=max_requests)
-        self.engine = PrefillEngine(PREFILL, Epoch(3), runner, self.leases, self.sender, config, beside.__contains__)
+        self.engine = PrefillEngine(
+            PREFILL, Epoch(3), runner, self.leases, self.sender, config, beside.__contains__, few_requests
+        )
         self.page_bytes = cache.page_bytes()
         self.now_s = 0.0
         self.said: list[tuple[WorkerId, Message]] = []
@@ -203,6 +206,15 @@ def test_no_step_computes_more_than_its_budget(model: Model) -> None:
     prefill = Prefill(model, chunk_tokens=5)
     prefill.run(request(7), request(3), request(6))
     assert prefill.routed.rows[1] == [5, 5, 5, 1]
+
+
+@pytest.mark.parametrize(("beside", "sizes"), [([DECODE], [8, 4, 4, 4, 2]), ([], [8, 8, 6])])
+def test_chunks_of_few_requests_are_half_as_long_beside_a_decode_worker(
+    model: Model, beside: list[WorkerId], sizes: list[int]
+) -> None:
+    prefill = Prefill(model, chunk_tokens=8, beside=beside, few_requests=2)
+    prefill.run(request(7), request(6), request(9))
+    assert prefill.routed.rows[1] == sizes
 
 
 def test_the_first_token_does_not_depend_on_how_prompts_are_cut(model: Model) -> None:
