@@ -62,7 +62,7 @@ class PrefillEngine:
         """
         Args:
             is_beside: whether a decode worker computes on this one's cores.
-            few_requests: with so many, and a decode worker beside, chunks are half as long: it waits for shorter frames.
+            few_requests: with so many, and a decode worker beside, chunks are half as long, and so are frames.
         """
         self._is_beside, self._few_requests = is_beside, few_requests
         self._worker_id, self._epoch = worker_id, epoch
