@@ -44,9 +44,14 @@ class Gathering:
         Args:
             num_arriving: offers whose pages are on their way.
         """
+        if self._begun:
+            return False
         if self._since_s is None:
             self._since_s = now_s
         awaited = self._burst and num_arriving + sum(self._following.values()) > 0
-        if self._begun or not awaited or now_s - self._since_s >= self._longest_s:
-            self._begun, self._burst = True, False
-        return not self._begun
+        if awaited and now_s - self._since_s < self._longest_s:
+            return True
+        self._begun = True
+        # Whoever did not come may be gone, and would be waited for with the next burst of another.
+        self.forget()
+        return False

@@ -69,5 +69,15 @@ def test_who_may_not_come_is_not_waited_for() -> None:
     assert not made.waits(0.1, num_arriving=1)
 
 
+def test_a_source_that_never_came_is_not_waited_for_again() -> None:
+    made = gathering(3)
+    assert made.waits(0.0, num_arriving=0)
+    assert not made.waits(1.0, num_arriving=0)
+    made.empty()
+    made.note(OTHER, 1)
+    made.note(OTHER, 0)
+    assert not made.waits(5.0, num_arriving=0)
+
+
 def test_with_no_time_to_wait_nobody_does() -> None:
     assert not gathering(7, longest_s=0.0).waits(0.0, num_arriving=7)
