@@ -200,7 +200,8 @@ def test_a_constant_or_noisy_load_makes_no_pool_flap(
         gaps = [after - before for before, after in itertools.pairwise(turns)]
         assert all(gap >= config.reversal_cooldown_s for gap in gaps)
         if noise == 0:
-            assert not any(of(decision, name).acts for decision in plant.history[250:])
+            # Shards that have grown step by step, and once too far, shrink after the longest delay.
+            assert not any(of(decision, name).acts for decision in plant.history[400:])
 
 
 @settings(max_examples=60, deadline=None)
