@@ -47,8 +47,11 @@ def loads_of(status: pb.GetStatusResponse, pool: str) -> list[pb.MemberLoad]:
 def test_the_window_has_every_token_eight_times_in_every_layer(status: pb.GetStatusResponse) -> None:
     # The last token of an answer is sampled, but not computed.
     computed = STREAMS * (PROMPT_TOKENS + NEW_TOKENS - 1)
-    for counts in status.expert_counts:
+    for counts in status.expert_counts[:-1]:
         assert sum(counts.window_tokens) == sum(counts.tokens) == TOP_K * computed
+    # Of a prompt, the last layer computes the last token.
+    last = status.expert_counts[-1]
+    assert sum(last.window_tokens) == sum(last.tokens) == TOP_K * STREAMS * NEW_TOKENS
     assert 0 < status.window_s <= 60
     assert status.window_tokens_per_s * status.window_s == pytest.approx(computed)
 
@@ -113,6 +116,6 @@ def test_a_recording_has_every_token_of_its_time(
     assert recorder.returncode == 0, said
     trace = read_trace(file)
     loads_LE = np.sum([window.loads_LE for window in trace.windows], axis=0)
-    assert loads_LE.sum(1).tolist() == [TOP_K * (3 + 7)] * len(trace.header.layers)
+    assert loads_LE.sum(1).tolist() == [TOP_K * (3 + 7)] * (len(trace.header.layers) - 1) + [TOP_K * (1 + 7)]
     assert sum(window.tokens for window in trace.windows) == 3 + 7
     assert trace.windows[-1].members.keys() == {"prefill-0", "decode-0", "experts-0", "experts-1", "experts-2"}
