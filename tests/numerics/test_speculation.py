@@ -261,10 +261,14 @@ def _steps(engine: LocalEngine, prompt: Sequence[int], num_tokens: int) -> list[
 
 
 def test_evicted_sequences_are_recomputed_to_the_same_tokens(reference: MtpReference, tasks: Sequence[Task]) -> None:
-    with contextlib.closing(
-        LocalEngine(reference.model_dir, page_size=4, decode_pages=40, speculation=ALWAYS_3)
-    ) as engine:
-        assert answers(engine, tasks) == [task.answer for task in tasks]
-        load = engine.load()[DECODE]
-        assert load.preemptions > 0, "there were pages for all"
-        assert load.kv_pages_free == load.kv_pages_total
+    def num_evicted() -> int:
+        with contextlib.closing(
+            LocalEngine(reference.model_dir, page_size=4, decode_pages=40, speculation=ALWAYS_3)
+        ) as engine:
+            assert answers(engine, tasks) == [task.answer for task in tasks]
+            load = engine.load()[DECODE]
+            assert load.kv_pages_free == load.kv_pages_total
+            return load.preemptions
+
+    # Who gets pages before whom is up to threads: seldom, there are some for all.
+    assert any(num_evicted() for _ in range(4)), "there were pages for all"
