@@ -311,7 +311,6 @@ class AttentionWorker:
             plan.config.lane,
             self._report,
             niceness=pool.niceness if self._role == "prefill" else 0,
-            few_requests=pool.few_prompts,
         )
         if self._role == "prefill":
             runner.between_layers = loop.hear

@@ -34,6 +34,8 @@ class Engine(Protocol):
 
     @property
     def busy(self) -> bool: ...
+    @property
+    def gives_way(self) -> bool: ...
     def handle(self, message: Message) -> None: ...
     def step(self, now_s: float) -> list[tuple[WorkerId, Message]]: ...
     def fail_all(self, reason: str, retryable: bool = False) -> None: ...
@@ -64,16 +66,14 @@ class EngineLoop:
         config: LaneConfig,
         report: Callable[[str], None],
         niceness: int = 0,
-        few_requests: int = 0,
     ) -> None:
         """
         Args:
             report: told once when the lane has broken, and why; returns at once.
-            niceness: beyond the process's own, of the threads that compute while at most `few_requests` are here; if it
-                is not 0, shards are told that what they send meanwhile gives way.
+            niceness: beyond the process's own, of the threads that compute while the engine gives way.
         """
         self._worker_id, self._engine, self._routed, self._mailbox = worker_id, engine, routed, mailbox
-        self._config, self._report, self._few_requests = config, report, few_requests
+        self._config, self._report = config, report
         self._behind: ThreadPoolExecutor | None = None
         if niceness > 0:
             # A thread of its own: without privileges, one that has stepped back cannot come forward again.
@@ -157,8 +157,8 @@ class EngineLoop:
             return self._engine.step(now_s)
         begun_s = time.perf_counter()
         assert self._exchange is not None, "start comes first"
-        self._exchange.gives_way = self._behind is not None and self._num_requests() <= self._few_requests
-        if self._behind is not None and self._exchange.gives_way:
+        self._exchange.gives_way = self._engine.gives_way
+        if self._behind is not None and self._engine.gives_way:
             # A step's waits have deadlines of their own.
             outgoing = self._behind.submit(self._engine.step, now_s).result()
         else:
@@ -167,10 +167,6 @@ class EngineLoop:
         self.num_steps += 1
         reach("sampled")
         return outgoing
-
-    def _num_requests(self) -> int:
-        load = self._engine.load()
-        return load.running + load.waiting
 
     def _wait(self, now_s: float) -> None:
         """For the next lane. The shards that are still there must not take the silence for death."""

@@ -42,6 +42,9 @@ from octet.messages import (
 class DecodeEngine:
     """Messages in by `handle`, messages out of `step`. Belongs to one thread."""
 
+    gives_way = False
+    """Prefill does."""
+
     def __init__(
         self,
         worker_id: WorkerId,

@@ -31,6 +31,8 @@ DECODE_FIRST, PREFILL_AFTER = 0, 1
 _REST = 16
 """Times as long as it has computed a frame that gives way rests, while decode frames come: what keeps gaps between
 tokens beside a long prompt at one and a half times those without (`octet bench interference`)."""
+_LONGEST_REST_S = 0.05
+"""However long a piece took, as one does whose thread was stopped in its midst."""
 _SHORT_ROWS = 256
 """A frame of no more rows does not rest: a short prompt is over before it would be noticed."""
 _RECENT_S = 0.03
@@ -142,7 +144,7 @@ class ShardLoop:
             nonlocal aside_s, resumed_s
             now_s = time.perf_counter()
             if call.gives_way and is_long and now_s - self._decoded_s < _RECENT_S:
-                aside_s += self._turns.rest(priority, _REST * (now_s - resumed_s))
+                aside_s += self._turns.rest(priority, min(_REST * (now_s - resumed_s), _LONGEST_REST_S))
             else:
                 aside_s += self._turns.step_aside(priority)
             resumed_s = time.perf_counter()

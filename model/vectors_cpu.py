@@ -39,7 +39,7 @@ _HOW: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
 """Dividing by 0 gives infinity or NaN: a branch to an error would keep a loop from being vectorised."""
 
 _INNER = {**_HOW, "_nrt": False}
-"""References to arrays are not counted, which numba does atomically, and which took a fifth of prefill's attention."""
+"""References to arrays are not counted: numba does that atomically, for each array that a function is called with."""
 
 compiled: Any = numba.njit(**_HOW)
 inner: Any = numba.njit(**_INNER)

@@ -50,8 +50,9 @@ class PoolConfig(ConfigNode):
 
 class PrefillPoolConfig(PoolConfig):
     niceness: int = pydantic.Field(15, ge=0, le=19)
-    """Of the threads that compute, beyond the other pools', as of `nice`, while few prompts are here: where pools share
-    a machine's cores, tokens that users wait for one by one go before them. 0 treats all alike."""
+    """Of the threads that compute, beyond the other pools', as of `nice`, while few prompts are here, and for a decode
+    worker on the same CPUs: tokens that users wait for one by one go before them, at the shards as well. 0 treats all
+    alike."""
     few_prompts: int = pydantic.Field(4, ge=1)
     """With more prompts than this, a worker is as nice as the other pools: answers are computed fastest together."""
 

@@ -62,7 +62,7 @@ class PrefillEngine:
         """
         Args:
             is_beside: whether a decode worker computes on this one's cores.
-            few_requests: with so many, and a decode worker beside, chunks are half as long, and so are frames.
+            few_requests: with so many, what runs beside goes first; see `gives_way`.
         """
         self._is_beside, self._few_requests = is_beside, few_requests
         self._worker_id, self._epoch = worker_id, epoch
@@ -80,6 +80,13 @@ class PrefillEngine:
         """Whether `step` would compute something now: a request that waits for pages is no work yet."""
         task = self._queue.next_to_admit()
         return bool(self._queue.running) or (task is not None and self._pages_of(task) <= self._pool.num_free)
+
+    @property
+    def gives_way(self) -> bool:
+        """Whether running streams go first: few requests are here, and a decode worker is on the same cores."""
+        if self._queue.num_tasks > self._few_requests:
+            return False
+        return any(self._is_beside(task.request.decode_worker) for task in (*self._queue.running, *self._queue.waiting))
 
     def handle(self, message: Message) -> None:
         match message:
@@ -263,11 +270,8 @@ class PrefillEngine:
 
     @property
     def _budget(self) -> int:
-        """Tokens of the next chunk."""
-        if self._queue.num_tasks > self._few_requests:
-            return self._chunk_tokens
-        beside = any(self._is_beside(task.request.decode_worker) for task in self._queue.running)
-        return max(1, self._chunk_tokens // 2) if beside else self._chunk_tokens
+        """Tokens of the next chunk: half as many where others wait for its frames to pass."""
+        return max(1, self._chunk_tokens // 2) if self.gives_way else self._chunk_tokens
 
     def _note_prompt_logprobs(self, chunk: Chunk, hidden_TH: torch.Tensor) -> None:
         """Row t predicts token t + 1; the first token of a prompt has no prediction."""

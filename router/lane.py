@@ -65,6 +65,8 @@ class Link:
     def send(self, layer: int, x_TH: torch.Tensor, part: ShardArrays, gives_way: bool = False) -> int:
         """Send a shard's rows of `x_TH`. Returns: the call's number. Raises: LaneError."""
         self._finish(self._wire.timeout_s)
+        # A shard on another machine has cores of its own.
+        gives_way = gives_way and self._wire.within_host
         number = self._num_calls
         if self._state[self._wire_cpu.COUNT] <= number - OPEN_ROUNDS:
             # Of a step that failed: nobody has received it, and its room is wanted.

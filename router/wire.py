@@ -34,6 +34,8 @@ class Wire:
         connection.setblocking(False)
         self._connection, self.timeout_s = connection, timeout_s
         self.fd = connection.fileno()
+        self.within_host = _within_host(connection)
+        """Whether both ends are on one machine."""
         self._given_up = False
         # The descriptor stays open as long as anybody may be waiting on it.
         weakref.finalize(self, connection.close)
@@ -119,6 +121,15 @@ class Wire:
 
     def _fail_lost(self) -> NoReturn:
         self.fail(PeerLostError, "the other end has closed the connection")
+
+
+def _within_host(connection: socket.socket) -> bool:
+    try:
+        # Of the internet's families the first field is the address; elsewhere there is no other machine.
+        return bool(connection.getsockname()[:1] == connection.getpeername()[:1])
+    except OSError:
+        # It is lost, which is told where it is used.
+        return False
 
 
 def milliseconds(seconds: float) -> int:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import threading
+import types
 from typing import Any, cast
 
 import pytest
@@ -39,13 +40,13 @@ def own() -> int:
 class Played:
     """Mailbox, engine and exchange of a loop: an engine whose one step hears what came meanwhile, twice."""
 
-    def __init__(self, niceness: int = 0, num_requests: int = 1, coming: list[list[Message]] | None = None) -> None:
-        self.num_requests, self.niceness, self.gives_way = num_requests, -1, False
+    def __init__(self, niceness: int = 0, gives_way: bool = False, coming: list[list[Message]] | None = None) -> None:
+        self.gives_way, self.niceness = gives_way, -1
         self.coming: list[list[Message]] = [[], [ABORT], [PULL, ABORT]] if coming is None else coming
         self.handled: list[str] = []
         self.busy, self.done = True, threading.Event()
         self.loop = EngineLoop(
-            WorkerId("prefill-0"), cast(Any, self), cast(Any, self), cast(Any, self), LaneConfig(), print, niceness, 4
+            WorkerId("prefill-0"), cast(Any, self), cast(Any, self), cast(Any, self), LaneConfig(), print, niceness
         )
 
     def receive(self, timeout_s: float) -> list[Message]:
@@ -66,7 +67,7 @@ class Played:
         return []
 
     def load(self) -> WorkerLoad:
-        return WorkerLoad(kv_pages_total=1, kv_pages_free=1, running=self.num_requests, waiting=0, tokens=0)
+        return WorkerLoad(kv_pages_total=1, kv_pages_free=1, running=1, waiting=0, tokens=0)
 
     def adopt(self, planner: Any, exchange: Any) -> None:
         return
@@ -91,11 +92,12 @@ def test_requests_are_known_within_a_step_unless_something_was_said_before_them(
     assert played.handled == ["PrefillRequest", "KvPull", "step", "Abort", "PrefillRequest", "Abort"]
 
 
-@pytest.mark.parametrize(("num_requests", "back"), [(4, 3), (5, 0)])
-def test_a_step_is_stepped_back_while_few_requests_are_here(num_requests: int, back: int) -> None:
-    before, played = own(), Played(niceness=3, num_requests=num_requests)
-    played.loop.start(cast(Any, None), cast(Any, played))
+@pytest.mark.parametrize(("gives_way", "back"), [(True, 3), (False, 0)])
+def test_a_step_that_gives_way_is_stepped_back(gives_way: bool, back: int) -> None:
+    before, played = own(), Played(niceness=3, gives_way=gives_way)
+    exchange = types.SimpleNamespace(gives_way=None, heartbeat=lambda: None)
+    played.loop.start(cast(Any, None), cast(Any, exchange))
     assert played.done.wait(PATIENT_S)
     played.loop.stop(PATIENT_S)
     assert played.niceness == min(before + COMPUTING + back, 19)
-    assert played.gives_way == (back > 0)
+    assert exchange.gives_way == gives_way

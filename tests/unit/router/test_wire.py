@@ -43,6 +43,14 @@ def test_a_wire_that_nobody_else_joins_is_given_up_and_leaves_no_port_open(rank:
     assert num_ports([os.getpid()]) == before
 
 
+@pytest.mark.parametrize(("near", "within_host"), [("127.0.0.1", True), ("127.0.0.2", False)])
+def test_a_wire_knows_whether_its_ends_are_on_one_machine(near: str, within_host: bool) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        connection = socket.create_connection(server.getsockname(), CONNECT_S, source_address=(near, 0))
+        there, _ = server.accept()
+        assert [Wire(end, 1.0).within_host for end in (connection, there)] == [within_host] * 2
+
+
 def test_strangers_that_knock_are_turned_away() -> None:
     store = GroupStore.host(HOST, CONNECT_S, SECRET)
     stores = [store, GroupStore.join(store.address, CONNECT_S, SECRET)]
