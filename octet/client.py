@@ -106,6 +106,8 @@ class Client:
                     asked.note_end()
                     return
                 except grpc.RpcError as error:
+                    if asked.complete:
+                        return
                     self._wait(asked, error)
                 finally:
                     call.cancel()
@@ -225,6 +227,8 @@ class AsyncClient:
                     asked.note_end()
                     return
                 except grpc.RpcError as error:
+                    if asked.complete:
+                        return
                     await self._wait(asked, error)
                 finally:
                     call.cancel()

@@ -48,7 +48,9 @@ class Resumption:
         self._request, self._resume = request, resume
         self._deadline_s = time.monotonic() + timeout_s
         self._num_errors = 0
-        self._accepted = self._complete = False
+        self._accepted, self.complete = False, False
+        """Whether all of the answer has come, which the usage in its last chunk tells: what becomes of the connection
+        behind it is no loss."""
         self._ended: set[int] = set()
         if resume:
             request.resumable = True
@@ -67,7 +69,7 @@ class Resumption:
     @property
     def runs_on(self) -> bool:
         """Whether the server may go on with the request though no call is left: it has to be aborted."""
-        return self._resume and self._accepted and not self._complete
+        return self._resume and self._accepted and not self.complete
 
     def next_request(self) -> pb.GenerateRequest:
         """For the next call."""
@@ -80,7 +82,7 @@ class Resumption:
 
     def note_end(self) -> None:
         """The answer is complete."""
-        self._complete = True
+        self.complete = True
 
     def take(self, chunk: pb.GenerateChunk) -> bool:
         """Note what came. Returns: whether anything of it is news; a choice's end that is told again is taken out.
@@ -96,7 +98,7 @@ class Resumption:
                 f"choice {chunk.index} goes on at token {chunk.offset}, after {len(received)} tokens",
             )
         received.extend(chunk.token_ids)
-        self._complete = self._complete or chunk.HasField("usage")
+        self.complete = self.complete or chunk.HasField("usage")
         if chunk.index in self._ended:
             chunk.ClearField("finish_reason")
             chunk.ClearField("matched_stop")

@@ -131,6 +131,8 @@ class RecordingClient(AsyncClient):
                     asked.note_end()
                     return
             except grpc.RpcError as error:
+                if asked.complete:
+                    return
                 if by_offsets and error.code() is grpc.StatusCode.NOT_FOUND:
                     # Another frontend has taken its place meanwhile; it goes on from the tokens themselves.
                     by_offsets = False
