@@ -29,8 +29,8 @@ _log = logging.getLogger(__name__)
 DECODE_FIRST, PREFILL_AFTER = 0, 1
 
 _REST = 16
-"""Times as long as it has computed a frame that gives way rests, while decode frames come: what keeps gaps between
-tokens beside a long prompt at one and a half times those without (`octet bench interference`)."""
+"""Times as long as it has computed a frame that gives way rests, while decode frames come. Beyond this, gaps between
+tokens beside a long prompt grow no shorter (`octet bench interference`)."""
 _LONGEST_REST_S = 0.05
 """However long a piece took, as one does whose thread was stopped in its midst."""
 _SHORT_ROWS = 256
