@@ -16,8 +16,8 @@ if sys.argv[1] == "keep":
     keep_freed_memory()
 
 def steps():
-    for step in range(20):
-        if step == 10:
+    for step in range(50):
+        if step == 40:
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         alive = [torch.empty(size * 2**18).fill_(step) for size in (3, 7, 1, 6, 2, 7, 3, 5)]
         while alive:
@@ -32,7 +32,12 @@ thread.join()
 
 
 def page_faults(mode: str) -> int:
-    """Of ten times eight tensors, 34 MiB in all, after as many to begin with."""
+    """Of ten times eight tensors, 34 MiB in all, after forty times as many to begin with.
+
+    Small blocks that malloc holds back can lie between the freed large ones, so that for a while a tensor finds no gap
+    of its size. Where depends on all that was allocated before: with heaps of random small blocks, one of six had a
+    tensor on new pages in the ten steps after the tenth, one of a thousand in the ten after the fortieth.
+    """
     done = subprocess.run([sys.executable, "-c", FAULTS, mode], capture_output=True, text=True, timeout=120)
     if "no glibc" in done.stderr:
         pytest.skip("this system's C library is not glibc")
@@ -41,6 +46,4 @@ def page_faults(mode: str) -> int:
 
 
 def test_freed_tensors_are_taken_again_without_new_pages() -> None:
-    # Of some hundred runs, one took 24 MiB anew within a step, for a reason that is not known.
-    left_alone, kept = page_faults("leave"), min(page_faults("keep") for _ in range(2))
-    assert kept < left_alone / 100
+    assert page_faults("keep") < page_faults("leave") / 10
