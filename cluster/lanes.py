@@ -14,7 +14,7 @@ from octet.ids import Epoch, WorkerId
 from router.exchange import Exchange, Port
 from router.frames import FrameLayout
 from router.group_store import GroupStore
-from router.lane import SHARD, WORKER, LaneExchange, LanePort, Link
+from router.lane import SHARD, WORKER, LaneExchange, LanePort, Link, shared_bytes
 from router.nccl_lane import NcclGroup, NcclLaneExchange, NcclLanePort
 from router.wire import Wire
 
@@ -50,10 +50,11 @@ class WireLanes:
     def link(self, shards: Sequence[WorkerId], epoch: Epoch) -> None:
         for shard in shards:
             name = _link_name(self._worker_id, shard, epoch)
-            wire = _wire(self._store, name, WORKER, self._plan, self._host)
+            layout = frame_layout(self._role, self._plan)
+            wire = _wire(self._store, name, WORKER, self._plan, self._host, layout)
             if shard in self._links:
                 self._replaced.append((shard, self._links[shard]))
-            self._links[shard] = Link(wire, frame_layout(self._role, self._plan), epoch)
+            self._links[shard] = Link(wire, layout, epoch)
 
     def exchange(self, shards: Sequence[WorkerId]) -> Exchange:
         return LaneExchange([self._links[shard] for shard in shards])
@@ -81,12 +82,13 @@ class NcclLanes:
         if self._lane is not None:
             raise ConfigError("pools.experts.size", "a change while serving", "the size at the start, on GPUs")
         name, device = _lane_name(self._worker_id, epoch), torch.device(self._plan.device)
+        layout = frame_layout(self._role, self._plan)
         wires = [
-            _wire(self._store, _link_name(self._worker_id, shard, epoch), WORKER, self._plan, self._host)
+            _wire(self._store, _link_name(self._worker_id, shard, epoch), WORKER, self._plan, self._host, layout)
             for shard in shards
         ]
         data = NcclGroup(self._store, name, 0, len(shards) + 1, device)
-        self._lane = NcclLaneExchange(wires, data, frame_layout(self._role, self._plan), epoch, device)
+        self._lane = NcclLaneExchange(wires, data, layout, epoch, device)
 
     def exchange(self, shards: Sequence[WorkerId]) -> Exchange:
         assert self._lane is not None
@@ -124,7 +126,7 @@ def open_port(
     Raises: LaneTimeoutError.
     """
     layout, silence_s = frame_layout(role, plan), plan.config.lane.timeout_s
-    wire = _wire(store, _link_name(peer.worker_id, shard, epoch), SHARD, plan, host)
+    wire = _wire(store, _link_name(peer.worker_id, shard, epoch), SHARD, plan, host, layout)
     if plan.device == "cpu":
         return LanePort(wire, layout, epoch, silence_s)
     name, rank, size = _lane_name(peer.worker_id, epoch), linked.index(shard) + 1, len(linked) + 1
@@ -150,9 +152,10 @@ def frame_layout(role: Role, plan: ServingPlan) -> FrameLayout:
     )
 
 
-def _wire(store: GroupStore, name: str, rank: int, plan: ServingPlan, host: str) -> Wire:
+def _wire(store: GroupStore, name: str, rank: int, plan: ServingPlan, host: str, layout: FrameLayout) -> Wire:
     lane = plan.config.lane
-    return Wire.join(store, name, rank, host, lane.connect_s, lane.timeout_s)
+    shared = shared_bytes(layout) if lane.shared_memory and plan.device == "cpu" else 0
+    return Wire.join(store, name, rank, host, lane.connect_s, lane.timeout_s, shared)
 
 
 def _link_name(worker_id: WorkerId, shard: WorkerId, epoch: Epoch) -> str:

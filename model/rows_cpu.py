@@ -177,6 +177,23 @@ def add_scaled_row(typing_context: Any, x: Any, factor: Any, size: Any, out: Any
 
 
 @intrinsic_  # type: ignore[untyped-decorator]
+def add_row(typing_context: Any, x: Any, size: Any, out: Any) -> Any:
+    """`out[i] += x[i]`."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        (x, size, out), emit = arguments, Emitter(builder, LANES)
+
+        def step(at: Any) -> None:
+            place = builder.gep(out, [at])
+            emit.store(builder.fadd(emit.load(place), emit.load(builder.gep(x, [at]))), place)
+
+        for_vectors(emit, size, step)
+        return context.get_dummy_value()
+
+    return types.void(POINTER, types.intp, POINTER), generate
+
+
+@intrinsic_  # type: ignore[untyped-decorator]
 def copy_row(typing_context: Any, x: Any, size: Any, out: Any) -> Any:
     """`out[i] = x[i]`."""
 

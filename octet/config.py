@@ -130,6 +130,9 @@ class LaneConfig(ConfigNode):
     ping_pong_rows: int | None = pydantic.Field(256, ge=2)
     """Steps of at least this many tokens are computed as two micro-batches that take turns, so that attention goes on
     while experts do; null never. Small steps lose by it: each half reads all weights. Measured on two CPU cores."""
+    shared_memory: bool = True
+    """Rows for a shard on the same machine lie in memory that both processes map, where they can; else, and to other
+    machines, they go through the connection. On CPUs."""
 
 
 class HealthConfig(ConfigNode):

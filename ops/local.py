@@ -100,7 +100,6 @@ class LocalEngine:
         self._landed = threading.Event()
         decode = decode or DecodeConfig()
         decode_runner = self._runner(weights, mtp, decode_pages or num_pages, (decode, speculation))
-        self.caches = (self.runner.cache, decode_runner.cache)
         self._receiver = KvReceiver(DECODE, decode_runner.cache, {PREFILL: channel}, self._ask, self._landed.set)
         speculator = Speculator(MtpDrafter(decode_runner), speculation) if mtp is not None else None
         self._decode = DecodeEngine(DECODE, _EPOCH, decode_runner, self._receiver, decode, speculator)

@@ -4,6 +4,8 @@ A frame is 64 bytes of header (eight int64) and, for a call, `x [U, H]`, `slots 
 for a reply, `y [U, H]`; for a refusal, UTF-8 text. Buffers are flat uint8 tensors and everything decoded is a view of
 them. Both ends are built from the same `FrameLayout`.
 
+Of a frame whose payload lies in memory that both ends have (`router.shared_memory`), the header alone is sent.
+
 Shapes: `U` rows, `H` hidden, `K` experts per token.
 """
 
@@ -25,6 +27,8 @@ from router.plan import DensePlan
 HEADER_BYTES = 64
 _FIELDS = struct.Struct("<8q")
 MAGIC = 0x4F43544554  # "OCTET"
+GIVES_WAY, SHARED = 1, 2
+"""Flags, the last field of a header."""
 
 _REMEMBERED_ROWS = 128
 """Views of frames of up to so many rows are made once: making them takes as long as a small frame's way."""
@@ -53,20 +57,22 @@ class Header:
     payload_bytes: int = 0
     gives_way: bool = False
     """Of a call; see `router.exchange.Call`."""
+    shared: bool = False
+    """Whether the payload is not behind this but in shared memory."""
 
     def write(self, buffer: torch.Tensor | memoryview) -> None:
         memory = buffer if isinstance(buffer, memoryview) else buffer.numpy().data
-        size, gives_way = self.payload_bytes, int(self.gives_way)
-        fields = (MAGIC, self.kind, self.epoch, self.sequence, self.layer, self.num_rows, size, gives_way)
+        size, flags = self.payload_bytes, GIVES_WAY * self.gives_way + SHARED * self.shared
+        fields = (MAGIC, self.kind, self.epoch, self.sequence, self.layer, self.num_rows, size, flags)
         _FIELDS.pack_into(memory, 0, *fields)
 
     @staticmethod
     def read(buffer: torch.Tensor | memoryview, expected_epoch: Epoch) -> Header:
         """Raises: LaneError if this is no frame, WrongEpochError."""
         memory = buffer if isinstance(buffer, memoryview) else buffer.numpy().data
-        magic, kind, epoch, sequence, layer, num_rows, payload_bytes, gives_way = _FIELDS.unpack_from(memory, 0)
-        if magic != MAGIC or kind not in _KINDS or gives_way not in (0, 1):
-            raise LaneError(f"not a frame: magic {magic:#x}, kind {kind}, gives way {gives_way}")
+        magic, kind, epoch, sequence, layer, num_rows, payload_bytes, flags = _FIELDS.unpack_from(memory, 0)
+        if magic != MAGIC or kind not in _KINDS or flags & ~(GIVES_WAY | SHARED):
+            raise LaneError(f"not a frame: magic {magic:#x}, kind {kind}, flags {flags:#x}")
         if epoch != expected_epoch:
             raise WrongEpochError(f"a frame of epoch {epoch} arrived on a lane of epoch {expected_epoch}")
         return Header(
@@ -76,7 +82,8 @@ class Header:
             layer=layer,
             num_rows=num_rows,
             payload_bytes=payload_bytes,
-            gives_way=gives_way == 1,
+            gives_way=bool(flags & GIVES_WAY),
+            shared=bool(flags & SHARED),
         )
 
 
@@ -103,22 +110,31 @@ class FrameLayout:
     def reply_bytes(self, num_rows: int) -> int:
         return HEADER_BYTES + num_rows * self._x_bytes
 
-    def check_call(self, header: Header) -> None:
-        """Raises: LaneError if this announces no call, or one of another size than its rows take."""
-        expected = self.call_bytes(header.num_rows) - HEADER_BYTES
-        fits = 0 <= header.num_rows <= self.max_rows and header.payload_bytes == expected
-        if header.kind is not Kind.CALL or not fits:
-            kind, size = header.kind.name, header.payload_bytes
-            raise LaneError(f"not a call: a {kind} of {header.num_rows} rows, {size} bytes")
+    @property
+    def frame_bytes(self) -> int:
+        """Of room for the largest of either direction; in whole headers, so that each begins where eight int64 may."""
+        return -(-self.call_bytes(self.max_rows) // HEADER_BYTES) * HEADER_BYTES
 
-    def check_reply(self, header: Header, num_rows: int) -> None:
+    def check_call(self, header: Header, may_share: bool = False) -> None:
+        """
+        Args:
+            may_share: whether there is shared memory.
+
+        Raises: LaneError if this announces no call, or one of another size than its rows take.
+        """
+        expected = 0 if header.shared else self.call_bytes(header.num_rows) - HEADER_BYTES
+        fits = 0 <= header.num_rows <= self.max_rows and header.payload_bytes == expected
+        if header.kind is not Kind.CALL or not fits or header.shared > may_share:
+            raise LaneError(f"not a call: {_announced(header)}")
+
+    def check_reply(self, header: Header, num_rows: int, may_share: bool = False) -> None:
         """Raises: LaneError if this announces no reply of so many rows, and no refusal that is no longer than one."""
         room = self.reply_bytes(num_rows) - HEADER_BYTES
-        if header.kind is Kind.REFUSAL and 0 <= header.payload_bytes <= room:
+        if header.kind is Kind.REFUSAL and 0 <= header.payload_bytes <= room and not header.shared:
             return
-        if header.kind is not Kind.REPLY or header.num_rows != num_rows or header.payload_bytes != room:
-            found = f"a {header.kind.name} of {header.num_rows} rows, {header.payload_bytes} bytes"
-            raise LaneError(f"it answered {num_rows} rows with {found}")
+        fits = header.num_rows == num_rows and header.payload_bytes == (0 if header.shared else room)
+        if header.kind is not Kind.REPLY or not fits or header.shared > may_share:
+            raise LaneError(f"it answered {num_rows} rows with {_announced(header)}")
 
     def rows(self, buffer: torch.Tensor, num_rows: int) -> ExpertRows:
         """The payload of a call, as views."""
@@ -175,9 +191,12 @@ class FrameLayout:
 
 def new_frames(layout: FrameLayout, count: int) -> npt.NDArray[np.int32]:
     """Room for so many frames, each the largest of either direction, in 32-bit words."""
-    # In whole headers, so that each begins where eight int64 may.
-    headers = -(-layout.call_bytes(layout.max_rows) // HEADER_BYTES)
-    return np.zeros((count, headers * HEADER_BYTES // 4), np.int32)
+    return np.zeros((count, layout.frame_bytes // 4), np.int32)
+
+
+def _announced(header: Header) -> str:
+    where = " in shared memory" if header.shared else ""
+    return f"a {header.kind.name} of {header.num_rows} rows, {header.payload_bytes} bytes{where}"
 
 
 class FrameBuffer:

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from model.vectors_cpu import compiled, declare
-from router.frames import HEADER_BYTES, MAGIC, Kind
+from model.rows_cpu import add_row, copy_row
+from model.vectors_cpu import address, compiled, declare
+from router.frames import HEADER_BYTES, MAGIC, SHARED, Kind
 from router.wire_cpu import send_now
 
 _WORDS = HEADER_BYTES // 4
@@ -21,11 +22,11 @@ _CALL, _REPLY = Kind.CALL.value, Kind.REPLY.value
 
 @compiled  # type: ignore[untyped-decorator]
 def _write_header(
-    frame: Any, kind: Any, epoch: Any, number: Any, layer: Any, num_rows: Any, size: Any, gives_way: Any
+    frame: Any, kind: Any, epoch: Any, number: Any, layer: Any, num_rows: Any, size: Any, flags: Any
 ) -> None:
     header = frame[:_WORDS].view(np.int64)
     header[0], header[1], header[2], header[3] = MAGIC, kind, epoch, number
-    header[4], header[5], header[6], header[7] = layer, num_rows, size - HEADER_BYTES, gives_way
+    header[4], header[5], header[6], header[7] = layer, num_rows, size - HEADER_BYTES, flags
 
 
 @declare(  # type: ignore[untyped-decorator]
@@ -37,16 +38,16 @@ def send_call(
     epoch: Any,
     number: Any,
     layer: Any,
-    gives_way: Any,
+    flags: Any,
     x: Any,
     rows: Any,
     slots: Any,
     weights: Any,
 ) -> Any:
-    """Write a call into `frame`, and send as much of it as the system takes at once.
+    """Write a call into `frame`, and send as much of it as the system takes at once; if it is shared, the header.
 
     Args:
-        gives_way: 1 if it does; see `router.exchange.Call`.
+        flags: of the header.
         x: `[T, W]`.
         rows: `[U]`, which of `x` are sent.
         slots: `[U, K]`, likewise `weights`.
@@ -54,32 +55,38 @@ def send_call(
     Returns: bytes sent, or `router.wire_cpu.LOST`.
     """
     num_rows, width, top_k = len(rows), x.shape[1], slots.shape[1]
-    size = HEADER_BYTES + 4 * num_rows * (width + 2 * top_k)
-    _write_header(frame, _CALL, epoch, number, layer, num_rows, size, gives_way)
-    payload, numbers = frame[_WORDS:], frame[_WORDS:].view(np.float32)
+    size = HEADER_BYTES
+    if flags & SHARED == 0:
+        size += 4 * num_rows * (width + 2 * top_k)
+    _write_header(frame, _CALL, epoch, number, layer, num_rows, size, flags)
+    # What is copied as fp32 keeps its bits.
+    payload, numbers, values = frame[_WORDS:], frame[_WORDS:].view(np.float32), x.view(np.float32)
     slots_at, weights_at = num_rows * width, num_rows * (width + top_k)
     for u in range(num_rows):
         row = rows[u]
-        for i in range(width):
-            payload[u * width + i] = x[row, i]
+        copy_row(address(values, row * width), width, address(numbers, u * width))
         for k in range(top_k):
             payload[slots_at + u * top_k + k] = slots[u, k]
             numbers[weights_at + u * top_k + k] = weights[u, k]
     return send_now(fd, frame, 0, size)
 
 
-@declare("i8(i4, i4[::1], i8, i8, i8, i8, i8, i8)")  # type: ignore[untyped-decorator]
-def send_reply(fd: Any, frame: Any, kind: Any, epoch: Any, number: Any, layer: Any, num_rows: Any, size: Any) -> Any:
-    """Send a frame whose payload is written, likewise. `size`: in bytes, with the header."""
-    _write_header(frame, kind, epoch, number, layer, num_rows, size, 0)
+@declare("i8(i4, i4[::1], i8, i8, i8, i8, i8, i8, i8)")  # type: ignore[untyped-decorator]
+def send_reply(
+    fd: Any, frame: Any, kind: Any, epoch: Any, number: Any, layer: Any, num_rows: Any, size: Any, flags: Any
+) -> Any:
+    """Send a frame whose payload is written, likewise. `size`: in bytes, of what is sent, with the header."""
+    _write_header(frame, kind, epoch, number, layer, num_rows, size, flags)
     return send_now(fd, frame, 0, size)
 
 
-@declare("b1(i4[::1], i8, i8, i8[::1], f4[:,::1])")  # type: ignore[untyped-decorator]
-def add_reply(frame: Any, epoch: Any, number: Any, rows: Any, y: Any) -> Any:
+@declare("b1(i4[::1], i4[::1], i8, i8, i8[::1], f4[:,::1])")  # type: ignore[untyped-decorator]
+def add_reply(frame: Any, shared: Any, epoch: Any, number: Any, rows: Any, y: Any) -> Any:
     """Add an fp32 reply to the tokens it is for.
 
     Args:
+        frame: as it was received.
+        shared: the frame in shared memory that has its payload if that says so; empty where there is none.
         rows: `[U]`.
         y: `[T, H]`.
 
@@ -89,10 +96,14 @@ def add_reply(frame: Any, epoch: Any, number: Any, rows: Any, y: Any) -> Any:
     header = frame[:_WORDS].view(np.int64)
     if header[0] != MAGIC or header[1] != _REPLY or header[2] != epoch or header[3] != number or header[5] != num_rows:
         return False
-    if header[6] != 4 * num_rows * hidden:
-        return False
-    payload = frame[_WORDS:].view(np.float32)
+    if header[7] & SHARED != 0:
+        if header[6] != 0 or len(shared) < _WORDS + num_rows * hidden:
+            return False
+        payload = shared[_WORDS:].view(np.float32)
+    else:
+        if header[6] != 4 * num_rows * hidden:
+            return False
+        payload = frame[_WORDS:].view(np.float32)
     for u in range(num_rows):
-        for i in range(hidden):
-            y[rows[u], i] += payload[u * hidden + i]
+        add_row(address(payload, u * hidden), hidden, address(y, rows[u] * hidden))
     return True

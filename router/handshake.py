@@ -144,9 +144,9 @@ def _connect(store: GroupStore, name: str, deadline_s: float) -> socket.socket:
     host, port = store.look_up(name, _left(deadline_s)).split(b" ")
     connection = socket.create_connection((host.decode(), int(port)), _left(deadline_s))
     try:
-        theirs, mine = _read(connection, _NONCE_BYTES, deadline_s), secrets.token_bytes(_NONCE_BYTES)
+        theirs, mine = read_exactly(connection, _NONCE_BYTES, deadline_s), secrets.token_bytes(_NONCE_BYTES)
         connection.sendall(mine + store.secret.sign(_GUEST_PROOF, name.encode() + theirs + mine))
-        proof = _read(connection, _PROOF_BYTES, deadline_s)
+        proof = read_exactly(connection, _PROOF_BYTES, deadline_s)
         if not store.secret.has_signed(_HOST_PROOF, name.encode() + theirs + mine, proof):
             raise OSError("a stranger answered")
     except BaseException:
@@ -155,7 +155,7 @@ def _connect(store: GroupStore, name: str, deadline_s: float) -> socket.socket:
     return connection
 
 
-def _read(connection: socket.socket, size: int, deadline_s: float) -> bytes:
+def read_exactly(connection: socket.socket, size: int, deadline_s: float) -> bytes:
     """Raises: OSError, however slowly it comes."""
     data = b""
     while len(data) < size:

@@ -22,7 +22,7 @@ import torch
 from octet.errors import ExpertMissingError, LaneError, LaneTimeoutError
 from octet.ids import Epoch
 from router.exchange import Call, Ticket
-from router.frames import HEADER_BYTES, FrameBuffer, FrameLayout, Header, Kind, new_frames
+from router.frames import GIVES_WAY, HEADER_BYTES, SHARED, FrameBuffer, FrameLayout, Header, Kind, new_frames
 from router.handshake import GUEST_SIDE, HOST_SIDE
 from router.plan import DispatchPlan, ShardArrays
 from router.wire import Wire, milliseconds, wire_cpu
@@ -33,8 +33,34 @@ OPEN_ROUNDS = 2
 WORKER, SHARD = HOST_SIDE, GUEST_SIDE
 """Ranks of a link's wire."""
 
+_NO_WORDS = np.empty(0, np.int32)
+
 _CLOSE_S = 2.0
 """How long a goodbye may take; a shard that does not read will see the connection break."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SharedFrames:
+    """The frames of a lane in memory that both ends have. A call and its reply are in those of its number: there are as
+    many as rounds may be under way, so that nobody writes what the other end still reads."""
+
+    calls: npt.NDArray[np.int32]
+    replies: npt.NDArray[np.int32]
+
+
+def shared_bytes(layout: FrameLayout) -> int:
+    """What `Wire.join` is to be asked for."""
+    return 2 * OPEN_ROUNDS * layout.frame_bytes
+
+
+def shared_frames(wire: Wire, layout: FrameLayout) -> SharedFrames | None:
+    """None if the wire has no memory for them. Raises: LaneError if it has another size."""
+    if wire.shared is None:
+        return None
+    if len(wire.shared) != shared_bytes(layout):
+        raise LaneError(f"{len(wire.shared)} bytes of shared memory, expected {shared_bytes(layout)}")
+    frames = np.frombuffer(wire.shared, np.int32).reshape(2, OPEN_ROUNDS, -1)
+    return SharedFrames(calls=frames[0], replies=frames[1])
 
 
 class Link:
@@ -51,9 +77,14 @@ class Link:
         self._wire, self._layout, self._epoch = wire, layout, epoch
         # Compiled now, or loaded from where it was compiled before, so that no request waits for it.
         self._frames_cpu, self._wire_cpu = frames_cpu(), wire_cpu()
-        self._call = new_frames(layout, 1)[0]
         self._inbox = new_frames(layout, OPEN_ROUNDS)
-        self._replies = [FrameBuffer(layout, words) for words in self._inbox]
+        shared = shared_frames(wire, layout)
+        self._shares = shared is not None
+        if shared is None:
+            call = new_frames(layout, 1)[0]
+            self._calls, self._shared_replies = [call] * OPEN_ROUNDS, [_NO_WORDS] * OPEN_ROUNDS
+        else:
+            self._calls, self._shared_replies = list(shared.calls), list(shared.replies)
         self._state = np.zeros(self._wire_cpu.STATE_FIELDS, np.int64)
         self._num_calls = 0
         self._rest: _Rest | None = None
@@ -66,20 +97,18 @@ class Link:
         """Send a shard's rows of `x_TH`. Returns: the call's number. Raises: LaneError."""
         self._finish(self._wire.timeout_s)
         # A shard on another machine has cores of its own.
-        gives_way = gives_way and self._wire.within_host
+        flags = GIVES_WAY * (gives_way and self._wire.within_host) + SHARED * self._shares
         number = self._num_calls
         if self._state[self._wire_cpu.COUNT] <= number - OPEN_ROUNDS:
             # Of a step that failed: nobody has received it, and its room is wanted.
             self._wait(number - OPEN_ROUNDS)
-        words_TW = x_TH.view(torch.int32).numpy()
-        sent = self._frames_cpu.send_call(
-            self._wire.fd, self._call, self._epoch, number, layer, int(gives_way), words_TW, *part
-        )
+        words_TW, frame = x_TH.view(torch.int32).numpy(), self._calls[number % OPEN_ROUNDS]
+        sent = self._frames_cpu.send_call(self._wire.fd, frame, self._epoch, number, layer, flags, words_TW, *part)
         self._wire.check(sent, 0)
         self._num_calls += 1
-        size = self._layout.call_bytes(len(part[0]))
+        size = HEADER_BYTES if self._shares else self._layout.call_bytes(len(part[0]))
         if sent < size:
-            self._rest = _Rest(self._wire, self._call, sent, size)
+            self._rest = _Rest(self._wire, frame, sent, size)
         return number
 
     def receive(self, number: int, rows_U: npt.NDArray[np.int64], y_TH: torch.Tensor) -> None:
@@ -88,20 +117,21 @@ class Link:
         Raises: ExpertMissingError with the shard's words if it refused; LaneError.
         """
         self._wait(number)
-        row = number % OPEN_ROUNDS
+        frame, shared = self._inbox[number % OPEN_ROUNDS], self._shared_replies[number % OPEN_ROUNDS]
         if self._layout.dtype == torch.float32 and self._frames_cpu.add_reply(
-            self._inbox[row], self._epoch, number, rows_U, y_TH.numpy()
+            frame, shared, self._epoch, number, rows_U, y_TH.numpy()
         ):
             return
-        buffer = self._replies[row]
-        header = Header.read(buffer.memory, self._epoch)
+        memory = frame.view(np.uint8).data
+        header = Header.read(memory, self._epoch)
         if header.sequence != number:
             raise LaneError(f"it answered frame {header.sequence}, expected {number}")
-        self._layout.check_reply(header, len(rows_U))
+        self._layout.check_reply(header, len(rows_U), self._shares)
         if header.kind is Kind.REFUSAL:
-            text = bytes(buffer.memory[HEADER_BYTES : HEADER_BYTES + header.payload_bytes])
+            text = bytes(memory[HEADER_BYTES : HEADER_BYTES + header.payload_bytes])
             raise ExpertMissingError(text.decode(errors="replace"))
-        y_TH.index_add_(0, torch.from_numpy(rows_U), buffer.reply(len(rows_U)).float())
+        y_UH = FrameBuffer(self._layout, shared if header.shared else frame).reply(len(rows_U))
+        y_TH.index_add_(0, torch.from_numpy(rows_U), y_UH.float())
 
     def announce(self, kind: Kind, timeout_s: float | None = None) -> None:
         """Send a frame without rows. Raises: LaneError."""
@@ -264,7 +294,10 @@ class LanePort:
         self._frames_cpu, self._wire_cpu = frames_cpu(), wire_cpu()
         self._inbox, self._outbox = new_frames(layout, OPEN_ROUNDS), new_frames(layout, OPEN_ROUNDS)
         self._calls = [FrameBuffer(layout, words) for words in self._inbox]
-        self._replies = [FrameBuffer(layout, words) for words in self._outbox]
+        shared = shared_frames(wire, layout)
+        self._shares = shared is not None
+        self._shared_calls = [] if shared is None else [FrameBuffer(layout, words) for words in shared.calls]
+        self._replies = [FrameBuffer(layout, words) for words in (self._outbox if shared is None else shared.replies)]
         self._state = np.zeros(self._wire_cpu.STATE_FIELDS, np.int64)
         self._unsent: tuple[npt.NDArray[np.int32], int, int] | None = None
 
@@ -278,12 +311,12 @@ class LanePort:
         header = Header.read(self._calls[row].memory, self._epoch)
         if header.kind is Kind.CLOSE:
             return None
-        self._layout.check_call(header)
-        num_rows = header.num_rows
-        room_UH = self._replies[header.sequence % OPEN_ROUNDS].reply(num_rows)
+        self._layout.check_call(header, self._shares)
+        num_rows, turn = header.num_rows, header.sequence % OPEN_ROUNDS
+        room_UH = self._replies[turn].reply(num_rows)
         return Call(
             layer=header.layer,
-            rows=self._calls[row].rows(num_rows),
+            rows=(self._shared_calls[turn] if header.shared else self._calls[row]).rows(num_rows),
             sequence=header.sequence,
             room_UH=room_UH,
             gives_way=header.gives_way,
@@ -294,22 +327,25 @@ class LanePort:
         num_rows = len(y_UH)
         if y_UH is not call.room_UH:
             self._replies[call.sequence % OPEN_ROUNDS].reply(num_rows).copy_(y_UH)
-        self._send(call, Kind.REPLY, num_rows, self._layout.reply_bytes(num_rows))
+        if self._shares:
+            self._send(call, Kind.REPLY, num_rows, HEADER_BYTES, SHARED)
+        else:
+            self._send(call, Kind.REPLY, num_rows, self._layout.reply_bytes(num_rows), 0)
 
     def refuse(self, call: Call, error: Exception) -> None:
         room = self._layout.reply_bytes(len(call.rows.x_UH)) - HEADER_BYTES
         text = str(error).encode()[:room]
-        self._replies[call.sequence % OPEN_ROUNDS].memory[HEADER_BYTES : HEADER_BYTES + len(text)] = text
-        self._send(call, Kind.REFUSAL, 0, HEADER_BYTES + len(text))
+        self._outbox[call.sequence % OPEN_ROUNDS].view(np.uint8).data[HEADER_BYTES : HEADER_BYTES + len(text)] = text
+        self._send(call, Kind.REFUSAL, 0, HEADER_BYTES + len(text), 0)
 
     def close(self) -> None:
         self._wire.abort()
 
-    def _send(self, call: Call, kind: Kind, num_rows: int, size: int) -> None:
+    def _send(self, call: Call, kind: Kind, num_rows: int, size: int, flags: int) -> None:
         self._send_rest()
         frame = self._outbox[call.sequence % OPEN_ROUNDS]
         sent = self._frames_cpu.send_reply(
-            self._wire.fd, frame, kind.value, self._epoch, call.sequence, call.layer, num_rows, size
+            self._wire.fd, frame, kind.value, self._epoch, call.sequence, call.layer, num_rows, size, flags
         )
         self._wire.check(sent, 0)
         if sent < size:

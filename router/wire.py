@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import mmap
 import select
 import socket
 import time
@@ -20,19 +21,21 @@ from typing import NoReturn
 from octet.errors import LaneError, LaneTimeoutError, PeerLostError
 from router.group_store import GroupStore
 from router.handshake import meet
+from router.shared_memory import share
 
 
 class Wire:
     """A connected end. Any thread may call `abort`; otherwise one thread sends and one receives."""
 
-    def __init__(self, connection: socket.socket, timeout_s: float) -> None:
+    def __init__(self, connection: socket.socket, timeout_s: float, shared: mmap.mmap | None = None) -> None:
         """
         Args:
             timeout_s: default deadline of whoever waits on it.
+            shared: memory that the other end has too.
         """
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setblocking(False)
-        self._connection, self.timeout_s = connection, timeout_s
+        self._connection, self.timeout_s, self.shared = connection, timeout_s, shared
         self.fd = connection.fileno()
         self.within_host = _within_host(connection)
         """Whether both ends are on one machine."""
@@ -41,9 +44,27 @@ class Wire:
         weakref.finalize(self, connection.close)
 
     @staticmethod
-    def join(store: GroupStore, name: str, rank: int, host: str, connect_s: float, timeout_s: float) -> Wire:
-        """Connect to the other rank, which joins at the same time. See `router.handshake.meet`."""
-        return Wire(meet(store, name, rank, host, connect_s), timeout_s)
+    def join(
+        store: GroupStore,
+        name: str,
+        rank: int,
+        host: str,
+        connect_s: float,
+        timeout_s: float,
+        shared_bytes: int = 0,
+    ) -> Wire:
+        """Connect to the other rank, which joins at the same time. See `router.handshake.meet`.
+
+        Args:
+            shared_bytes: of memory for both ends, where they can have any; the same at both.
+        """
+        connection = meet(store, name, rank, host, connect_s)
+        try:
+            shared = share(connection, rank, shared_bytes, connect_s) if shared_bytes else None
+        except OSError as error:
+            connection.close()
+            raise LaneTimeoutError(f"wire {name}: rank {rank} was left alone: {error}") from None
+        return Wire(connection, timeout_s, shared)
 
     def send(self, *parts: memoryview, until_s: float) -> None:
         """Send all bytes of these, one after the other, by `until_s` of the monotonic clock.

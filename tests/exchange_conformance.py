@@ -37,7 +37,7 @@ from octet.secret import ClusterSecret
 from router.exchange import Call, Exchange, ExpertRows, LocalExchange, Port, Serve, Ticket, rows_of
 from router.frames import FrameLayout
 from router.group_store import GroupStore
-from router.lane import SHARD, LaneExchange, LanePort, Link
+from router.lane import SHARD, LaneExchange, LanePort, Link, shared_bytes
 from router.plan import DensePlan, PlanByShard, ShardPlan
 from router.wire import Wire
 
@@ -204,10 +204,13 @@ class WireEnds:
             wire.abort()
 
 
+@dataclasses.dataclass(frozen=True)
 class Wires:
     """`router.lane`, every rank in this process."""
 
-    device = torch.device("cpu")
+    shares: bool = False
+    """Whether rows lie in memory that both ends have, or go through the wire."""
+    device: ClassVar[torch.device] = torch.device("cpu")
 
     @contextlib.contextmanager
     def serve(self, shards: Sequence[Serve], layout: FrameLayout) -> Iterator[ByShard]:
@@ -225,7 +228,8 @@ class Wires:
 
     @contextlib.contextmanager
     def open(self, settings: LaneSettings) -> Iterator[WireEnds]:
-        pairs = [form_pair(settings.reply_s) for _ in range(settings.num_shards)]
+        shared = shared_bytes(settings.layout) if self.shares else 0
+        pairs = [form_pair(settings.reply_s, shared) for _ in range(settings.num_shards)]
         try:
             exchange, ports = self.ends([worker for worker, _ in pairs], [shard for _, shard in pairs], settings)
             yield WireEnds([worker for worker, _ in pairs], ByShard(exchange), ports)
@@ -244,12 +248,18 @@ class Wires:
         )
 
 
-def form_pair(transfer_s: float) -> tuple[Wire, Wire]:
-    """Both ends of a new wire, in this process."""
+def form_pair(transfer_s: float, shared: int = 0) -> tuple[Wire, Wire]:
+    """Both ends of a new wire, in this process.
+
+    Args:
+        shared: bytes of memory for both.
+    """
     name = uuid.uuid4().hex
     # Each has a thread while they connect, as they wait for each other.
     with ThreadPoolExecutor(2) as pool:
-        ends = [pool.submit(Wire.join, _store(rank), name, rank, HOST, CONNECT_S, transfer_s) for rank in range(2)]
+        ends = [
+            pool.submit(Wire.join, _store(rank), name, rank, HOST, CONNECT_S, transfer_s, shared) for rank in range(2)
+        ]
         return ends[0].result(), ends[1].result()
 
 

@@ -53,6 +53,10 @@ class TestWireLane(ExchangeConformance):
     implementation = Wires()
 
 
+class TestSharedMemoryLane(ExchangeConformance):
+    implementation = Wires(shares=True)
+
+
 def test_a_reply_of_another_epoch_is_recognised() -> None:
     layout = layout_of()
     ends = form_pair(PATIENT_S)

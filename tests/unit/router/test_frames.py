@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from octet.errors import LaneError, RequestLimitError, WrongEpochError
 from octet.ids import Epoch
 from router.exchange import ExpertRows
-from router.frames import HEADER_BYTES, FrameBuffer, FrameLayout, Header, Kind, new_frames
+from router.frames import GIVES_WAY, HEADER_BYTES, SHARED, FrameBuffer, FrameLayout, Header, Kind, new_frames
 from router.frames_cpu import add_reply, send_call, send_reply
 
 EPOCH = Epoch(3)
@@ -48,9 +48,10 @@ def rows_of(num_rows: int, layout: FrameLayout) -> ExpertRows:
     num_rows=_int63,
     payload_bytes=_int63,
     gives_way=st.booleans(),
+    shared=st.booleans(),
 )
 def test_a_header_is_read_as_it_was_written(
-    kind: Kind, epoch: int, sequence: int, layer: int, num_rows: int, payload_bytes: int, gives_way: bool
+    kind: Kind, epoch: int, sequence: int, layer: int, num_rows: int, payload_bytes: int, gives_way: bool, shared: bool
 ) -> None:
     written = Header(
         kind=kind,
@@ -60,6 +61,7 @@ def test_a_header_is_read_as_it_was_written(
         num_rows=num_rows,
         payload_bytes=payload_bytes,
         gives_way=gives_way,
+        shared=shared,
     )
     buffer = torch.empty(HEADER_BYTES, dtype=torch.uint8)
     written.write(buffer)
@@ -72,8 +74,8 @@ def test_bytes_of_something_else_are_no_frame(data: bytes) -> None:
         Header.read(torch.tensor(list(data), dtype=torch.uint8), EPOCH)
 
 
-@pytest.mark.parametrize(("field", "value"), [(1, max(Kind) + 1), (7, 2), (7, -1)], ids=["kind", "way", "way"])
-def test_an_unknown_kind_or_way_is_no_frame(field: int, value: int) -> None:
+@pytest.mark.parametrize(("field", "value"), [(1, max(Kind) + 1), (7, 4), (7, -1)], ids=["kind", "flag", "flag"])
+def test_an_unknown_kind_or_flag_is_no_frame(field: int, value: int) -> None:
     buffer = torch.empty(HEADER_BYTES, dtype=torch.uint8)
     Header(kind=Kind.CALL, epoch=EPOCH).write(buffer)
     buffer.view(torch.int64)[field] = value
@@ -112,9 +114,10 @@ def test_a_call_is_read_as_it_was_sent(
     rows, chosen = rows_of(num_rows, layout), torch.randperm(num_rows)
     x_TW = rows.x_UH[chosen.argsort()].view(torch.int32)
     arrays = (part.numpy() for part in (x_TW, chosen, rows.slots_UK, rows.weights_UK))
-    gives_way = data.draw(st.booleans())
-    sent = send_call(wire[0].fileno(), new_frames(layout, 1)[0], EPOCH, 5, 2, int(gives_way), *arrays)
-    assert sent == layout.call_bytes(num_rows)
+    gives_way, shared = data.draw(st.booleans()), data.draw(st.booleans())
+    flags, (frame,) = GIVES_WAY * gives_way + SHARED * shared, new_frames(layout, 1)
+    sent = send_call(wire[0].fileno(), frame, EPOCH, 5, 2, flags, *arrays)
+    assert sent == (HEADER_BYTES if shared else layout.call_bytes(num_rows))
     buffer = received(wire, sent, layout)
     assert Header.read(buffer.memory, EPOCH) == Header(
         kind=Kind.CALL,
@@ -124,8 +127,9 @@ def test_a_call_is_read_as_it_was_sent(
         num_rows=num_rows,
         payload_bytes=sent - HEADER_BYTES,
         gives_way=gives_way,
+        shared=shared,
     )
-    got = buffer.rows(num_rows)
+    got = (FrameBuffer(layout, frame) if shared else buffer).rows(num_rows)
     assert torch.equal(got.x_UH, rows.x_UH)
     assert torch.equal(got.slots_UK, rows.slots_UK)
     assert torch.equal(got.weights_UK, rows.weights_UK)
@@ -153,21 +157,22 @@ def test_more_rows_than_a_frame_takes_are_refused() -> None:
         layout.check(5)
 
 
+_NOTHING = np.empty(0, np.int32)
 _layout = FrameLayout(hidden_size=8, experts_per_token=2, max_rows=16, dtype=torch.float32)
 
 
-@given(st.integers(0, 9))
-def test_a_reply_is_added_to_its_tokens(wire: tuple[socket.socket, socket.socket], num_rows: int) -> None:
+@given(num_rows=st.integers(0, 9), shared=st.booleans())
+def test_a_reply_is_added_to_its_tokens(wire: tuple[socket.socket, socket.socket], num_rows: int, shared: bool) -> None:
     (words,) = new_frames(_layout, 1)
     reply_UH, y_TH = torch.randn(num_rows, 8), torch.randn(12, 8)
     FrameBuffer(_layout, words).reply(num_rows).copy_(reply_UH)
-    size = _layout.reply_bytes(num_rows)
-    sent = send_reply(wire[0].fileno(), words, Kind.REPLY.value, EPOCH, 5, 2, num_rows, size)
+    size = HEADER_BYTES if shared else _layout.reply_bytes(num_rows)
+    sent = send_reply(wire[0].fileno(), words, Kind.REPLY.value, EPOCH, 5, 2, num_rows, size, SHARED * shared)
     rows_U = torch.randperm(12)[:num_rows]
     expected_TH = y_TH.index_add(0, rows_U, reply_UH)
     (arrived,) = new_frames(_layout, 1)
     assert wire[1].recv_into(arrived.view(np.uint8).data, sent, socket.MSG_WAITALL) == sent == size
-    assert add_reply(arrived, EPOCH, 5, rows_U.numpy(), y_TH.numpy())
+    assert add_reply(arrived, words if shared else _NOTHING, EPOCH, 5, rows_U.numpy(), y_TH.numpy())
     assert torch.equal(y_TH, expected_TH)
 
 
@@ -179,10 +184,20 @@ def test_nothing_is_added_of_what_is_no_reply_to_the_call(field: str) -> None:
     wrong = {"kind": Kind.REFUSAL}.get(field, getattr(reply, field) + 1)
     memory, y_TH, rows_U = FrameBuffer(_layout, words).memory, torch.zeros(4, 8), torch.arange(3)
     dataclasses.replace(reply, **{field: wrong}).write(memory)
-    assert not add_reply(words, EPOCH, 5, rows_U.numpy(), y_TH.numpy())
+    assert not add_reply(words, _NOTHING, EPOCH, 5, rows_U.numpy(), y_TH.numpy())
     assert not y_TH.any()
     reply.write(memory)
-    assert add_reply(words, EPOCH, 5, rows_U.numpy(), y_TH.numpy())
+    assert add_reply(words, _NOTHING, EPOCH, 5, rows_U.numpy(), y_TH.numpy())
+
+
+@pytest.mark.parametrize(("payload_bytes", "room"), [(3 * 8 * 4, 1000), (0, 0), (0, 16 + 3 * 8 - 1)])
+def test_nothing_is_added_of_a_reply_that_is_not_where_it_says(payload_bytes: int, room: int) -> None:
+    (words,) = new_frames(_layout, 1)
+    reply = Header(kind=Kind.REPLY, epoch=EPOCH, sequence=5, num_rows=3, payload_bytes=payload_bytes, shared=True)
+    reply.write(FrameBuffer(_layout, words).memory)
+    y_TH, rows_U = torch.zeros(4, 8), torch.arange(3)
+    assert not add_reply(words, np.ones(room, np.int32), EPOCH, 5, rows_U.numpy(), y_TH.numpy())
+    assert not y_TH.any()
 
 
 _fields = st.integers(-(2**63), 2**63 - 1) | st.integers(-2, 200)

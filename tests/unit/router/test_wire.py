@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import socket
 import struct
@@ -23,7 +24,7 @@ from ops.chaos.observe import num_ports
 from router.frames import MAGIC, FrameLayout, new_frames
 from router.group_store import GroupStore
 from router.handshake import GUEST_SIDE, HOST_SIDE
-from router.lane import LaneExchange, LanePort, Link
+from router.lane import LaneExchange, LanePort, Link, shared_bytes
 from router.plan import PlanByShard, ShardPlan
 from router.wire import Wire
 from tests.exchange_conformance import CONNECT_S, EPOCH, HOST, MARGIN_S, PATIENT_S, SECRET, form_pair, next_call, within
@@ -251,6 +252,39 @@ def test_a_call_of_other_rows_than_agreed_on_is_refused() -> None:
         LanePort(shard, wide, Epoch(EPOCH), PATIENT_S).receive()
 
 
+@pytest.mark.parametrize("shares", [False, True])
+def test_of_rows_in_shared_memory_the_header_alone_is_sent(shares: bool) -> None:
+    layout = FrameLayout(hidden_size=8, experts_per_token=2, max_rows=4, dtype=torch.float32)
+    worker, shard = form_pair(PATIENT_S, shared_bytes(layout) if shares else 0)
+    LaneExchange([Link(worker, layout, EPOCH)]).send(0, torch.zeros(4, 8), PlanByShard((_everything(layout),)))
+    assert len(os.read(shard.fd, 4096)) == (64 if shares else 64 + 4 * (8 + 2 * 2) * 4)
+
+
+@pytest.mark.parametrize("num_rows", [3, 5])
+def test_a_call_whose_rows_are_said_to_be_in_memory_that_is_not_shared_is_refused(num_rows: int) -> None:
+    layout = FrameLayout(hidden_size=8, experts_per_token=2, max_rows=4, dtype=torch.float32)
+    header = _frame((MAGIC, 1, EPOCH, 0, 0, num_rows, 0, 2), b"")
+    with hearing(header, HOST, PATIENT_S) as wire, pytest.raises(LaneError, match=r"not a call: .* in shared memory"):
+        LanePort(wire, layout, EPOCH, PATIENT_S).receive()
+    shared = mmap.mmap(-1, shared_bytes(layout))
+    with hearing(header, HOST, PATIENT_S, shared) as wire:
+        port = LanePort(wire, layout, EPOCH, PATIENT_S)
+        if num_rows <= layout.max_rows:
+            assert next_call(port).rows.x_UH.shape == (num_rows, 8)
+            return
+        with pytest.raises(LaneError, match=f"not a call: a CALL of {num_rows} rows"):
+            port.receive()
+
+
+def test_memory_of_another_size_than_the_frames_is_refused() -> None:
+    layout = FrameLayout(hidden_size=8, experts_per_token=2, max_rows=4, dtype=torch.float32)
+    for end in form_pair(PATIENT_S, shared_bytes(layout) + 64):
+        with pytest.raises(LaneError, match="bytes of shared memory, expected"):
+            Link(end, layout, EPOCH)
+        with pytest.raises(LaneError, match="bytes of shared memory, expected"):
+            LanePort(end, layout, EPOCH, PATIENT_S)
+
+
 def test_frames_begin_where_their_header_may() -> None:
     frames = new_frames(FrameLayout(hidden_size=3, experts_per_token=1, max_rows=1, dtype=torch.float32), 3)
     assert all(frame.ctypes.data % 8 == frames.ctypes.data % 8 for frame in frames)
@@ -282,17 +316,23 @@ def _frame(header: tuple[int, ...], payload: bytes) -> bytes:
 
 
 _numbers = st.integers(-(2**63), 2**63 - 1) | st.integers(-2, 300)
-_headers = st.tuples(st.just(MAGIC), st.integers(0, 8), st.just(EPOCH), *[_numbers] * 4, st.just(0))
+_headers = st.tuples(st.just(MAGIC), st.integers(0, 8), st.just(EPOCH), *[_numbers] * 4, st.integers(0, 4))
 _anything = st.binary(max_size=300) | st.builds(_frame, _headers, st.binary(max_size=300))
 
 
-@given(sent=_anything, to_shard=st.booleans(), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+@given(
+    sent=_anything,
+    to_shard=st.booleans(),
+    shares=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
 def test_whatever_comes_over_a_wire_is_a_frame_or_a_typed_error(
-    sent: bytes, to_shard: bool, dtype: torch.dtype
+    sent: bytes, to_shard: bool, shares: bool, dtype: torch.dtype
 ) -> None:
     """Raw bytes, and headers of every kind with any numbers in them: neither end fails otherwise, or waits."""
     layout = FrameLayout(hidden_size=8, experts_per_token=2, max_rows=3, dtype=dtype)
-    with hearing(sent, HOST, PATIENT_S) as wire:
+    shared = mmap.mmap(-1, shared_bytes(layout)) if shares else None
+    with hearing(sent, HOST, PATIENT_S, shared) as wire:
         with contextlib.suppress(LaneError, ExpertMissingError, WrongEpochError):
             if to_shard:
                 call = LanePort(wire, layout, EPOCH, PATIENT_S).receive()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import socket
 from collections.abc import Iterator
 
@@ -10,10 +11,10 @@ from router.wire import Wire
 
 
 @contextlib.contextmanager
-def hearing(sent: bytes, host: str, timeout_s: float) -> Iterator[Wire]:
+def hearing(sent: bytes, host: str, timeout_s: float, shared: mmap.mmap | None = None) -> Iterator[Wire]:
     with socket.create_server((host, 0)) as listener:
         other = socket.create_connection(listener.getsockname())
-        wire = Wire(listener.accept()[0], timeout_s)
+        wire = Wire(listener.accept()[0], timeout_s, shared)
     with other:
         other.sendall(sent)
         other.shutdown(socket.SHUT_WR)
