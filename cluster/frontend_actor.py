@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import pathlib
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -22,6 +23,9 @@ from model.tokenizer import Tokenizer
 from octet import faults
 from octet.ids import WorkerId
 from octet.mailbox import AsyncMailbox
+
+_MIDDLE_COLLECTIONS = 100
+"""Between two of all objects."""
 
 
 class FrontendActor(FaultCalls):
@@ -59,6 +63,7 @@ class FrontendActor(FaultCalls):
     ) -> None:
         """See `Frontend.serve`."""
         self._frontend.serve(prefill, decode, draining)
+        _settle_garbage()
         self._serves = True
         await self._server.set_serving(True)
 
@@ -92,3 +97,15 @@ class FrontendActor(FaultCalls):
     async def stop(self) -> None:
         await self._server.stop(grace_s=2.0)
         self._frontend.close()
+
+
+def _settle_garbage() -> None:
+    """Look for garbage among what comes from now on, and seldom among all of it.
+
+    Modules, which stay, are nine tenths of the objects here: a collection that looks at all of them took 0.12 s, every
+    other second under load, in which no stream was told anything and no call refused.
+    """
+    gc.collect()
+    gc.freeze()
+    youngest, middle, _ = gc.get_threshold()
+    gc.set_threshold(youngest, middle, _MIDDLE_COLLECTIONS)

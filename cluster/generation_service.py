@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 
 from cluster.chunks import concatenate, to_chunk
@@ -118,7 +119,8 @@ class GenerationService(rpc.GenerationServicer):
                     raise SlowReaderError(
                         f"the client took nothing for {self._max_stall_s:g} s (frontend.max_stall_s)"
                     ) from None
-                pace.note(now_s() - begun_s, self._frontend.num_live)
+                ended_s = now_s()
+                pace.note(ended_s - begun_s, self._frontend.num_live, ended_s, time.thread_time())
                 if pace.rest_s:
                     await asyncio.sleep(pace.rest_s)
 

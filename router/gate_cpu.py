@@ -24,6 +24,28 @@ def _largest(values: Any, taken: Any, first: Any, last: Any) -> Any:
     return best
 
 
+@inner  # type: ignore[untyped-decorator]
+def _keep_largest(values: Any, numbers: Any, row: Any) -> None:
+    """Which of the values are the largest, best first, in one pass: few are better than those kept already.
+
+    Args:
+        numbers: `[T, K]`, of which one row is written.
+    """
+    count, top_k = 0, numbers.shape[1]
+    for i in range(values.shape[0]):
+        value, at = values[i], count
+        if count < top_k:
+            count += 1
+        elif value > values[numbers[row, top_k - 1]]:
+            at = top_k - 1
+        else:
+            continue
+        while at > 0 and value > values[numbers[row, at - 1]]:
+            numbers[row, at] = numbers[row, at - 1]
+            at -= 1
+        numbers[row, at] = i
+
+
 @declare("void(f4[:,::1], f4[::1], i8, i8, b1, f4, i8[:,::1], f4[:,::1])")  # type: ignore[untyped-decorator]
 def choose(
     scores: Any, bias: Any, n_group: Any, topk_group: Any, normalise: Any, factor: Any, expert_ids: Any, weights: Any
@@ -39,7 +61,7 @@ def choose(
     """
     num_tokens, num_experts = scores.shape
     top_k, group_size = expert_ids.shape[1], num_experts // n_group
-    choice, taken = np.empty(num_experts, np.float32), np.empty(num_experts, np.bool_)
+    choice, taken = np.empty(num_experts, np.float32), np.zeros(num_experts, np.bool_)
     group_scores, group_taken = np.empty(n_group, np.float32), np.empty(n_group, np.bool_)
     for token in range(num_tokens):
         for expert in range(num_experts):
@@ -47,7 +69,6 @@ def choose(
             score = np.float32(1) / (np.float32(1) + exp(min(-scores[token, expert], np.float32(87))))
             scores[token, expert] = score
             choice[expert] = score + bias[expert]
-        taken[:] = False
         if topk_group < n_group:
             for group in range(n_group):
                 first, last = group * group_size, (group + 1) * group_size
@@ -62,12 +83,11 @@ def choose(
             for group in range(n_group):
                 if not group_taken[group]:
                     choice[group * group_size : (group + 1) * group_size] = -np.inf
+        _keep_largest(choice, expert_ids, token)
         total = np.float32(0)
         for k in range(top_k):
-            expert = _largest(choice, taken, 0, num_experts)
-            taken[expert] = True
-            expert_ids[token, k], weights[token, k] = expert, scores[token, expert]
-            total += scores[token, expert]
+            weights[token, k] = scores[token, expert_ids[token, k]]
+            total += weights[token, k]
         divisor = total + np.float32(1e-20) if normalise else np.float32(1)
         for k in range(top_k):
             weights[token, k] = weights[token, k] / divisor * factor
