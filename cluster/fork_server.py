@@ -41,7 +41,7 @@ PRELOADED = (
     "cluster.shard_worker",
     "cluster.router_actor",
     "experts.grouped_cpu",
-    "model.decode_layers",
+    "model.compiled_layers",
     "router.frames_cpu",
     "router.gate_cpu",
     "router.plan_cpu",

@@ -25,7 +25,7 @@ from model.rotary import RotaryEmbedding
 from model.weights import AttentionWeights, LayerWeights
 
 if TYPE_CHECKING:
-    from model.decode_layers import DecodeLayers
+    from model.compiled_layers import CompiledLayers
 
 _Pending = TypeVar("_Pending")
 
@@ -53,9 +53,9 @@ class Transformer:
         self._config, self._weights, self._cache = config, weights, cache
         self._rotary = RotaryEmbedding(config, max_model_len, weights.norm.device)
         self._attend = Attention(config, cache, self._rotary)
-        self._decode_layers: DecodeLayers | None = None
+        self._compiled: CompiledLayers | None = None
         if packs(cache.dtype, cache.device):
-            self._decode_layers = decode_layers().DecodeLayers(config, cache)
+            self._compiled = compiled_layers().CompiledLayers(config, cache)
 
     @torch.inference_mode()
     def forward(
@@ -89,8 +89,8 @@ class Transformer:
     ) -> Generator[None, None, torch.Tensor]:
         """These decoder layers, with their numbers, over one batch; yields while each layer's rows are away."""
         cos_sin = self._rotary.at(batch.positions_T, x_TH.dtype)
-        if self._decode_layers is not None and not batch.prefill:
-            yield from self._decode(self._decode_layers, x_TH, cos_sin, layers, batch, routed)
+        if self._compiled is not None:
+            yield from self._run_compiled(self._compiled, x_TH, cos_sin, layers, batch, routed)
             return x_TH
         for index, layer in layers:
             h_TH = self.norm(x_TH, layer.input_norm)
@@ -130,25 +130,25 @@ class Transformer:
         return x_WH
 
     @staticmethod
-    def _decode(
-        compiled: DecodeLayers,
+    def _run_compiled(
+        compiled: CompiledLayers,
         x_TH: torch.Tensor,
         cos_sin: tuple[torch.Tensor, torch.Tensor],
         layers: Iterable[tuple[int, LayerWeights]],
         batch: Batch,
         routed: RoutedLayer[_Pending],
     ) -> Generator[None, None, None]:
-        """The same for tokens that attend one by one, in fewer and compiled calls. Changes `x_TH` in place."""
-        decode = compiled.begin(x_TH, batch, cos_sin)
+        """The same in fewer and compiled calls. Changes `x_TH` in place."""
+        current = compiled.begin(x_TH, batch, cos_sin)
         for index, layer in layers:
-            decode.attend(index, layer)
+            current.attend(index, layer)
             if layer.gate is None:
-                decode.feed_forward(index, layer)
+                current.feed_forward(index, layer)
             else:
-                pending = routed.dispatch(index, decode.h_TH)
-                decode.share(index, layer)
+                pending = routed.dispatch(index, current.h_TH)
+                current.share(index, layer)
                 yield
-                decode.add_experts(routed.combine(pending))
+                current.add_experts(routed.combine(pending))
 
     def write_kv(self, x_TH: torch.Tensor, index: int, layer: LayerWeights, batch: Batch) -> None:
         """Only what a decoder layer leaves in the cache."""
@@ -165,8 +165,8 @@ class Transformer:
     @torch.inference_mode()
     def logits(self, hidden_TH: torch.Tensor) -> torch.Tensor:
         """`[T, V]` in fp32."""
-        if self._decode_layers is not None and isinstance(self._weights.lm_head, PackedMatrix):
-            return self._decode_layers.project(hidden_TH, self._weights.lm_head)
+        if self._compiled is not None and isinstance(self._weights.lm_head, PackedMatrix):
+            return self._compiled.project(hidden_TH, self._weights.lm_head)
         return linear(hidden_TH, self._weights.lm_head).float()
 
     def norm(self, x_TH: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -192,6 +192,6 @@ def take_turns(
 
 
 @functools.cache
-def decode_layers() -> ModuleType:
+def compiled_layers() -> ModuleType:
     # Imported here, so that GPU workers do without numba.
-    return importlib.import_module("model.decode_layers")
+    return importlib.import_module("model.compiled_layers")

@@ -32,7 +32,7 @@ class Probe:
     part: str
 
 
-_ATTEND = ("model.decode_layers:DecodePass", "attend", "attention_half")
+_ATTEND = ("model.compiled_layers:DecodePass", "attend", "attention_half")
 _STAGE_PARTS = {"norm": "norm", "linear": "attention_linear", "cache": "attention", "attention": "attention"}
 """What a decode layer's first half is charged to, stage by stage: it is one compiled call."""
 
@@ -41,11 +41,15 @@ PROBES = (
     Probe("model.attention:Attention", "_prepare", "attention"),
     Probe("model.attention:Attention", "_decode", "attention"),
     Probe("model.attention:Attention", "_prefill", "attention"),
-    Probe("model.prefill_cpu", "prefill_attention", "attention"),
+    Probe("model.compiled_layers:PrefillPass", "_by_rows", "attention_linear"),
+    Probe("model.compiled_layers:PrefillPass", "_attend_to_pages", "attention"),
+    Probe("model.compiled_layers:PrefillPass", "feed_forward", "mlp_linear"),
+    Probe("model.compiled_layers:PrefillPass", "share", "mlp_linear"),
+    Probe("model.compiled_layers:PrefillPass", "add_experts", "combine"),
     Probe(*_ATTEND),
-    Probe("model.decode_layers:DecodePass", "feed_forward", "mlp_linear"),
-    Probe("model.decode_layers:DecodePass", "share", "mlp_linear"),
-    Probe("model.decode_layers:DecodePass", "add_experts", "combine"),
+    Probe("model.compiled_layers:DecodePass", "feed_forward", "mlp_linear"),
+    Probe("model.compiled_layers:DecodePass", "share", "mlp_linear"),
+    Probe("model.compiled_layers:DecodePass", "add_experts", "combine"),
     Probe("model.transformer:Transformer", "norm", "norm"),
     Probe("model.transformer", "swiglu", "mlp_linear"),
     Probe("model.transformer:Transformer", "logits", "head_linear"),

@@ -1,4 +1,4 @@
-"""Compiled decode layers against the operators that prefill uses: the same bits, whatever shares the work."""
+"""Compiled layers against the operators that they are made of: the same bits, whatever shares the work."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from tests.unit.model.subject import MODELS, NUM_PAGES, PAGE, Scaled, Subject, b
 
 
 def by_operators(subject: Subject) -> torch.Tensor:
-    """As a batch that also holds a prompt is computed."""
+    """One by one."""
     transformer = subject.transformer
-    transformer._decode_layers = None
+    transformer._compiled = None
     return transformer.forward([subject.batch], Scaled())[0]
 
 
@@ -27,23 +27,34 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
 
 
+ONE, MANY = ((1, 0),), ((1, 30), (1, 4), (1, 16), (1, 0), (1, 7), (1, 39), (1, 2), (1, 2), (1, 21))
+PROMPT, PROMPTS = ((19, 0),), ((2, 0), (37, 3), (1, 8), (12, 0), (25, 11), (1, 0))
+"""Tokens and the position of the first, by sequence. Single tokens are decoded, others are prompts."""
+
+
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
-@pytest.mark.parametrize("lengths", [(1,), (9, 2), (31, 5, 17, 1, 8, 40, 3, 3, 22)], ids=["one", "two", "many"])
+@pytest.mark.parametrize("sequences", [ONE, MANY, PROMPT, PROMPTS], ids=["one", "many", "prompt", "prompts_and_tokens"])
 @pytest.mark.parametrize("model", MODELS)
 def test_hidden_states_and_cache_equal_those_of_the_operators_bit_for_bit(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, model: str, lengths: tuple[int, ...], num_threads: int
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    model: str,
+    sequences: tuple[tuple[int, int], ...],
+    num_threads: int,
 ) -> None:
     pool = PagePool(NUM_PAGES, PAGE)
     spans = []
-    for length in lengths:
-        pages = pool.allocate(pool.pages_for(length))
+    for num_tokens, start in sequences:
+        pages = pool.allocate(pool.pages_for(start + num_tokens))
         assert pages is not None
-        spans.append(Span(token_ids=[random.randrange(90)], start=length - 1, pages=pages))
+        spans.append(Span(token_ids=random.choices(range(90), k=num_tokens), start=start, pages=pages))
+    # As small as the subject is, a part would be worth nothing.
+    monkeypatch.setattr("model.threads._PART_OPERATIONS", 1)
     with monkeypatch.context() as threads:
         threads.setattr(torch, "get_num_threads", lambda: num_threads)
         subject = build(tmp_path, model, spans, pool)
-    kv = subject.cache.export_pages(range(NUM_PAGES))
-    found = subject.transformer.forward([subject.batch], Scaled())[0]
+        kv = subject.cache.export_pages(range(NUM_PAGES))
+        found = subject.transformer.forward([subject.batch], Scaled())[0]
     found_kv = subject.cache.export_pages(range(NUM_PAGES))
     assert not torch.equal(found_kv, kv)
     subject.cache.import_pages(range(NUM_PAGES), kv)

@@ -1,29 +1,39 @@
-"""Decoder layers over single tokens on an fp32 CPU: `model.layer_cpu` with its arrays made ready.
+"""Decoder layers on an fp32 CPU: compiled calls with their arrays made ready.
+
+Between calls there is Python of a few lines. `DecodePass` is for tokens that attend one by one (`model.layer_cpu`),
+`PrefillPass` for batches with prompts (`model.chunk_cpu` and `model.prefill_cpu`).
 
 Shapes: `T` tokens, `H` hidden, `Q` and `N` query and KV heads, `D` head dim, `I` intermediate, `C` columns.
 """
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from model import layer_cpu
+from model import chunk_cpu, layer_cpu
 from model.batch import Batch
 from model.config import ModelConfig
+from model.fused_cpu import decode_attention
 from model.kv_cache import KvCache
-from model.linear import PANEL, Matrix, PackedMatrix
-from model.linear_cpu import swiglu
+from model.linear import PANEL, Matrix, PackedMatrix, swiglu
+from model.linear_cpu import swiglu as swiglu_cpu
+from model.prefill_cpu import prefill_attention
 from model.team_cpu import Team
-from model.threads import num_threads
+from model.threads import in_parts, num_threads
+from model.tiles_cpu import MAX_ROWS
 from model.weights import LayerWeights
 
 _Array = npt.NDArray[np.float32]
 _NOTHING: _Array = np.empty(0, np.float32)
+_MANY_ROWS, _PARTS, _FEW_PARTS = 512, 4, 2
+"""Of a prompt's rows, and what a thread takes of them."""
 
 
-class DecodeLayers:
+class CompiledLayers:
     """Computes with as many threads as torch had when it was made. Belongs to one thread."""
 
     def __init__(self, config: ModelConfig, cache: KvCache) -> None:
@@ -37,8 +47,14 @@ class DecodeLayers:
             self._layers[index] = _LayerArrays(weights, self.cache.of_layer(index))
         return self._layers[index]
 
-    def begin(self, x_TH: torch.Tensor, batch: Batch, cos_sin_TR: tuple[torch.Tensor, torch.Tensor]) -> DecodePass:
-        return DecodePass(self, x_TH, batch, cos_sin_TR)
+    def begin(
+        self, x_TH: torch.Tensor, batch: Batch, cos_sin_TR: tuple[torch.Tensor, torch.Tensor]
+    ) -> DecodePass | PrefillPass:
+        """
+        Args:
+            x_TH: changed in place by every layer.
+        """
+        return (PrefillPass if batch.prefill else DecodePass)(self, x_TH, batch, cos_sin_TR)
 
     def project(self, x_TH: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:
         """`[T, C]`."""
@@ -70,12 +86,8 @@ class DecodePass:
     """Some layers over one batch, all of whose tokens attend one by one."""
 
     def __init__(
-        self, layers: DecodeLayers, x_TH: torch.Tensor, batch: Batch, cos_sin_TR: tuple[torch.Tensor, torch.Tensor]
+        self, layers: CompiledLayers, x_TH: torch.Tensor, batch: Batch, cos_sin_TR: tuple[torch.Tensor, torch.Tensor]
     ) -> None:
-        """
-        Args:
-            x_TH: changed in place by every layer.
-        """
         assert batch.decode is not None, "every token attends on its own"
         self._layers, self._x = layers, x_TH.numpy()
         config, num_tokens = layers.config, len(x_TH)
@@ -124,10 +136,72 @@ class DecodePass:
 
     def share(self, index: int, weights: LayerWeights) -> None:
         """The shared expert, by this thread alone: the experts are at work meanwhile."""
-        swiglu(self._h, *self._layers.layer(index, weights).mlp, self._shared)
+        swiglu_cpu(self._h, *self._layers.layer(index, weights).mlp, self._shared)
 
     def add_experts(self, routed_TH: torch.Tensor) -> None:
         layer_cpu.add_experts(self._x, routed_TH.numpy(), self._shared)
+
+
+class PrefillPass:
+    """Some layers over one batch that has prompts, and perhaps tokens that attend one by one before them."""
+
+    def __init__(
+        self, layers: CompiledLayers, x_TH: torch.Tensor, batch: Batch, cos_sin_TR: tuple[torch.Tensor, torch.Tensor]
+    ) -> None:
+        self._layers, self._x, self._batch = layers, x_TH.numpy(), batch
+        config = layers.config
+        self._rotary = tuple(part.numpy() for part in cos_sin_TR)
+        self._slots = batch.kv_slots_T.numpy()
+        self.h_TH = torch.empty_like(x_TH)
+        """The normalised input of the layer's feed-forward or experts."""
+        self._h = self.h_TH.numpy()
+        self._q_TQD = torch.empty(len(x_TH), config.num_attention_heads, config.head_dim)
+        self._out_TQD = torch.empty_like(self._q_TQD)
+        self._q, self._attended = self._q_TQD.numpy(), self._out_TQD.flatten(1).numpy()
+        self._shared_TH = self.h_TH
+
+    def attend(self, index: int, weights: LayerWeights) -> None:
+        """The residual stream up to the layer's second half, and `h_TH`."""
+        layers = self._layers
+        layer = layers.layer(index, weights)
+        norm, qkv, bias, q_norm, k_norm, o, output_norm = layer.norms_and_projections
+        project = functools.partial(chunk_cpu.project, self._x, layers.eps, norm, qkv, bias, q_norm, k_norm)
+        self._by_rows(functools.partial(project, *self._rotary, self._slots, *layer.caches, self._q), qkv.size)
+        self._attend_to_pages(index)
+        close = functools.partial(chunk_cpu.close, self._attended, o, self._x, layers.eps, output_norm, self._h)
+        self._by_rows(close, o.size)
+
+    def feed_forward(self, index: int, weights: LayerWeights) -> None:
+        """A dense layer's second half."""
+        self._x += swiglu(self.h_TH, weights.mlp).numpy()
+
+    def share(self, index: int, weights: LayerWeights) -> None:
+        """The shared expert, while the experts are at work."""
+        self._shared_TH = swiglu(self.h_TH, weights.mlp)
+
+    def add_experts(self, routed_TH: torch.Tensor) -> None:
+        layer_cpu.add_experts(self._x, routed_TH.numpy(), self._shared_TH.numpy())
+
+    def _attend_to_pages(self, index: int) -> None:
+        batch, cache, scale = self._batch, self._layers.cache, float(self._layers.scale)
+        caches, page_size = cache.of_layer(index), cache.page_size
+        if (spans := batch.decode) is not None:
+            rows = slice(len(spans.lengths_B))
+            self._out_TQD[rows] = decode_attention(
+                self._q_TQD[rows], *caches, spans.pages_BP, spans.lengths_B, page_size, scale
+            )
+        assert batch.prefill_table is not None, "a batch on a CPU has one"
+        prefill_attention(self._q_TQD, *caches, batch.kv_slots_T, batch.prefill_table, page_size, scale, self._out_TQD)
+
+    def _by_rows(self, work: functools.partial[None], num_weights: int) -> None:
+        """Whole tiles of rows; each part reads all weights, so that few rows are few parts."""
+        num_rows = len(self._x)
+
+        def compute(first: int, last: int) -> None:
+            work(first * MAX_ROWS, min(last * MAX_ROWS, num_rows))
+
+        parts = _PARTS if num_rows >= _MANY_ROWS else _FEW_PARTS
+        in_parts(compute, -(-num_rows // MAX_ROWS), 2 * num_rows * num_weights, parts)
 
 
 def _panels(matrix: Matrix) -> _Array:
