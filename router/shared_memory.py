@@ -26,7 +26,11 @@ _YES, _NO = b"\1", b"\0"
 def share(connection: socket.socket, rank: int, size: int, connect_s: float) -> mmap.mmap | None:
     """So many bytes that the other end has too; both call this, right after `router.handshake.meet`.
 
-    None where that cannot be: on another machine, in another container, or on a system without anonymous files.
+    None where that cannot be: if the host has none to offer, in another container, or on a system without anonymous
+    files.
+
+    Args:
+        size: what the host offers, and the guest expects.
 
     Raises: OSError if the other end is gone, or does not answer in time.
     """
@@ -43,8 +47,8 @@ def _offer(connection: socket.socket, size: int, deadline_s: float) -> mmap.mmap
     memory, token = None, secrets.token_bytes(32)
     with contextlib.ExitStack() as until_answered:
         descriptor = -1
-        # Systems but Linux have none.
-        with contextlib.suppress(OSError, AttributeError):
+        # Systems but Linux have no such files; of nothing there is no memory.
+        with contextlib.suppress(OSError, AttributeError, ValueError):
             descriptor = os.memfd_create("octet-lane", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             until_answered.callback(os.close, descriptor)
             os.ftruncate(descriptor, size)

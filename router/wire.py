@@ -20,7 +20,7 @@ from typing import NoReturn
 
 from octet.errors import LaneError, LaneTimeoutError, PeerLostError
 from router.group_store import GroupStore
-from router.handshake import meet
+from router.handshake import GUEST_SIDE, meet
 from router.shared_memory import share
 
 
@@ -56,11 +56,13 @@ class Wire:
         """Connect to the other rank, which joins at the same time. See `router.handshake.meet`.
 
         Args:
-            shared_bytes: of memory for both ends, where they can have any; the same at both.
+            shared_bytes: of memory for both ends, where they are on one machine and can have any; the same at both.
         """
         connection = meet(store, name, rank, host, connect_s)
+        # Hosts that are network namespaces of one machine are told apart as others are.
+        size = shared_bytes if rank == GUEST_SIDE or _within_host(connection) else 0
         try:
-            shared = share(connection, rank, shared_bytes, connect_s) if shared_bytes else None
+            shared = share(connection, rank, size, connect_s) if shared_bytes else None
         except OSError as error:
             connection.close()
             raise LaneTimeoutError(f"wire {name}: rank {rank} was left alone: {error}") from None

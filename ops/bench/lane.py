@@ -1,7 +1,7 @@
 """`octet bench lane`: a dispatch and combine without experts, against gloo's own all-to-all of the same bytes.
 
 Every rank is a process of its own on this machine. A shard answers at once, so what is timed is the way there and back:
-packing, two frames per shard, unpacking.
+packing, two frames per shard, unpacking. Once through sockets alone, and once with the rows in shared memory.
 """
 
 from __future__ import annotations
@@ -21,35 +21,45 @@ from octet.ids import Epoch
 from octet.secret import ClusterSecret
 from router.frames import FrameLayout
 from router.group_store import GroupStore
-from router.lane import SHARD, WORKER, LaneExchange, LanePort, Link
+from router.lane import SHARD, WORKER, LaneExchange, LanePort, Link, shared_bytes
 from router.plan import PlanByShard, ShardPlan
 from router.wire import Wire
 
 _HOST, _WAIT_S, _EPOCH = "127.0.0.1", 30.0, Epoch(1)
 _SECRET = ClusterSecret(bytes(32))
 """Of processes that live as long as the measurement."""
-_LAYOUT = FrameLayout(hidden_size=512, experts_per_token=8, max_rows=128, dtype=torch.float32)
+_LAYOUT = FrameLayout(hidden_size=512, experts_per_token=8, max_rows=1024, dtype=torch.float32)
+_SHARED_BYTES = (0, shared_bytes(_LAYOUT))
 _ROUNDS, _REPEATS = 200, 5
 
 
-def bench_lane(shard_counts: tuple[int, ...] = (1, 2, 4), row_counts: tuple[int, ...] = (1, 8, 32)) -> None:
+def bench_lane(shard_counts: tuple[int, ...] = (1, 2, 4), row_counts: tuple[int, ...] = (1, 8, 32, 1024)) -> None:
     """Medians of five medians of 200 rounds each, in µs, and their ratio."""
     table = Table(box=None, pad_edge=False)
-    for column in ("shards", "rows per shard", "lane µs", "gloo alltoall µs", "alltoall ÷ lane"):
+    columns = (
+        "shards",
+        "rows per shard",
+        "lane, sockets µs",
+        "shared memory µs",
+        "gloo alltoall µs",
+        "alltoall ÷ shared",
+    )
+    for column in columns:
         table.add_column(column, justify="right")
     for num_shards in shard_counts:
-        for num_rows, lane_s, alltoall_s in _measured(num_shards, row_counts):
+        for num_rows, sockets_s, shared_s, alltoall_s in _measured(num_shards, row_counts):
             table.add_row(
                 str(num_shards),
                 str(num_rows),
-                f"{lane_s * 1e6:.0f}",
+                f"{sockets_s * 1e6:.0f}",
+                f"{shared_s * 1e6:.0f}",
                 f"{alltoall_s * 1e6:.0f}",
-                f"{alltoall_s / lane_s:.1f}",
+                f"{alltoall_s / shared_s:.1f}",
             )
     Console(highlight=False).print(table)
 
 
-def _measured(num_shards: int, row_counts: tuple[int, ...]) -> list[tuple[int, float, float]]:
+def _measured(num_shards: int, row_counts: tuple[int, ...]) -> list[tuple[int, float, float, float]]:
     torch.set_num_threads(1)
     store = GroupStore.host(_HOST, _WAIT_S, _SECRET)
     spawn = multiprocessing.get_context("spawn")
@@ -59,24 +69,30 @@ def _measured(num_shards: int, row_counts: tuple[int, ...]) -> list[tuple[int, f
     ]
     for shard in shards:
         shard.start()
-    wires = [Wire.join(store, f"link/{shard}", WORKER, _HOST, _WAIT_S, _WAIT_S) for shard in range(num_shards)]
-    exchange = LaneExchange([Link(wire, _LAYOUT, _EPOCH) for wire in wires])
-    lane_s = [_lane_round(exchange, num_shards, num_rows) for num_rows in row_counts]
-    exchange.close()
+    lane_s = []
+    for shared in _SHARED_BYTES:
+        wires = [_wire(store, shard, WORKER, shared) for shard in range(num_shards)]
+        exchange = LaneExchange([Link(wire, _LAYOUT, _EPOCH) for wire in wires])
+        lane_s.append([_lane_round(exchange, num_shards, num_rows) for num_rows in row_counts])
+        exchange.close()
     group = _gloo(store, 0, num_shards + 1)
     alltoall_s = [_median(_alltoall(group, num_shards + 1, num_rows)) for num_rows in row_counts]
     for shard in shards:
         shard.join(_WAIT_S)
-    return list(zip(row_counts, lane_s, alltoall_s, strict=True))
+    return list(zip(row_counts, *lane_s, alltoall_s, strict=True))
+
+
+def _wire(store: GroupStore, shard: int, rank: int, shared: int) -> Wire:
+    return Wire.join(store, f"link/{shard}/{shared}", rank, _HOST, _WAIT_S, _WAIT_S, shared)
 
 
 def _shard(store: str, rank: int, size: int, row_counts: tuple[int, ...]) -> None:
     torch.set_num_threads(1)
     joined = GroupStore.join(store, _WAIT_S, _SECRET)
-    wire = Wire.join(joined, f"link/{rank - 1}", SHARD, _HOST, _WAIT_S, _WAIT_S)
-    port = LanePort(wire, _LAYOUT, _EPOCH, _WAIT_S)
-    while (call := port.receive()) is not None:
-        port.reply(call, call.rows.x_UH)
+    for shared in _SHARED_BYTES:
+        port = LanePort(_wire(joined, rank - 1, SHARD, shared), _LAYOUT, _EPOCH, _WAIT_S)
+        while (call := port.receive()) is not None:
+            port.reply(call, call.rows.x_UH)
     group = _gloo(joined, rank, size)
     for num_rows in row_counts:
         _median(_alltoall(group, size, num_rows))

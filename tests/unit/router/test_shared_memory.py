@@ -86,7 +86,7 @@ def test_without_such_files_both_ends_do_without(
     assert _num_open() == before
 
 
-@pytest.mark.parametrize("sizes", [(SIZE, SIZE + mmap.PAGESIZE), (SIZE + mmap.PAGESIZE, SIZE)])
+@pytest.mark.parametrize("sizes", [(SIZE, SIZE + mmap.PAGESIZE), (SIZE + mmap.PAGESIZE, SIZE), (0, SIZE)])
 def test_ends_that_want_other_sizes_do_without(
     ends: tuple[socket.socket, socket.socket], sizes: tuple[int, int]
 ) -> None:

@@ -52,6 +52,17 @@ def test_a_wire_knows_whether_its_ends_are_on_one_machine(near: str, within_host
         assert [Wire(end, 1.0).within_host for end in (connection, there)] == [within_host] * 2
 
 
+@pytest.mark.parametrize(("near", "shares"), [("127.0.0.1", True), ("127.0.0.2", False)])
+def test_memory_is_shared_on_one_machine_alone(near: str, shares: bool) -> None:
+    """By its address: hosts that are network namespaces are told apart as machines are."""
+    store = GroupStore.host(HOST, CONNECT_S, SECRET)
+    joined, size = GroupStore.join(store.address, CONNECT_S, SECRET), 4096
+    with ThreadPoolExecutor(1) as pool:
+        host = pool.submit(Wire.join, store, "wire", HOST_SIDE, near, CONNECT_S, PATIENT_S, size)
+        guest = Wire.join(joined, "wire", GUEST_SIDE, HOST, CONNECT_S, PATIENT_S, size)
+        assert [wire.shared is not None for wire in (host.result(), guest)] == [shares] * 2
+
+
 def test_strangers_that_knock_are_turned_away() -> None:
     store = GroupStore.host(HOST, CONNECT_S, SECRET)
     stores = [store, GroupStore.join(store.address, CONNECT_S, SECRET)]
