@@ -52,10 +52,11 @@ def print_figures(machine: Machine, verdicts: Sequence[Verdict], console: Consol
     console.print(table)
     streams = [stream for verdict in verdicts for stream in verdict.history.streams]
     violated = sum(bool(verdict.violations) for verdict in verdicts)
-    quiet = max((quiet_gap_s(verdict.history) for verdict in verdicts), default=0.0)
+    quiet_s, where = max(((quiet_gap_s(v.history), v.history.name) for v in verdicts), default=(0.0, "none"))
     console.print(
         f"{len(verdicts)} schedules, {sum(len(v.history.faults) for v in verdicts)} faults, {len(streams)} streams; "
-        f"{resumed(streams)}; longest gap without a fault {quiet * 1e3:.0f} ms; {violated} schedules with violations"
+        f"{resumed(streams)}; longest gap without a fault {quiet_s * 1e3:.0f} ms ({where}); "
+        f"{violated} schedules with violations"
     )
 
 
@@ -74,6 +75,7 @@ def as_json(machine: Machine, verdicts: Sequence[Verdict]) -> dict[str, Any]:
                 "faults": [dataclasses.asdict(fault) for fault in verdict.history.faults],
                 "streams": len(verdict.history.streams),
                 "resumed": dataclasses.asdict(resumed(verdict.history.streams)),
+                "quiet_gap_s": quiet_gap_s(verdict.history),
                 "no_room": verdict.history.host_lost and verdict.history.after.unplaced > 0,
                 "violations": [dataclasses.asdict(violation) for violation in verdict.violations],
             }
