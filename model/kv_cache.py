@@ -104,8 +104,8 @@ class KvCache:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Zeros whose memory is there: pages that the system has yet to find cost a prefill step a tenth of its time and
-    more, and what cannot be had is told now and not beside running requests."""
+    """Zeros whose memory is there: to find it at the first touch can cost a prefill step a tenth of its time and more,
+    as where a virtual machine's memory is its host's to give."""
     # Numpy asks for huge pages, which torch does not, but has its zeros from calloc, which writes nothing.
     memory = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
     memory.fill(0)

@@ -81,7 +81,7 @@ class KvConfig(ConfigNode):
     """Pages of each prefill worker; null takes as many as fit `memory_gib`."""
     decode_pages: int | None = pydantic.Field(None, ge=1)
     memory_gib: float = pydantic.Field(1.0, gt=0)
-    """Memory of each attention worker's KV pages where their number is not given."""
+    """Memory of each attention worker's KV pages where their number is not given. It is taken at the start."""
 
 
 class PrefillConfig(ConfigNode):
