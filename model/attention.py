@@ -17,7 +17,7 @@ from model.batch import Batch, DecodeSpans, PrefillSpan
 from model.blockwise import attend, merge
 from model.config import ModelConfig
 from model.kv_cache import KvCache
-from model.linear import linear, packs
+from model.linear import linear
 from model.norm import fused_kernels, rms_norm
 from model.rotary import RotaryEmbedding
 from model.weights import LayerWeights
@@ -28,14 +28,12 @@ that a step takes the same memory at the end of a long prompt as at its beginnin
 
 
 class Attention:
-    """One layer's attention, for every layer: writes keys and values, then attends."""
+    """One layer's attention, for every layer: writes keys and values, then attends. Where matrices are packed, only of
+    the last layer; see `model.compiled_layers`."""
 
     def __init__(self, config: ModelConfig, cache: KvCache, rotary: RotaryEmbedding) -> None:
         self._config, self._cache, self._rotary = config, cache, rotary
         self._scale = config.head_dim**-0.5
-        if packs(cache.dtype, cache.device):
-            # Compiled now, or loaded from where it was compiled before, so that no request waits for it.
-            prefill_cpu()
 
     def __call__(
         self,
@@ -55,14 +53,8 @@ class Attention:
             out_TQD = torch.empty_like(q_TQD)
             num_sequences = batch.decode.pages_BP.shape[0]
             out_TQD[:num_sequences] = self._decode(index, q_TQD[:num_sequences], batch.decode)
-        if batch.prefill_table is not None and fused_kernels(q_TQD) is not None:
-            caches, page_size = self._cache.of_layer(index), self._cache.page_size
-            prefill_cpu().prefill_attention(
-                q_TQD, *caches, batch.kv_slots_T, batch.prefill_table, page_size, self._scale, out_TQD
-            )
-        else:
-            for span in batch.prefill:
-                self._prefill(index, q_TQD[span.rows], batch.kv_slots_T[span.rows], span, out_TQD[span.rows])
+        for span in batch.prefill:
+            self._prefill(index, q_TQD[span.rows], batch.kv_slots_T[span.rows], span, out_TQD[span.rows])
         return linear(out_TQD.flatten(1), layer.o)
 
     def of_some(
@@ -156,12 +148,6 @@ class Attention:
             k_SND, v_SND = k_1SND[0, :num_tokens], v_1SND[0, :num_tokens]
             part = merge(part, attend(q_TQD, k_SND, v_SND, causal=False, scale=self._scale))
         out_TQD[:] = part.out_TQD
-
-
-@functools.cache
-def prefill_cpu() -> ModuleType:
-    # Imported here, so that GPU workers do without numba.
-    return importlib.import_module("model.prefill_cpu")
 
 
 @functools.cache
