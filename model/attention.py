@@ -18,7 +18,7 @@ from model.blockwise import attend, merge
 from model.config import ModelConfig
 from model.kv_cache import KvCache
 from model.linear import linear
-from model.norm import fused_kernels, rms_norm
+from model.norm import rms_norm
 from model.rotary import RotaryEmbedding
 from model.weights import LayerWeights
 
@@ -28,8 +28,8 @@ that a step takes the same memory at the end of a long prompt as at its beginnin
 
 
 class Attention:
-    """One layer's attention, for every layer: writes keys and values, then attends. Where matrices are packed, only of
-    the last layer; see `model.compiled_layers`."""
+    """One layer's attention, for every layer: writes keys and values, then attends. Where matrices are packed,
+    `model.compiled_layers` is in its place."""
 
     def __init__(self, config: ModelConfig, cache: KvCache, rotary: RotaryEmbedding) -> None:
         self._config, self._cache, self._rotary = config, cache, rotary
@@ -100,10 +100,6 @@ class Attention:
         config = self._config
         num_q, num_kv, eps = config.num_attention_heads, config.num_key_value_heads, config.rms_norm_eps
         norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
-        if (fused := fused_kernels(qkv_TXD)) is not None:
-            caches = self._cache.of_layer(index)
-            prepared: torch.Tensor = fused.prepare_qkv(qkv_TXD, norms, eps, cos_sin, batch.kv_slots_T, *caches, num_q)
-            return prepared
         q_TQD, k_TND, v_TND = torch.split(qkv_TXD, [num_q, num_kv, num_kv], dim=1)
         if norms is not None:
             q_TQD, k_TND = rms_norm(q_TQD, norms[0], eps), rms_norm(k_TND, norms[1], eps)
@@ -113,12 +109,6 @@ class Attention:
 
     def _decode(self, index: int, q_BQD: torch.Tensor, spans: DecodeSpans) -> torch.Tensor:
         """One query per sequence: the G query heads of a KV head are its rows, so keys are not repeated."""
-        if (fused := fused_kernels(q_BQD)) is not None:
-            caches = self._cache.of_layer(index)
-            out_BQD: torch.Tensor = fused.decode_attention(
-                q_BQD, *caches, spans.pages_BP, spans.lengths_B, self._cache.page_size, self._scale
-            )
-            return out_BQD
         if q_BQD.device.type == "cuda":
             caches = self._cache.of_layer(index)
             return attention_gpu().decode_attention(  # type: ignore[no-any-return]

@@ -1,9 +1,10 @@
 """Decoder layers on an fp32 CPU: compiled calls with their arrays made ready.
 
 Between calls there is Python of a few lines. `DecodePass` is for tokens that attend one by one (`model.layer_cpu`),
-`PrefillPass` for batches with prompts (`model.chunk_cpu` and `model.prefill_cpu`).
+`PrefillPass` for batches with prompts (`model.chunk_cpu` and `model.prefill_cpu`), `WantedPass` for a layer of which
+some rows are wanted only.
 
-Shapes: `T` tokens, `H` hidden, `Q` and `N` query and KV heads, `D` head dim, `I` intermediate, `C` columns.
+Shapes: `T` tokens, of which `W` are wanted, `H` hidden, `Q` and `N` query and KV heads, `D` head dim, `C` columns.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from model.batch import Batch
 from model.config import ModelConfig
 from model.fused_cpu import decode_attention
 from model.kv_cache import KvCache
-from model.linear import PANEL, Matrix, PackedMatrix, swiglu
+from model.linear import PANEL, Matrix, PackedMatrix, linear, swiglu
 from model.linear_cpu import swiglu as swiglu_cpu
 from model.prefill_cpu import prefill_attention
 from model.team_cpu import Team
@@ -56,6 +57,9 @@ class CompiledLayers:
         """
         return (PrefillPass if batch.prefill else DecodePass)(self, x_TH, batch, cos_sin_TR)
 
+    def wanted(self, x_TH: torch.Tensor, batch: Batch, cos_sin_TR: tuple[torch.Tensor, torch.Tensor]) -> WantedPass:
+        return WantedPass(self, x_TH, batch, cos_sin_TR)
+
     def project(self, x_TH: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:
         """`[T, C]`."""
         out_TC = torch.empty(len(x_TH), matrix.num_columns)
@@ -79,7 +83,56 @@ class _LayerArrays:
             weights.post_attention_norm.numpy(),
         )
         self.caches = tuple(cache.numpy() for cache in caches)
+        self.kv, self.num_beside_kv = self._without_queries()
+        """The panels of keys and values with their bias, and how many query heads are among them still."""
         self.mlp = _panels(weights.mlp.gate_up), _panels(weights.mlp.down)
+
+    def _without_queries(self) -> tuple[tuple[_Array, _Array], int]:
+        _, qkv, bias, *_, o, _ = self.norms_and_projections
+        num_columns, dim = o.shape[1], self.caches[0].shape[2]
+        if num_columns % PANEL:
+            # Keys begin in the midst of a panel.
+            return (qkv, bias), num_columns // dim
+        return (qkv[num_columns // PANEL :], bias[num_columns:]), 0
+
+
+class WantedPass:
+    """One layer over a batch, of which some rows are wanted and of the others their keys and values alone."""
+
+    def __init__(
+        self, layers: CompiledLayers, x_TH: torch.Tensor, batch: Batch, cos_sin_TR: tuple[torch.Tensor, torch.Tensor]
+    ) -> None:
+        self._layers, self._x_TH, self._batch = layers, x_TH, batch
+        self._at = *cos_sin_TR, batch.kv_slots_T
+
+    def write_kv(self, index: int, weights: LayerWeights) -> None:
+        """Of all rows."""
+        layers, x = self._layers, self._x_TH.numpy()
+        layer = layers.layer(index, weights)
+        norm, _, _, q_norm, k_norm, *_ = layer.norms_and_projections
+        at = (part.numpy() for part in self._at)
+        q = np.empty((len(x), layer.num_beside_kv, layers.config.head_dim), np.float32)
+        project = functools.partial(chunk_cpu.project, x, layers.eps, norm, *layer.kv, q_norm, k_norm)
+        _by_rows(functools.partial(project, *at, *layer.caches, q), len(x), layer.kv[0].size)
+
+    def attend(self, index: int, weights: LayerWeights) -> torch.Tensor:
+        """The residual stream `[W, H]` up to the layer's second half. The wanted rows, of which there are some, attend
+        on their own."""
+        self.write_kv(index, weights)
+        layers, config, wanted = self._layers, self._layers.config, self._batch.wanted
+        assert wanted is not None, "some rows are wanted"
+        assert wanted.decode is not None, "some rows are wanted"
+        layer, x_WH = layers.layer(index, weights), self._x_TH[wanted.rows_W]
+        norm, *projection, _o, _output_norm = layer.norms_and_projections
+        q_WQD = torch.empty(len(x_WH), config.num_attention_heads, config.head_dim)
+        at = (part[wanted.rows_W].numpy() for part in self._at)
+        # Writes their keys and values once more, as they are.
+        rows = *at, *layer.caches, q_WQD.numpy(), 0, len(x_WH)
+        chunk_cpu.project(x_WH.numpy(), layers.eps, norm, *projection, *rows)
+        spans, caches = wanted.decode, layers.cache.of_layer(index)
+        page_size, scale = layers.cache.page_size, float(layers.scale)
+        out_WQD = decode_attention(q_WQD, *caches, spans.pages_BP, spans.lengths_B, page_size, scale)
+        return x_WH + linear(out_WQD.flatten(1), weights.o)
 
 
 class DecodePass:
@@ -166,10 +219,11 @@ class PrefillPass:
         layer = layers.layer(index, weights)
         norm, qkv, bias, q_norm, k_norm, o, output_norm = layer.norms_and_projections
         project = functools.partial(chunk_cpu.project, self._x, layers.eps, norm, qkv, bias, q_norm, k_norm)
-        self._by_rows(functools.partial(project, *self._rotary, self._slots, *layer.caches, self._q), qkv.size)
+        rows = *self._rotary, self._slots, *layer.caches, self._q
+        _by_rows(functools.partial(project, *rows), len(self._x), qkv.size)
         self._attend_to_pages(index)
         close = functools.partial(chunk_cpu.close, self._attended, o, self._x, layers.eps, output_norm, self._h)
-        self._by_rows(close, o.size)
+        _by_rows(close, len(self._x), o.size)
 
     def feed_forward(self, index: int, weights: LayerWeights) -> None:
         """A dense layer's second half."""
@@ -193,15 +247,15 @@ class PrefillPass:
         assert batch.prefill_table is not None, "a batch on a CPU has one"
         prefill_attention(self._q_TQD, *caches, batch.kv_slots_T, batch.prefill_table, page_size, scale, self._out_TQD)
 
-    def _by_rows(self, work: functools.partial[None], num_weights: int) -> None:
-        """Whole tiles of rows; each part reads all weights, so that few rows are few parts."""
-        num_rows = len(self._x)
 
-        def compute(first: int, last: int) -> None:
-            work(first * MAX_ROWS, min(last * MAX_ROWS, num_rows))
+def _by_rows(work: functools.partial[None], num_rows: int, num_weights: int) -> None:
+    """Whole tiles of rows; each part reads all weights, so that few rows are few parts."""
 
-        parts = _PARTS if num_rows >= _MANY_ROWS else _FEW_PARTS
-        in_parts(compute, -(-num_rows // MAX_ROWS), 2 * num_rows * num_weights, parts)
+    def compute(first: int, last: int) -> None:
+        work(first * MAX_ROWS, min(last * MAX_ROWS, num_rows))
+
+    parts = _PARTS if num_rows >= _MANY_ROWS else _FEW_PARTS
+    in_parts(compute, -(-num_rows // MAX_ROWS), 2 * num_rows * num_weights, parts)
 
 
 def _panels(matrix: Matrix) -> _Array:

@@ -27,42 +27,6 @@ def rms_norm(x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Te
     return out_TH
 
 
-def prepare_qkv(
-    qkv_TXD: torch.Tensor,
-    norms: tuple[torch.Tensor, torch.Tensor] | None,
-    eps: float,
-    cos_sin_TR: tuple[torch.Tensor, torch.Tensor],
-    kv_slots_T: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    num_q: int,
-) -> torch.Tensor:
-    """Normalise and rotate queries and keys, write keys and values to their slots; the queries `[T, Q, D]`.
-
-    Args:
-        qkv_TXD: `[T, Q + 2N, D]`.
-        norms: weights `[D]` of the query and the key norm, if the model has them.
-        k_cache: `[slots, N, D]`; likewise `v_cache`.
-    """
-    q_TQD = torch.empty(qkv_TXD.shape[0], num_q, qkv_TXD.shape[2])
-    q_norm, k_norm = (_NO_NORM, _NO_NORM) if norms is None else (norms[0].numpy(), norms[1].numpy())
-    prepare_rows(
-        qkv_TXD.numpy(),
-        q_norm,
-        k_norm,
-        np.float32(eps),
-        cos_sin_TR[0].numpy(),
-        cos_sin_TR[1].numpy(),
-        kv_slots_T.numpy(),
-        k_cache.numpy(),
-        v_cache.numpy(),
-        q_TQD.numpy(),
-        0,
-        len(q_TQD),
-    )
-    return q_TQD
-
-
 def decode_attention(
     q_BQD: torch.Tensor,
     k_cache: torch.Tensor,
@@ -89,14 +53,8 @@ def decode_attention(
 
 def warm_up() -> None:
     """Compile what has no declared signature, or load what was compiled before, so that no request waits for it."""
-    x, numbers = torch.ones(1, 4), torch.zeros(1, dtype=torch.int64)
-    cache, qkv = torch.ones(4, 1, 4), torch.ones(1, 3, 4)
+    x = torch.ones(1, 4)
     rms_norm(x, x[0], 1e-5)
-    for norms in (None, (x[0], x[0])):
-        prepare_qkv(qkv, norms, 1e-5, (x, x), numbers, cache, cache, 1)
-
-
-_NO_NORM = np.empty(0, np.float32)
 
 
 @inner  # type: ignore[untyped-decorator]
@@ -138,7 +96,15 @@ def prepare_rows(
     first: Any,
     last: Any,
 ) -> None:
-    """As `prepare_qkv`, for the tokens `first … last - 1`."""
+    """Normalise and rotate queries and keys, write keys and values to their slots, of the tokens `first … last - 1`.
+
+    Args:
+        qkv: `[T, Q + 2N, D]`.
+        q_norm: `[D]`, or empty where the model has none; likewise `k_norm`.
+        cos: `[T, R]`, likewise `sin`.
+        slots: `[T]`, of the cache `[slots, N, D]`.
+        q: `[T, Q, D]`, written.
+    """
     num_q, num_kv, dim, rotated = q.shape[1], k_cache.shape[1], q.shape[2], cos.shape[1]
     for token in range(first, last):
         c, s = address(cos, token * rotated), address(sin, token * rotated)

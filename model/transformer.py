@@ -120,14 +120,17 @@ class Transformer:
         routed: RoutedLayer[_Pending],
     ) -> Generator[None, None, torch.Tensor]:
         """`[W, H]`: of the other rows nobody will see more than keys and values."""
-        cos_sin = self._rotary.at(batch.positions_T, x_TH.dtype)
-        h_TH = self.norm(x_TH, layer.input_norm)
         if wanted.decode is None:
-            self._attend.write(index, layer, h_TH, batch, cos_sin)
+            self.write_kv(x_TH, index, layer, batch)
             return x_TH[:0]
-        attended_WH = self._attend.of_some(index, layer, h_TH, batch, cos_sin, wanted.rows_W, wanted.decode)
-        x_WH = yield from self._feed_forward(x_TH[wanted.rows_W] + attended_WH, index, layer, routed)
-        return x_WH
+        cos_sin = self._rotary.at(batch.positions_T, x_TH.dtype)
+        if self._compiled is not None:
+            x_WH = self._compiled.wanted(x_TH, batch, cos_sin).attend(index, layer)
+        else:
+            h_TH = self.norm(x_TH, layer.input_norm)
+            attended_WH = self._attend.of_some(index, layer, h_TH, batch, cos_sin, wanted.rows_W, wanted.decode)
+            x_WH = x_TH[wanted.rows_W] + attended_WH
+        return (yield from self._feed_forward(x_WH, index, layer, routed))
 
     @staticmethod
     def _run_compiled(
@@ -153,7 +156,10 @@ class Transformer:
     def write_kv(self, x_TH: torch.Tensor, index: int, layer: LayerWeights, batch: Batch) -> None:
         """Only what a decoder layer leaves in the cache."""
         cos_sin = self._rotary.at(batch.positions_T, x_TH.dtype)
-        self._attend.write(index, layer, self.norm(x_TH, layer.input_norm), batch, cos_sin)
+        if self._compiled is not None:
+            self._compiled.wanted(x_TH, batch, cos_sin).write_kv(index, layer)
+        else:
+            self._attend.write(index, layer, self.norm(x_TH, layer.input_norm), batch, cos_sin)
 
     def embed(self, batch: Batch) -> torch.Tensor:
         """`[T, H]`."""
