@@ -37,11 +37,8 @@ _STAGE_PARTS = {"norm": "norm", "linear": "attention_linear", "cache": "attentio
 """What a decode layer's first half is charged to, stage by stage: it is one compiled call."""
 
 PROBES = (
-    Probe("model.attention", "linear", "attention_linear"),
-    Probe("model.attention:Attention", "_prepare", "attention"),
-    Probe("model.attention:Attention", "_decode", "attention"),
-    Probe("model.attention:Attention", "_prefill", "attention"),
-    Probe("model.compiled_layers:PrefillPass", "_by_rows", "attention_linear"),
+    Probe("model.compiled_layers", "_by_rows", "attention_linear"),
+    Probe("model.compiled_layers:WantedPass", "attend", "attention"),
     Probe("model.compiled_layers:PrefillPass", "_attend_to_pages", "attention"),
     Probe("model.compiled_layers:PrefillPass", "feed_forward", "mlp_linear"),
     Probe("model.compiled_layers:PrefillPass", "share", "mlp_linear"),
