@@ -311,6 +311,7 @@ class AttentionWorker:
             plan.config.lane,
             self._report,
             niceness=pool.niceness if self._role == "prefill" else 0,
+            gather_s=plan.config.prefill.gather_s if self._role == "prefill" else 0.0,
         )
         if self._role == "prefill":
             runner.between_layers = loop.hear

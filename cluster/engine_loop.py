@@ -27,6 +27,8 @@ _log = logging.getLogger(__name__)
 
 _IDLE_WAIT_S = 0.2
 """How long an idle loop sleeps at most; a message wakes it at once."""
+_LONGEST_BURST = 20
+"""Times `gather_s` that the first of a burst waits at most."""
 
 
 class Engine(Protocol):
@@ -36,6 +38,8 @@ class Engine(Protocol):
     def busy(self) -> bool: ...
     @property
     def gives_way(self) -> bool: ...
+    @property
+    def gathers(self) -> bool: ...
     def handle(self, message: Message) -> None: ...
     def step(self, now_s: float) -> list[tuple[WorkerId, Message]]: ...
     def fail_all(self, reason: str, retryable: bool = False) -> None: ...
@@ -66,14 +70,17 @@ class EngineLoop:
         config: LaneConfig,
         report: Callable[[str], None],
         niceness: int = 0,
+        gather_s: float = 0.0,
     ) -> None:
         """
         Args:
             report: told once when the lane has broken, and why; returns at once.
             niceness: beyond the process's own, of the threads that compute while the engine gives way.
+            gather_s: how soon one message follows another of the same burst, for which an idle engine that gathers
+                waits.
         """
         self._worker_id, self._engine, self._routed, self._mailbox = worker_id, engine, routed, mailbox
-        self._config, self._report = config, report
+        self._config, self._report, self._gather_s = config, report, gather_s
         self._behind: ThreadPoolExecutor | None = None
         if niceness > 0:
             # A thread of its own: without privileges, one that has stepped back cannot come forward again.
@@ -138,6 +145,8 @@ class EngineLoop:
     def _turn(self) -> None:
         working = self.state == "READY" and self._engine.busy
         self._receive(0.0 if working else _IDLE_WAIT_S)
+        if not working:
+            self._gather()
         while not self._adoptions.empty():
             self._take(self._adoptions.get())
         now_s = time.monotonic()
@@ -204,6 +213,16 @@ class EngineLoop:
         held, self._held = self._held, []
         for message in held + self._mailbox.receive(0.0 if held else timeout_s):
             self._handle(message)
+
+    def _gather(self) -> None:
+        """After the first of a burst, receive the others."""
+        until_s = time.monotonic() + _LONGEST_BURST * self._gather_s
+        while self._gather_s and self._engine.busy and self._engine.gathers and time.monotonic() < until_s:
+            messages = self._mailbox.receive(self._gather_s)
+            if not messages:
+                return
+            for message in messages:
+                self._handle(message)
 
     def _handle(self, message: Message) -> None:
         try:

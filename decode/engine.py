@@ -42,7 +42,7 @@ from octet.messages import (
 class DecodeEngine:
     """Messages in by `handle`, messages out of `step`. Belongs to one thread."""
 
-    gives_way = False
+    gives_way = gathers = False
     """Prefill does."""
 
     def __init__(

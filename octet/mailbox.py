@@ -8,6 +8,7 @@ which is why every exchange built on this carries a deadline of its own.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Collection, Mapping
@@ -88,7 +89,7 @@ class Mailbox:
     def receive(self, timeout_s: float) -> list[Message]:
         """Every message that waits; blocks up to `timeout_s` for the first one. What is no message is dropped."""
         messages: list[Message] = []
-        if self._inbound.poll(round(timeout_s * 1000)):
+        if self._inbound.poll(math.ceil(timeout_s * 1000)):
             while True:
                 try:
                     data = self._inbound.recv(zmq.NOBLOCK)

@@ -88,6 +88,12 @@ class PrefillEngine:
             return False
         return any(self._is_beside(task.request.decode_worker) for task in (*self._queue.running, *self._queue.waiting))
 
+    @property
+    def gathers(self) -> bool:
+        """Whether a prompt that came now would be computed with those that are here."""
+        tasks = (*self._queue.running, *self._queue.waiting)
+        return sum(task.remaining for task in tasks) < self._budget
+
     def handle(self, message: Message) -> None:
         match message:
             case PrefillRequest():

@@ -40,25 +40,34 @@ def own() -> int:
 class Played:
     """Mailbox, engine and exchange of a loop: an engine whose one step hears what came meanwhile, twice."""
 
-    def __init__(self, niceness: int = 0, gives_way: bool = False, coming: list[list[Message]] | None = None) -> None:
-        self.gives_way, self.niceness = gives_way, -1
+    def __init__(
+        self,
+        niceness: int = 0,
+        gives_way: bool = False,
+        coming: list[list[Message]] | None = None,
+        gather_s: float = 0.0,
+        gathers: bool = True,
+    ) -> None:
+        self.gives_way, self.niceness, self.gathers = gives_way, -1, gathers
         self.coming: list[list[Message]] = [[], [ABORT], [PULL, ABORT]] if coming is None else coming
         self.handled: list[str] = []
+        self.begun_with = 0
         self.busy, self.done = True, threading.Event()
-        self.loop = EngineLoop(
-            WorkerId("prefill-0"), cast(Any, self), cast(Any, self), cast(Any, self), LaneConfig(), print, niceness
-        )
+        mine = cast(Any, self)
+        self.loop = EngineLoop(WorkerId("prefill-0"), mine, mine, mine, LaneConfig(), print, niceness, gather_s)
 
     def receive(self, timeout_s: float) -> list[Message]:
         return self.coming.pop(0) if self.coming else []
 
     def handle(self, message: Message) -> None:
         self.handled.append(type(message).__name__)
+        self.busy = self.busy or (message is REQUEST and "step" not in self.handled)
         if self.handled.count("Abort") == 2:
             self.done.set()
 
     def step(self, now_s: float) -> list[Any]:
         if self.busy:
+            self.begun_with = len(self.handled)
             self.loop.hear()
             self.loop.hear()
             self.handled.append("step")
@@ -90,6 +99,18 @@ def test_requests_are_known_within_a_step_unless_something_was_said_before_them(
     assert played.done.wait(PATIENT_S)
     played.loop.stop(PATIENT_S)
     assert played.handled == ["PrefillRequest", "KvPull", "step", "Abort", "PrefillRequest", "Abort"]
+
+
+@pytest.mark.parametrize(("gather_s", "gathers", "first"), [(0.001, True, 3), (0.001, False, 1), (0.0, True, 1)])
+def test_the_first_of_a_burst_waits_for_the_others(gather_s: float, gathers: bool, first: int) -> None:
+    # A pause of the burst is its end.
+    coming: list[list[Message]] = [[REQUEST], [REQUEST, REQUEST], [], [ABORT], [ABORT]]
+    played = Played(coming=coming, gather_s=gather_s, gathers=gathers)
+    played.busy = False
+    played.loop.start(cast(Any, None), cast(Any, played))
+    assert played.done.wait(PATIENT_S)
+    played.loop.stop(PATIENT_S)
+    assert played.begun_with == first
 
 
 @pytest.mark.parametrize(("gives_way", "back"), [(True, 3), (False, 0)])

@@ -217,6 +217,16 @@ def test_chunks_of_few_requests_are_half_as_long_beside_a_decode_worker(
     assert prefill.routed.rows[1] == sizes
 
 
+def test_it_gathers_until_a_chunk_is_full(model: Model) -> None:
+    prefill = Prefill(model, chunk_tokens=16)
+    prefill.engine.handle(request(7))
+    assert prefill.engine.gathers
+    prefill.engine.handle(request(8))
+    assert prefill.engine.gathers
+    prefill.engine.handle(request(1))
+    assert not prefill.engine.gathers
+
+
 def test_the_first_token_does_not_depend_on_how_prompts_are_cut(model: Model) -> None:
     requests = [request(length) for length in (9, 1, 14)]
     first_tokens = []
