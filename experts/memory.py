@@ -8,6 +8,8 @@ import mmap
 import numpy as np
 import torch
 
+from model.host_memory import map_pages
+
 _FLOAT_BYTES = 4
 
 
@@ -16,10 +18,7 @@ class SlotMemory:
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self._slot_bytes = math.prod(shape[1:]) * _FLOAT_BYTES
-        self._map = mmap.mmap(-1, max(1, shape[0] * self._slot_bytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            # A stream of weights runs through fewer translations, as with numpy's own large arrays.
-            self._map.madvise(mmap.MADV_HUGEPAGE)
+        self._map = map_pages(shape[0] * self._slot_bytes)
         array = np.frombuffer(self._map, np.float32, math.prod(shape)).reshape(shape)
         self.weights = torch.from_numpy(array)
 

@@ -1,9 +1,15 @@
-"""What the C library does with memory that is given back."""
+"""Memory of a process on the host: where large arrays are, and what becomes of memory that is given back."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
+import math
+import mmap
+
+import numpy as np
+import numpy.typing as npt
 
 _log = logging.getLogger(__name__)
 
@@ -12,6 +18,34 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 _MAPPED_BYTES = 32 * 2**20
 """The most that glibc takes."""
 _KEPT_BYTES = 2**30
+_PIECE_BYTES = 32 * 2**20
+_LINE_BYTES = 64
+
+
+def map_pages(num_bytes: int) -> mmap.mmap:
+    """Zeros that take no memory until they are written; in huge pages, if the system has them for who asks: a stream
+    of weights runs through fewer translations, and is fetched ahead without a break every 4 KiB."""
+    pages = mmap.mmap(-1, max(1, num_bytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        # A kernel may be built without them.
+        with contextlib.suppress(OSError):
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return pages
+
+
+class StandingArrays:
+    """Makes arrays that stay, one behind the other: most are smaller than a huge page."""
+
+    def __init__(self) -> None:
+        self._piece, self._used = map_pages(0), 1
+
+    def zeros(self, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+        size = math.prod(shape)
+        begin = -(-self._used // _LINE_BYTES) * _LINE_BYTES
+        if begin + 4 * size > len(self._piece):
+            self._piece, begin = map_pages(max(_PIECE_BYTES, 4 * size)), 0
+        self._used = begin + 4 * size
+        return np.frombuffer(self._piece, np.float32, size, begin).reshape(shape)
 
 
 def keep_freed_memory() -> None:

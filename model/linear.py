@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from model.host_memory import StandingArrays
 from model.threads import in_parts
 
 PANEL = 16
@@ -92,6 +93,7 @@ class Packer:
 
     def __init__(self) -> None:
         self._unpacked: list[torch.Tensor] = []
+        self._arrays = StandingArrays()
 
     def matrix(self, columns: int, depth: int) -> tuple[PackedMatrix, torch.Tensor]:
         """The matrix as it will be, and its rows `[C, H]` to be filled before `pack`."""
@@ -110,8 +112,7 @@ class Packer:
         self._unpacked.clear()
 
     def _rows(self, count: int, depth: int) -> torch.Tensor:
-        # Numpy asks for huge pages, which torch does not: a stream of weights runs through fewer translations.
-        rows = torch.from_numpy(np.zeros((count, depth), np.float32))
+        rows = torch.from_numpy(self._arrays.zeros((count, depth)))
         self._unpacked.append(rows)
         return rows
 

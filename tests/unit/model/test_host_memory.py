@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import pathlib
+import random
+import re
 import subprocess
 import sys
 
 import pytest
+
+from model.host_memory import StandingArrays
 
 FAULTS = """
 import ctypes, resource, sys, threading
@@ -47,3 +52,28 @@ def page_faults(mode: str) -> int:
 
 def test_freed_tensors_are_taken_again_without_new_pages() -> None:
     assert page_faults("keep") < page_faults("leave") / 10
+
+
+def flags_at(address: int) -> list[str]:
+    """Of the mapping that has this address."""
+    here = False
+    for line in pathlib.Path("/proc/self/smaps").read_text().splitlines():
+        if (bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)) is not None:
+            here = int(bounds[1], 16) <= address < int(bounds[2], 16)
+        elif here and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    return []
+
+
+def test_standing_arrays_are_zeros_of_their_own_in_huge_pages() -> None:
+    arrays = StandingArrays()
+    shapes = [(random.randrange(1, 2000), random.randrange(1, 2000)) for _ in range(20)]
+    made = [arrays.zeros(shape) for shape in [*shapes, (9000, 1000), (3, 5)]]
+    for number, array in enumerate(made):
+        assert not array.any()
+        array[:] = number
+    for number, array in enumerate(made):
+        assert (array == number).all()
+        assert array.ctypes.data % 64 == 0
+        if pathlib.Path("/sys/kernel/mm/transparent_hugepage").exists():
+            assert "hg" in flags_at(array.ctypes.data), "as asked for"
