@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from experts.grouped_gpu import SlotCounters
 
 _Panels = npt.NDArray[np.float32]
+_Arrays = tuple[npt.NDArray[np.float32], npt.NDArray[np.int32], npt.NDArray[np.float32]]
 
 
 class Rows(Protocol):
@@ -33,7 +34,7 @@ class Rows(Protocol):
     @property
     def weights_UK(self) -> torch.Tensor: ...
     @property
-    def arrays(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32], npt.NDArray[np.float32]]: ...
+    def arrays(self) -> _Arrays: ...
 
 
 class ExpertShard:
@@ -148,10 +149,10 @@ class ExpertShard:
         if short:
             self._share_slots(rows, gate_up, down, counts_S, int(counts_S.sum()) * operations, y)
             return
-        for begin, end in _pieces(counts_S, most_operations // operations):
+        for begin, end, num_pairs in _pieces(counts_S, most_operations // operations):
             if begin > 0:
                 pause()
-            self._share_rows(rows, gate_up, down, (begin, end), int(counts_S[begin:end].sum()) * operations, y)
+            self._share_rows((x, slots, weights), gate_up, down, (begin, end), num_pairs * operations, y)
 
     @staticmethod
     def _share_slots(
@@ -178,13 +179,12 @@ class ExpertShard:
 
     @staticmethod
     def _share_rows(
-        rows: Rows, gate_up: _Panels, down: _Panels, slots: tuple[int, int], num_operations: int, y: _Panels
+        rows: _Arrays, gate_up: _Panels, down: _Panels, slots: tuple[int, int], num_operations: int, y: _Panels
     ) -> None:
         """Each thread computes some rows' sums over these slots: many rows are bound by arithmetic."""
-        arrays = rows.arrays
 
         def compute(first: int, last: int) -> None:
-            some = (array[first:last] for array in arrays)
+            some = (array[first:last] for array in rows)
             grouped_cpu().grouped_swiglu(*some, gate_up, down, *slots, y[first:last])
 
         in_parts(compute, len(y), num_operations, parts_per_thread=2)
@@ -209,14 +209,15 @@ class ExpertShard:
         return ExpertMissingError(f"layer {layer}: no expert in slot {slot} of {len(self._slots.holds[layer])}")
 
 
-def _pieces(counts_S: npt.NDArray[np.int64], most_rows: int) -> Iterator[tuple[int, int]]:
-    """Consecutive slots that are asked for by about so many rows together, from the first to the last one asked for."""
+def _pieces(counts_S: npt.NDArray[np.int64], most_rows: int) -> Iterator[tuple[int, int, int]]:
+    """Consecutive slots that are asked for by about so many rows together, from the first to the last one asked for:
+    the first of a piece, the one behind the last, and their rows."""
     begin, num_rows = 0, 0
     for slot in np.flatnonzero(counts_S).tolist():
         count = int(counts_S[slot])
         if num_rows > 0 and num_rows + count > most_rows:
-            yield begin, slot
+            yield begin, slot, num_rows
             begin, num_rows = slot, 0
         num_rows += count
     if num_rows > 0:
-        yield begin, slot + 1
+        yield begin, slot + 1, num_rows

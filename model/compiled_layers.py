@@ -22,7 +22,7 @@ from model.fused_cpu import decode_attention
 from model.kv_cache import KvCache
 from model.linear import PANEL, Matrix, PackedMatrix, linear, swiglu
 from model.linear_cpu import swiglu as swiglu_cpu
-from model.prefill_cpu import prefill_attention
+from model.prefill_cpu import PrefillAttention
 from model.team_cpu import Team
 from model.threads import in_parts, num_threads
 from model.tiles_cpu import MAX_ROWS
@@ -82,7 +82,7 @@ class _LayerArrays:
             _panels(weights.o),
             weights.post_attention_norm.numpy(),
         )
-        self.caches = tuple(cache.numpy() for cache in caches)
+        self.caches: tuple[_Array, _Array] = caches[0].numpy(), caches[1].numpy()
         self.kv, self.num_beside_kv = self._without_queries()
         """The panels of keys and values with their bias, and how many query heads are among them still."""
         self.mlp = _panels(weights.mlp.gate_up), _panels(weights.mlp.down)
@@ -210,7 +210,14 @@ class PrefillPass:
         self._h = self.h_TH.numpy()
         self._q_TQD = torch.empty(len(x_TH), config.num_attention_heads, config.head_dim)
         self._out_TQD = torch.empty_like(self._q_TQD)
-        self._q, self._attended = self._q_TQD.numpy(), self._out_TQD.flatten(1).numpy()
+        self._q, self._out, self._attended = (
+            self._q_TQD.numpy(),
+            self._out_TQD.numpy(),
+            self._out_TQD.flatten(1).numpy(),
+        )
+        assert batch.prefill_table is not None, "a batch on a CPU has one"
+        page_size, scale = layers.cache.page_size, float(layers.scale)
+        self._attention = PrefillAttention(batch.prefill_table, batch.kv_slots_T, page_size, scale)
         self._shared_TH = self.h_TH
 
     def attend(self, index: int, weights: LayerWeights) -> None:
@@ -221,7 +228,7 @@ class PrefillPass:
         project = functools.partial(chunk_cpu.project, self._x, layers.eps, norm, qkv, bias, q_norm, k_norm)
         rows = *self._rotary, self._slots, *layer.caches, self._q
         _by_rows(functools.partial(project, *rows), len(self._x), qkv.size)
-        self._attend_to_pages(index)
+        self._attend_to_pages(index, layer)
         close = functools.partial(chunk_cpu.close, self._attended, o, self._x, layers.eps, output_norm, self._h)
         _by_rows(close, len(self._x), o.size)
 
@@ -236,16 +243,18 @@ class PrefillPass:
     def add_experts(self, routed_TH: torch.Tensor) -> None:
         layer_cpu.add_experts(self._x, routed_TH.numpy(), self._shared_TH.numpy())
 
-    def _attend_to_pages(self, index: int) -> None:
-        batch, cache, scale = self._batch, self._layers.cache, float(self._layers.scale)
-        caches, page_size = cache.of_layer(index), cache.page_size
-        if (spans := batch.decode) is not None:
-            rows = slice(len(spans.lengths_B))
+    def _attend_to_pages(self, index: int, layer: _LayerArrays) -> None:
+        if (spans := self._batch.decode) is not None:
+            rows, cache = slice(len(spans.lengths_B)), self._layers.cache
             self._out_TQD[rows] = decode_attention(
-                self._q_TQD[rows], *caches, spans.pages_BP, spans.lengths_B, page_size, scale
+                self._q_TQD[rows],
+                *cache.of_layer(index),
+                spans.pages_BP,
+                spans.lengths_B,
+                cache.page_size,
+                float(self._layers.scale),
             )
-        assert batch.prefill_table is not None, "a batch on a CPU has one"
-        prefill_attention(self._q_TQD, *caches, batch.kv_slots_T, batch.prefill_table, page_size, scale, self._out_TQD)
+        self._attention(self._q, *layer.caches, self._out)
 
 
 def _by_rows(work: functools.partial[None], num_rows: int, num_weights: int) -> None:

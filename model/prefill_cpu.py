@@ -14,6 +14,7 @@ import functools
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from model.batch import PrefillTable
@@ -23,36 +24,38 @@ from model.threads import in_parts
 from model.tiles_cpu import COLUMNS, MAX_ROWS, multiply
 from model.vectors_cpu import address, declare, inner
 
+_Array = npt.NDArray[np.float32]
+
 _KEYS = 128
 """Of a block: packed, they and their values stay near the core while many queries see them."""
 _QUERIES = 64
 """Tokens of a span that a thread takes at once, for one KV head: enough to pack keys for."""
 
 
-def prefill_attention(
-    q_TQD: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    kv_slots_T: torch.Tensor,
-    table: PrefillTable,
-    page_size: int,
-    scale: float,
-    out_TQD: torch.Tensor,
-) -> None:
-    """Each span's tokens attend to themselves causally and to all that lies before them; rows of no span stay.
+class PrefillAttention:
+    """The attention of a batch's spans, whose arrays are made ready once for all layers."""
 
-    Args:
-        k_cache: `[slots, N, D]`, in which the tokens' own keys are written; likewise `v_cache`.
-        kv_slots_T: where.
-    """
-    arrays = (q_TQD, k_cache, v_cache, kv_slots_T, table.bounds_S3, table.pages_SP)
-    compute = functools.partial(
-        _attend_blocks, *(x.numpy() for x in arrays), page_size, np.float32(scale), out_TQD.numpy()
-    )
-    firsts, lasts, starts = table.bounds_S3.numpy().T
-    num_blocks = int((-(-(lasts - firsts) // _QUERIES)).sum())
-    seen = (lasts - firsts) * (starts + (lasts - firsts) // 2)
-    in_parts(compute, num_blocks * k_cache.shape[1], 4 * int(seen.sum()) * q_TQD.shape[1] * q_TQD.shape[2])
+    def __init__(self, table: PrefillTable, kv_slots_T: torch.Tensor, page_size: int, scale: float) -> None:
+        """
+        Args:
+            kv_slots_T: where the tokens' own keys and values are written.
+        """
+        bounds = table.bounds_S3.numpy()
+        firsts, lasts, starts = bounds.T
+        self._num_blocks = int((-(-(lasts - firsts) // _QUERIES)).sum())
+        self._num_seen = int(((lasts - firsts) * (starts + (lasts - firsts) // 2)).sum())
+        self._spans = kv_slots_T.numpy(), bounds, table.pages_SP.numpy(), page_size, np.float32(scale)
+
+    def __call__(self, q_TQD: _Array, k_cache: _Array, v_cache: _Array, out_TQD: _Array) -> None:
+        """Each span's tokens attend to themselves causally and to all that lies before them; rows of no span stay.
+
+        Args:
+            k_cache: `[slots, N, D]`, in which the tokens' own keys are written; likewise `v_cache`.
+            out_TQD: written.
+        """
+        compute = functools.partial(_attend_blocks, q_TQD, k_cache, v_cache, *self._spans, out_TQD)
+        num_operations = 4 * self._num_seen * q_TQD.shape[1] * q_TQD.shape[2]
+        in_parts(compute, self._num_blocks * k_cache.shape[1], num_operations)
 
 
 @inner  # type: ignore[untyped-decorator]

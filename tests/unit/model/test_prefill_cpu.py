@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from model.batch import Batch, Span, build_batch
 from model.pages import PagePool
-from model.prefill_cpu import prefill_attention
+from model.prefill_cpu import PrefillAttention
 
 NUM_PAGES, PAGE_SIZE = 80, 16
 SCALE = 0.3
@@ -46,7 +46,8 @@ class Cache:
     def attend(self, batch: Batch, q_TQD: torch.Tensor) -> torch.Tensor:
         out_TQD = torch.full_like(q_TQD, torch.nan)
         assert batch.prefill_table is not None
-        prefill_attention(q_TQD, self.k, self.v, batch.kv_slots_T, batch.prefill_table, PAGE_SIZE, SCALE, out_TQD)
+        attend = PrefillAttention(batch.prefill_table, batch.kv_slots_T, PAGE_SIZE, SCALE)
+        attend(q_TQD.numpy(), self.k.numpy(), self.v.numpy(), out_TQD.numpy())
         return out_TQD
 
 
