@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import random
 
 import pytest
 import torch
 
-from model.batch import Span
+from model.batch import Span, WantedRows
 from model.compiled_layers import CompiledLayers
 from model.linear import linear
 from model.pages import PagePool
@@ -80,6 +81,25 @@ def test_threads_that_share_a_batch_change_no_bit_of_it(
     subject.transformer._compiled = CompiledLayers(subject.transformer._config, subject.cache)
     assert torch.equal(subject.transformer.forward([subject.batch], Scaled())[0], alone)
     assert torch.equal(subject.cache.export_pages(range(NUM_PAGES)), alone_kv)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_wanted_rows_are_those_of_a_decode_step(tmp_path: pathlib.Path, model: str) -> None:
+    """Bit for bit: the loops are the same, though the calls are others."""
+    pool, spans = placed(*MANY)
+    subject = build(tmp_path, model, spans, pool)
+    transformer, batch, kv = subject.transformer, subject.batch, subject.cache.export_pages(range(NUM_PAGES))
+    compiled, layer = transformer._compiled, transformer._weights.layers[0]
+    assert compiled is not None
+    x_TH = transformer.embed(batch)
+    cos_sin = transformer._rotary.at(batch.positions_T, x_TH.dtype)
+    decoded_TH = x_TH.clone()
+    compiled.begin(decoded_TH, batch, cos_sin).attend(0, layer)
+    decoded_kv = subject.cache.export_pages(range(NUM_PAGES))
+    subject.cache.import_pages(range(NUM_PAGES), kv)
+    all_of_it = dataclasses.replace(batch, wanted=WantedRows(rows_W=torch.arange(len(x_TH)), decode=batch.decode))
+    assert torch.equal(compiled.wanted(x_TH, all_of_it, cos_sin).attend(0, layer), decoded_TH)
+    assert torch.equal(subject.cache.export_pages(range(NUM_PAGES)), decoded_kv)
 
 
 def test_tokens_of_one_sequence_see_each_other(tmp_path: pathlib.Path) -> None:
