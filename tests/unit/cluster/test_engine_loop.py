@@ -101,7 +101,7 @@ def test_requests_are_known_within_a_step_unless_something_was_said_before_them(
     assert played.handled == ["PrefillRequest", "KvPull", "step", "Abort", "PrefillRequest", "Abort"]
 
 
-@pytest.mark.parametrize(("gather_s", "gathers", "first"), [(0.001, True, 3), (0.001, False, 1), (0.0, True, 1)])
+@pytest.mark.parametrize(("gather_s", "gathers", "first"), [(0.5, True, 3), (0.5, False, 1), (0.0, True, 1)])
 def test_the_first_of_a_burst_waits_for_the_others(gather_s: float, gathers: bool, first: int) -> None:
     # A pause of the burst is its end.
     coming: list[list[Message]] = [[REQUEST], [REQUEST, REQUEST], [], [ABORT], [ABORT]]
