@@ -37,9 +37,10 @@ class StandingArrays:
     """Makes arrays that stay, one behind the other: most are smaller than a huge page."""
 
     def __init__(self) -> None:
-        self._piece, self._used = map_pages(0), 1
+        self._piece, self._used = map_pages(_PIECE_BYTES), 0
 
     def zeros(self, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+        """Beginning with a cache line."""
         size = math.prod(shape)
         begin = -(-self._used // _LINE_BYTES) * _LINE_BYTES
         if begin + 4 * size > len(self._piece):

@@ -11,16 +11,11 @@ import torch
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Normalised over the last dim in fp32, then scaled in the weights' own precision (as the reference does)."""
-    if x.dim() == 2 and (fused := fused_kernels(x)) is not None:
-        normalised: torch.Tensor = fused.rms_norm(x, weight, eps)
+    if x.dim() == 2 and x.device.type == "cpu" and x.dtype == torch.float32:
+        normalised: torch.Tensor = _fused_cpu().rms_norm(x, weight, eps)
         return normalised
     x_fp32 = x.float()
     return weight * (x_fp32 * torch.rsqrt(x_fp32.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
-
-
-def fused_kernels(x: torch.Tensor) -> ModuleType | None:
-    """`model.fused_cpu` where it applies to `x`."""
-    return _fused_cpu() if x.device.type == "cpu" and x.dtype == torch.float32 else None
 
 
 def warm_up(device: torch.device) -> None:

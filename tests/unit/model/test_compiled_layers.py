@@ -16,11 +16,13 @@ from model.pages import PagePool
 from tests.unit.model.subject import MODELS, NUM_PAGES, PAGE, Scaled, Subject, build
 
 
-def by_operators(subject: Subject) -> torch.Tensor:
-    """One by one."""
-    transformer = subject.transformer
-    transformer._compiled = None
-    return transformer.forward([subject.batch], Scaled())[0]
+def computed(subject: Subject) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states and the cache with them; then it is as it was."""
+    kv = subject.cache.export_pages(range(NUM_PAGES))
+    hidden_TH = subject.transformer.forward([subject.batch], Scaled())[0]
+    written = subject.cache.export_pages(range(NUM_PAGES))
+    subject.cache.import_pages(range(NUM_PAGES), kv)
+    return hidden_TH, written
 
 
 @pytest.fixture(autouse=True)
@@ -50,13 +52,10 @@ def test_hidden_states_and_cache_are_those_of_the_operators(
 ) -> None:
     pool, spans = placed(*sequences)
     subject = build(tmp_path, model, spans, pool)
-    kv = subject.cache.export_pages(range(NUM_PAGES))
-    found = subject.transformer.forward([subject.batch], Scaled())[0]
-    found_kv = subject.cache.export_pages(range(NUM_PAGES))
-    assert not torch.equal(found_kv, kv)
-    subject.cache.import_pages(range(NUM_PAGES), kv)
-    torch.testing.assert_close(found, by_operators(subject), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(found_kv, subject.cache.export_pages(range(NUM_PAGES)), rtol=1e-4, atol=1e-4)
+    found = computed(subject)
+    assert not torch.equal(found[1], subject.cache.export_pages(range(NUM_PAGES)))
+    subject.transformer._compiled = None
+    torch.testing.assert_close(found, computed(subject), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("num_threads", [2, 3])
@@ -71,16 +70,12 @@ def test_threads_that_share_a_batch_change_no_bit_of_it(
 ) -> None:
     pool, spans = placed(*sequences)
     subject = build(tmp_path, model, spans, pool)
-    kv = subject.cache.export_pages(range(NUM_PAGES))
-    alone = subject.transformer.forward([subject.batch], Scaled())[0]
-    alone_kv = subject.cache.export_pages(range(NUM_PAGES))
+    alone = computed(subject)
     # As small as the subject is, a part would be worth nothing.
     monkeypatch.setattr("model.threads._PART_OPERATIONS", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
-    subject.cache.import_pages(range(NUM_PAGES), kv)
     subject.transformer._compiled = CompiledLayers(subject.transformer._config, subject.cache)
-    assert torch.equal(subject.transformer.forward([subject.batch], Scaled())[0], alone)
-    assert torch.equal(subject.cache.export_pages(range(NUM_PAGES)), alone_kv)
+    torch.testing.assert_close(computed(subject), alone, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -107,8 +102,9 @@ def test_tokens_of_one_sequence_see_each_other(tmp_path: pathlib.Path) -> None:
     pages = pool.allocate(pool.pages_for(20))
     assert pages is not None
     subject = build(tmp_path, "plain", [Span(token_ids=[5, 6, 7], start=11, pages=pages, by_token=True)], pool)
-    found = subject.transformer.forward([subject.batch], Scaled())[0]
-    torch.testing.assert_close(found, by_operators(subject), rtol=1e-4, atol=1e-4)
+    found = computed(subject)
+    subject.transformer._compiled = None
+    torch.testing.assert_close(found, computed(subject), rtol=1e-4, atol=1e-4)
 
 
 def test_logits_are_the_output_heads_product(tmp_path: pathlib.Path) -> None:
