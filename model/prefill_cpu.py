@@ -1,9 +1,10 @@
 """Attention of many queries of one sequence over its paged keys and values, on an fp32 CPU.
 
-Keys are taken a block at a time, packed as a matrix's panels are, and the softmax is carried on from block to block
-(Milakov and Gimelshein, Online normalizer calculation for softmax, 2018; Dao et al., FlashAttention, 2022). Blocks
-begin at multiples of their size, whatever a step computes: a row comes out the same, bit for bit, however its prompt is
-cut into chunks and whatever of it was cached.
+Keys are taken a block at a time, and the softmax is carried on from block to block (Milakov and Gimelshein, Online
+normalizer calculation for softmax, 2018; Dao et al., FlashAttention, 2022). Queries are packed as a matrix's panels
+are, and keys are the rows that meet them: a query's scores lie in one lane of vectors, which need no sum over their
+lanes then. Blocks begin at multiples of their size, whatever a step computes: a row comes out the same, bit for bit,
+however its prompt is cut into chunks and whatever of it was cached.
 
 Shapes: `T` tokens, `S` spans, `Q` and `N` query and KV heads, `D` head dim, `P` pages of the longest span.
 """
@@ -19,17 +20,17 @@ import torch
 
 from model.batch import PrefillTable
 from model.linear import PANEL
-from model.rows_cpu import exp, exponentials, largest_of
+from model.rows_cpu import copy_row, exponential_columns, pack_rows
 from model.threads import in_parts
-from model.tiles_cpu import COLUMNS, MAX_ROWS, multiply
-from model.vectors_cpu import address, declare, inner
+from model.tiles_cpu import COLUMNS, MAX_ROWS, multiply, multiply_turned
+from model.vectors_cpu import LANES, address, declare, inner
 
 _Array = npt.NDArray[np.float32]
 
 _KEYS = 128
-"""Of a block: packed, they and their values stay near the core while many queries see them."""
+"""Of a block: they and their values stay near the core while many queries see them."""
 _QUERIES = 64
-"""Tokens of a span that a thread takes at once, for one KV head: enough to pack keys for."""
+"""Tokens of a span that a thread takes at once, for one KV head: enough to gather keys for."""
 
 
 class PrefillAttention:
@@ -59,29 +60,7 @@ class PrefillAttention:
 
 
 @inner  # type: ignore[untyped-decorator]
-def _carry_on(scores: Any, own: Any, largest: Any, total: Any, row: Any) -> Any:
-    """Turn a row's scores into exponentials, of which the first `own` count.
-
-    Returns: what the sums so far are to be multiplied by.
-    """
-    if own <= 0:
-        scores[:] = 0
-        return np.float32(1)
-    # A score that is NaN is no maximum, but makes the sum NaN.
-    most = largest_of(address(scores, 0), own, largest[row])
-    added = exponentials(address(scores, 0), own, most)
-    for s in range(own, scores.shape[0]):
-        scores[s] = 0
-    factor = np.float32(1)
-    if most != largest[row]:
-        factor = exp(largest[row] - most)
-    total[row] = total[row] * factor + added
-    largest[row] = most
-    return factor
-
-
-@inner  # type: ignore[untyped-decorator]
-def _pack(
+def _gather(
     k_cache: Any,
     v_cache: Any,
     kv_slots: Any,
@@ -95,23 +74,28 @@ def _pack(
     values: Any,
 ) -> None:
     """Take the keys and values of the positions `begin … begin + size - 1` from where they are; see `_attend_block`."""
-    dim = k_cache.shape[2]
+    num_kv, dim = k_cache.shape[1], k_cache.shape[2]
     for s in range(size):
         at = begin + s
         slot = pages[at // page_size] * page_size + at % page_size if at < start else kv_slots[at - start]
-        for i in range(dim):
-            keys[s // PANEL, i, s % PANEL] = k_cache[slot, kv_head, i]
-            values[s, i] = v_cache[slot, kv_head, i]
-    # Keys behind the last one are nobody's, but what lies there must not be NaN.
-    for s in range(size, -(-size // COLUMNS) * COLUMNS):
-        keys[s // PANEL, :, s % PANEL] = 0
+        copy_row(address(k_cache, (slot * num_kv + kv_head) * dim), dim, address(keys, s * dim))
+        copy_row(address(v_cache, (slot * num_kv + kv_head) * dim), dim, address(values, s * dim))
 
 
 @inner  # type: ignore[untyped-decorator]
-def _attend_tile(
+def _hide(scores: Any, first_own: Any, behind: Any, group: Any, seen: Any) -> None:
+    """Keys that lie behind a row's token do not count for it; see `_attend_strip`."""
+    for key in range(max(first_own, 0), seen):
+        for r in range(min((key - first_own + 1) * group - behind, COLUMNS)):
+            scores[key, r] = -np.inf
+
+
+@inner  # type: ignore[untyped-decorator]
+def _attend_strip(
     queries: Any,
     keys: Any,
     values: Any,
+    count: Any,
     first_own: Any,
     behind: Any,
     group: Any,
@@ -121,58 +105,85 @@ def _attend_tile(
     sums: Any,
     largest: Any,
     total: Any,
+    factors: Any,
 ) -> None:
-    """A tile of rows and a block of keys; see `_attend_block`.
+    """A strip of rows and a block of keys; see `_attend_block`.
 
     Args:
+        queries: `[COLUMNS / 16, D, 16]`.
+        count: rows that there are.
         first_own: positions of the block that the first row sees, if there are as many; each token's rows see one more
             than those of the token before it.
-        behind: rows of the first token that are not in this tile.
+        behind: rows of the first token that are not in this strip.
         group: rows of a token.
         size: positions of the block.
         goes_on: whether there were blocks before this one.
+        sums: `[count, D]`.
+        largest: `[COLUMNS]`, likewise `total` and `factors`.
     """
-    count, dim = queries.shape
+    dim = keys.shape[1]
     seen = min(size, first_own + (behind + count - 1) // group)
-    for key in range(0, seen, COLUMNS):
+    for key in range(0, seen, MAX_ROWS):
         multiply(
-            count,
+            min(MAX_ROWS, seen - key),
             COLUMNS,
             dim,
-            address(queries, 0),
-            dim,
             address(keys, key * dim),
+            dim,
+            address(queries, 0),
             PANEL,
             dim * PANEL,
-            address(scores, key),
-            _KEYS,
+            address(scores, key * COLUMNS),
+            COLUMNS,
             0,
-            address(keys, key * dim),
+            address(queries, 0),
             0,
         )
-    for r in range(count):
-        if not goes_on:
-            largest[r], total[r] = scores[r, 0], np.float32(0)
-        factor = _carry_on(scores[r, :seen], min(first_own + (behind + r) // group, seen), largest, total, r)
-        if goes_on and factor != np.float32(1):
-            for i in range(dim):
-                sums[r, i] *= factor
+    _hide(scores, first_own, behind, group, seen)
+    if not goes_on:
+        largest[:], total[:] = -np.inf, 0
+    for c in range(0, COLUMNS, LANES):
+        so_far, added, factor = address(largest, c), address(total, c), address(factors, c)
+        exponential_columns(address(scores, c), COLUMNS, seen, so_far, added, factor)
+    if goes_on:
+        for r in range(count):
+            if factors[r] != np.float32(1):
+                for i in range(dim):
+                    sums[r, i] *= factors[r]
+    num_tiles = -(-count // MAX_ROWS)
     for column in range(0, dim, COLUMNS):
-        multiply(
-            count,
-            min(COLUMNS, dim - column),
-            seen,
-            address(scores, 0),
-            _KEYS,
-            address(values, column),
-            dim,
-            PANEL,
-            address(sums, column),
-            dim,
-            1 if goes_on else 0,
-            address(values, column),
-            0,
-        )
+        for tile in range(num_tiles):
+            row, next_row = tile * count // num_tiles, (tile + 1) * count // num_tiles
+            multiply_turned(
+                next_row - row,
+                min(COLUMNS, dim - column),
+                seen,
+                address(scores, row),
+                COLUMNS,
+                address(values, column),
+                dim,
+                PANEL,
+                address(sums, row * dim + column),
+                dim,
+                1 if goes_on else 0,
+            )
+
+
+@inner  # type: ignore[untyped-decorator]
+def _pack_queries(
+    q: Any, first_row: Any, first_head: Any, group: Any, num_rows: Any, scale: Any, offsets: Any, queries: Any
+) -> None:
+    """Rows behind the last one repeat it, up to whole strips, and nobody reads what they give; see `_attend_block`."""
+    num_q, dim = q.shape[1], q.shape[2]
+    whole, flat = dim // PANEL * PANEL, q.reshape(q.size)
+    for panel in range(-(-num_rows // COLUMNS) * COLUMNS // PANEL):
+        for r in range(PANEL):
+            row = min(panel * PANEL + r, num_rows - 1)
+            offsets[r] = ((first_row + row // group) * num_q + first_head + row % group) * dim
+        pack_rows(address(q, 0), offsets, whole, scale, address(queries, panel * dim * PANEL))
+        for i in range(whole, dim):
+            for r in range(PANEL):
+                queries[panel, i, r] = flat[offsets[r] + i] * scale
 
 
 @inner  # type: ignore[untyped-decorator]
@@ -193,10 +204,10 @@ def _attend_block(
     keys: Any,
     values: Any,
     scores: Any,
+    offsets: Any,
     queries: Any,
     sums: Any,
-    largest: Any,
-    total: Any,
+    softmax: Any,
 ) -> None:
     """The query heads of one KV head, for the rows `first_row … last_row - 1` of a span.
 
@@ -206,25 +217,24 @@ def _attend_block(
     Args:
         kv_slots: of the span's positions from `start` on; those before it are in `pages`.
         position: of the first row.
-        keys: room for `[_KEYS / 16, D, 16]`; `values` for `[_KEYS, D]`; `scores` for `[MAX_ROWS, _KEYS]`.
-        queries: room for `[_QUERIES · Q / N, D]`, likewise `sums`.
-        largest: room for each row's largest score and, in `total`, for its sum of exponentials.
+        keys: room for `[_KEYS, D]`, likewise `values`; `scores` for `[_KEYS, COLUMNS]`.
+        queries: room for `[_QUERIES · Q / N / 16, D, 16]`; `sums` for `[_QUERIES · Q / N, D]`.
+        softmax: room for `[3, _QUERIES · Q / N]`: each row's largest score, sum of exponentials and factor.
     """
     group, dim, num_tokens = q.shape[1] // k_cache.shape[1], q.shape[2], last_row - first_row
     num_rows, first_head = num_tokens * group, kv_head * group
-    for row in range(num_rows):
-        for i in range(dim):
-            queries[row, i] = q[first_row + row // group, first_head + row % group, i] * scale
+    _pack_queries(q, first_row, kv_head * group, group, num_rows, scale, offsets, queries)
     for begin in range(0, position + num_tokens, _KEYS):
         size = min(_KEYS, position + num_tokens - begin)
-        _pack(k_cache, v_cache, kv_slots, pages, page_size, kv_head, start, begin, size, keys, values)
+        _gather(k_cache, v_cache, kv_slots, pages, page_size, kv_head, start, begin, size, keys, values)
         # Rows that end before this block see nothing of it.
-        for row in range(max(begin - position, 0) * group // MAX_ROWS * MAX_ROWS, num_rows, MAX_ROWS):
-            last = min(row + MAX_ROWS, num_rows)
-            _attend_tile(
-                queries[row:last],
+        for row in range(max(begin - position, 0) * group // COLUMNS * COLUMNS, num_rows, COLUMNS):
+            last = min(row + COLUMNS, num_rows)
+            _attend_strip(
+                queries[row // PANEL : (row + COLUMNS) // PANEL],
                 keys,
                 values,
+                last - row,
                 position + 1 - begin + row // group,
                 row % group,
                 group,
@@ -232,11 +242,12 @@ def _attend_block(
                 begin > 0,
                 scores,
                 sums[row:last],
-                largest[row:last],
-                total[row:last],
+                softmax[0, row : row + COLUMNS],
+                softmax[1, row : row + COLUMNS],
+                softmax[2, row : row + COLUMNS],
             )
     for row in range(num_rows):
-        factor = np.float32(1) / total[row]
+        factor = np.float32(1) / softmax[1, row]
         for i in range(dim):
             out[first_row + row // group, first_head + row % group, i] = sums[row, i] * factor
 
@@ -259,11 +270,11 @@ def _attend_blocks(
 ) -> None:
     """Of all blocks of queries, span by span, and in a span head by head, those numbered `first … last - 1`."""
     num_kv, dim = k_cache.shape[1], k_cache.shape[2]
-    keys, values = np.empty((_KEYS // PANEL, dim, PANEL), np.float32), np.empty((_KEYS, dim), np.float32)
-    scores = np.empty((MAX_ROWS, _KEYS), np.float32)
-    room = _QUERIES * (q.shape[1] // num_kv)
-    queries, sums = np.empty((room, dim), np.float32), np.empty((room, dim), np.float32)
-    largest, total = np.empty(room, np.float32), np.empty(room, np.float32)
+    keys, values = np.empty((_KEYS, dim), np.float32), np.empty((_KEYS, dim), np.float32)
+    scores, offsets = np.empty((_KEYS, COLUMNS), np.float32), np.empty(PANEL, np.int64)
+    room = -(-_QUERIES * (q.shape[1] // num_kv) // COLUMNS) * COLUMNS
+    queries, sums = np.empty((room // PANEL, dim, PANEL), np.float32), np.empty((room, dim), np.float32)
+    softmax = np.empty((3, room), np.float32)
     number = 0
     for span in range(bounds.shape[0]):
         first_row, last_row, start = bounds[span]
@@ -287,9 +298,9 @@ def _attend_blocks(
                 keys,
                 values,
                 scores,
+                offsets,
                 queries,
                 sums,
-                largest,
-                total,
+                softmax,
             )
         number += num_blocks * num_kv

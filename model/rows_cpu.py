@@ -5,6 +5,7 @@ Left to itself a compiler neither reduces well nor keeps a loop of few turns fre
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from llvmlite import ir
@@ -80,6 +81,30 @@ def dots(typing_context: Any, x: Any, y: Any, offsets: Any, start: Any, depth: A
 
 
 @intrinsic_  # type: ignore[untyped-decorator]
+def pack_rows(typing_context: Any, x: Any, offsets: Any, depth: Any, factor: Any, out: Any) -> Any:
+    """`out[i, r] = factor · x_r[i]` for the `LANES` vectors `x_r` that begin `offsets[r]` behind `x`.
+
+    Args:
+        depth: of each vector, a multiple of `LANES`.
+    """
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        x, offsets, depth, factor, out = arguments
+        emit = Emitter(builder, LANES)
+        numbers = context.make_array(signature.args[1])(context, builder, offsets).data
+        xs = [builder.gep(x, [builder.load(builder.gep(numbers, [depth.type(r)]))]) for r in range(LANES)]
+        factors = emit.splat(factor)
+        with cgutils.for_range_slice(builder, depth.type(0), depth, depth.type(LANES)) as (at, _):
+            turned = emit.transpose([emit.load(builder.gep(row, [at])) for row in xs])
+            for i, vector in enumerate(turned):
+                place = builder.mul(builder.add(at, depth.type(i)), depth.type(LANES))
+                emit.store(builder.fmul(vector, factors), builder.gep(out, [place]))
+        return context.get_dummy_value()
+
+    return types.void(POINTER, offsets, types.intp, types.float32, POINTER), generate
+
+
+@intrinsic_  # type: ignore[untyped-decorator]
 def sum_of_squares(typing_context: Any, x: Any, size: Any) -> Any:
     """`Σ_i x[i]²`."""
 
@@ -138,6 +163,48 @@ def exponentials(typing_context: Any, x: Any, size: Any, shift: Any) -> Any:
         return emit.sum_lanes(builder.load(total))
 
     return types.float32(POINTER, types.intp, types.float32), generate
+
+
+@intrinsic_  # type: ignore[untyped-decorator]
+def exponential_columns(
+    typing_context: Any, x: Any, stride: Any, count: Any, largest: Any, total: Any, factor: Any
+) -> Any:
+    """Carry the softmax of `LANES` columns on, each by itself: in `count` rows `x[i, c] = exp(x[i, c] - m[c])`, where
+    `m[c]` is the largest of them and of `largest[c]`, which becomes it.
+
+    What was summed up so far is to be multiplied by `factor[c]`, which is written, and so is `total[c]` before what is
+    added to it. Minus infinity gives 0. NaN is no largest, but stays.
+
+    Args:
+        stride: elements from one row to the next.
+    """
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        (x, stride, count, largest, total, factor), emit = arguments, Emitter(builder, LANES)
+        before = emit.load(largest)
+        most = cgutils.alloca_once_value(builder, before)
+        with cgutils.for_range(builder, count) as loop:
+            value = emit.load(builder.gep(x, [builder.mul(loop.index, stride)]))
+            above = builder.fcmp_ordered(">", value, builder.load(most))
+            builder.store(builder.select(above, value, builder.load(most)), most)
+        shift, (added,) = builder.load(most), emit.variables(1)
+        nothing = ir.Constant(emit.vector, [-math.inf] * LANES)
+        with cgutils.for_range(builder, count) as loop:
+            place = builder.gep(x, [builder.mul(loop.index, stride)])
+            score = emit.load(place)
+            value = _exp(builder, builder.fsub(score, shift))
+            # Not the least that there is, which `_exp` would give.
+            value = builder.select(builder.fcmp_ordered("==", score, nothing), emit.zero, value)
+            emit.store(value, place)
+            builder.store(builder.fadd(builder.load(added), value), added)
+        scale = _exp(builder, builder.fsub(before, shift))
+        emit.store(scale, factor)
+        emit.store(builder.fadd(builder.fmul(emit.load(total), scale), builder.load(added)), total)
+        emit.store(shift, largest)
+        return context.get_dummy_value()
+
+    size = types.intp
+    return types.void(POINTER, size, size, POINTER, POINTER, POINTER), generate
 
 
 @intrinsic_  # type: ignore[untyped-decorator]

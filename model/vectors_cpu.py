@@ -138,15 +138,22 @@ class Emitter:
         """The sum over each of `width` vectors, in the lane of its number: each step adds halves of two vectors."""
         distance = self.width // 2
         while distance > 0:
-            lanes = range(self.width)
-            low = [i if not i & distance else self.width + i - distance for i in lanes]
-            high = [i + distance if not i & distance else self.width + i for i in lanes]
             vectors = [
-                self.builder.fadd(self._shuffle(first, second, low), self._shuffle(first, second, high))
+                self.builder.fadd(*self._swap(first, second, distance))
                 for first, second in zip(vectors[:distance], vectors[distance:], strict=True)
             ]
             distance //= 2
         return vectors[0]
+
+    def transpose(self, vectors: list[Any]) -> list[Any]:
+        """`width` vectors' lanes: each step swaps two quarters of a square, then those of its quarters."""
+        turned, distance = list(vectors), self.width // 2
+        while distance > 0:
+            for n in range(self.width):
+                if not n & distance:
+                    turned[n], turned[n + distance] = self._swap(turned[n], turned[n + distance], distance)
+            distance //= 2
+        return turned
 
     def max_lanes(self, vector: Any) -> Any:
         """Of numbers."""
@@ -155,6 +162,13 @@ class Emitter:
     def variables(self, count: int) -> list[Any]:
         """Zeros at first. LLVM keeps them in registers."""
         return [cgutils.alloca_once_value(self.builder, self.zero) for _ in range(count)]
+
+    def _swap(self, first: Any, second: Any, distance: int) -> tuple[Any, Any]:
+        """The upper of every two neighbouring groups of `distance` lanes of the first, for the lower of the second."""
+        lanes = range(self.width)
+        low = [i if not i & distance else self.width + i - distance for i in lanes]
+        high = [i + distance if not i & distance else self.width + i for i in lanes]
+        return self._shuffle(first, second, low), self._shuffle(first, second, high)
 
     def _shuffle(self, first: Any, second: Any, lanes: list[int]) -> Any:
         return self.builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(_I32, self.width), lanes))

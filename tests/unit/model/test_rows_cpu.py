@@ -15,13 +15,15 @@ from model.rows_cpu import (
     copy_row,
     dots,
     exp,
+    exponential_columns,
     exponentials,
     largest_of,
+    pack_rows,
     rotate,
     scale_row,
     sum_of_squares,
 )
-from model.vectors_cpu import address
+from model.vectors_cpu import LANES, address
 
 Array = npt.NDArray[np.float32]
 SIZES = [1, 2, 15, 16, 17, 63, 64, 65, 128, 200]
@@ -72,6 +74,17 @@ def _rotate(x: Any, cos: Any, sin: Any, half: Any) -> None:
 @_compiled  # type: ignore[untyped-decorator]
 def _dots(x: Any, y: Any, offsets: Any, start: Any, depth: Any, factor: Any, out: Any) -> None:
     dots(address(x, 0), address(y, 0), offsets, start, depth, factor, address(out, 0))
+
+
+@_compiled  # type: ignore[untyped-decorator]
+def _exponential_columns(x: Any, count: Any, state: Any) -> None:
+    largest, total, factor = address(state, 0), address(state, LANES), address(state, 2 * LANES)
+    exponential_columns(address(x, 0), x.shape[1], count, largest, total, factor)
+
+
+@_compiled  # type: ignore[untyped-decorator]
+def _pack(x: Any, offsets: Any, depth: Any, factor: Any, out: Any) -> None:
+    pack_rows(address(x, 0), offsets, depth, factor, address(out, 0))
 
 
 def numbers(size: int, most: float = 3) -> Array:
@@ -131,6 +144,46 @@ def test_a_number_that_is_none_is_not_the_largest() -> None:
     x = numbers(100)
     x[[3, 70]] = np.nan
     assert _largest(x, len(x), np.float32(-9)) == np.nanmax(x)
+
+
+def test_a_softmax_by_columns_is_carried_on_from_block_to_block() -> None:
+    blocks = [numbers(40 * size, 20).reshape(size, 40) for size in (7, 1, 30)]
+    blocks[1][0, 3] = -np.inf
+    blocks[2][[0, 4, 29], 5] = -np.inf
+    every = np.concatenate(blocks)[:, :LANES].astype(np.float64)
+    state = np.repeat(np.array([-np.inf, 0, np.nan], np.float32), LANES).reshape(3, LANES)
+    sums = np.zeros(LANES)
+    for block in blocks:
+        beside = block[:, LANES:].copy()
+        _exponential_columns(block, len(block), state)
+        np.testing.assert_array_equal(block[:, LANES:], beside)
+        sums = sums * state[2] + block[:, :LANES].sum(axis=0)
+    np.testing.assert_array_equal(state[0], every.max(axis=0))
+    expected = np.exp(every - every.max(axis=0)).sum(axis=0)
+    np.testing.assert_allclose(state[1], expected, rtol=1e-5)
+    np.testing.assert_allclose(sums, expected, rtol=1e-5)
+    assert blocks[1][0, 3] == 0
+    assert not blocks[2][[0, 4, 29], 5].any()
+
+
+def test_a_column_with_a_score_that_is_none_has_no_sum() -> None:
+    x = numbers(5 * LANES).reshape(5, LANES)
+    x[2, 1] = np.nan
+    most, state = np.nanmax(x, axis=0), np.zeros((3, LANES), np.float32)
+    state[0] = -np.inf
+    _exponential_columns(x, len(x), state)
+    np.testing.assert_array_equal(state[0], most)
+    assert np.flatnonzero(np.isnan(state[1])).tolist() == [1]
+
+
+@pytest.mark.parametrize("depth", [LANES, 5 * LANES])
+def test_rows_from_anywhere_are_packed_side_by_side(depth: int) -> None:
+    x, out = numbers(40 * depth), np.full((depth + 1, LANES), np.nan, np.float32)
+    offsets = np.random.default_rng().integers(0, len(x) - depth, LANES)
+    _pack(x, offsets, depth, np.float32(0.3), out)
+    expected = np.stack([x[at : at + depth] for at in offsets], axis=1) * np.float32(0.3)
+    np.testing.assert_array_equal(out[:depth], expected)
+    assert np.isnan(out[depth]).all()
 
 
 @pytest.mark.parametrize("half", SIZES)
