@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +17,11 @@ from model.config import ModelConfig
 from model.linear import PackedMatrix, linear
 from model.weights import GateWeights
 
-_FEW_TOKENS = 64
+FEW_TOKENS = 64
 """Up to so many, scores and choice are one compiled call; with more, threads share the scores."""
+
+CompiledGate = tuple[Any, ...]
+"""What `router.gate_cpu.select` takes between the rows and the scores."""
 
 
 class Gate:
@@ -30,33 +34,35 @@ class Gate:
     def __init__(self, weights: GateWeights, config: ModelConfig) -> None:
         """Made ready here, so that no request waits for a compiler."""
         self._weights, self._config = weights, config
-        self._panels = weights.weight.panels.numpy() if isinstance(weights.weight, PackedMatrix) else None
+        self.top_k = config.num_experts_per_tok
+        self.compiled: CompiledGate | None = None
+        """For `FEW_TOKENS`, on a CPU with packed weights."""
         if weights.correction_bias.device.type == "cpu":
             gate_cpu()
-            self._bias = weights.correction_bias.numpy()
-        self._rule = (
-            config.n_group,
-            config.topk_group,
-            config.norm_topk_prob,
-            np.float32(config.routed_scaling_factor),
-        )
+            self._choice = (
+                weights.correction_bias.numpy(),
+                config.n_group,
+                config.topk_group,
+                config.norm_topk_prob,
+                np.float32(config.routed_scaling_factor),
+            )
+            if isinstance(weights.weight, PackedMatrix):
+                self.compiled = (weights.weight.panels.numpy(), *self._choice)
 
     def select(self, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Expert ids `[T, K]` (int64) and weights `[T, K]` (fp32)."""
-        weight, bias, top_k = self._weights.weight, self._weights.correction_bias, self._config.num_experts_per_tok
+        weight, bias = self._weights.weight, self._weights.correction_bias
         if bias.device.type != "cpu":
             return _choose(linear(x_TH.float(), weight), bias, self._config)
         # In one compiled pass: a dozen small operators cost more than the choice itself.
-        num_tokens = len(x_TH)
-        ids_TK, weights_TK = np.empty((num_tokens, top_k), np.int64), np.empty((num_tokens, top_k), np.float32)
-        if self._panels is not None and num_tokens <= _FEW_TOKENS:
-            scores_TE = np.empty((num_tokens, len(bias)), np.float32)
-            gate_cpu().select(
-                x_TH.float().numpy(), self._panels, self._bias, *self._rule, scores_TE, ids_TK, weights_TK
-            )
+        shape = len(x_TH), self.top_k
+        ids_TK, weights_TK = np.empty(shape, np.int64), np.empty(shape, np.float32)
+        if self.compiled is not None and len(x_TH) <= FEW_TOKENS:
+            scores_TE = np.empty((len(x_TH), len(bias)), np.float32)
+            gate_cpu().select(x_TH.float().numpy(), *self.compiled, scores_TE, ids_TK, weights_TK)
         else:
             scores_TE = linear(x_TH.float(), weight).numpy()
-            gate_cpu().choose(scores_TE, self._bias, *self._rule, ids_TK, weights_TK)
+            gate_cpu().choose(scores_TE, *self._choice, ids_TK, weights_TK)
         return torch.from_numpy(ids_TK), torch.from_numpy(weights_TK)
 
 

@@ -93,8 +93,8 @@ class Link:
         """Raises: RequestLimitError if a frame has no room for so many."""
         self._layout.check(num_rows)
 
-    def send(self, layer: int, x_TH: torch.Tensor, part: ShardArrays, gives_way: bool = False) -> int:
-        """Send a shard's rows of `x_TH`. Returns: the call's number. Raises: LaneError."""
+    def send(self, layer: int, x_TW: npt.NDArray[np.int32], part: ShardArrays, gives_way: bool = False) -> int:
+        """Send a shard's rows, as words. Returns: the call's number. Raises: LaneError."""
         self._finish(self._wire.timeout_s)
         # A shard on another machine has cores of its own.
         flags = GIVES_WAY * (gives_way and self._wire.within_host) + SHARED * self._shares
@@ -102,8 +102,8 @@ class Link:
         if self._state[self._wire_cpu.COUNT] <= number - OPEN_ROUNDS:
             # Of a step that failed: nobody has received it, and its room is wanted.
             self._wait(number - OPEN_ROUNDS)
-        words_TW, frame = x_TH.view(torch.int32).numpy(), self._calls[number % OPEN_ROUNDS]
-        sent = self._frames_cpu.send_call(self._wire.fd, frame, self._epoch, number, layer, flags, words_TW, *part)
+        frame = self._calls[number % OPEN_ROUNDS]
+        sent = self._frames_cpu.send_call(self._wire.fd, frame, self._epoch, number, layer, flags, x_TW, *part)
         self._wire.check(sent, 0)
         self._num_calls += 1
         size = HEADER_BYTES if self._shares else self._layout.call_bytes(len(part[0]))
@@ -228,10 +228,10 @@ class LaneExchange:
         # All are checked before one is sent: a frame over the limit leaves no round half sent.
         for shard, part in parts:
             self._links[shard].check(len(part[0]))
-        started = _Round(layer, {}, {})
+        started, x_TW = _Round(layer, {}, {}), x_TH.view(torch.int32).numpy()
         for shard, part in parts:
             try:
-                started.calls[shard] = self._links[shard].send(layer, x_TH, part, self.gives_way), part[0]
+                started.calls[shard] = self._links[shard].send(layer, x_TW, part, self.gives_way), part[0]
             except LaneError as error:
                 started.broken[shard] = _anew(error)
         self._open.append(started)

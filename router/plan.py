@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from router.gate import FEW_TOKENS, Gate
 from router.placement import EMPTY, Placement
 
 if TYPE_CHECKING:
@@ -111,6 +112,21 @@ class Planner:
         self._index = {layer: index for index, layer in enumerate(placement.layers)}
         if device.type != "cpu":
             assert len(self._one_slot_LE) == len(placement.layers)
+
+    def route(self, layer: int, gate: Gate, x_TH: torch.Tensor, real_T: torch.Tensor | None = None) -> DispatchPlan:
+        """`plan` for what the gate selects. Few tokens, as decode steps have, take one compiled call on a CPU."""
+        if gate.compiled is None or len(x_TH) > FEW_TOKENS:
+            return self.plan(layer, *gate.select(x_TH), real_T)
+        plan: DispatchPlan = plan_cpu().route_rows(
+            x_TH.float().numpy(),
+            gate.compiled,
+            gate.top_k,
+            self._replicas[layer],
+            self._num_shards,
+            self._slots_per_shard,
+            self._few_rows,
+        )
+        return plan
 
     def plan(
         self,

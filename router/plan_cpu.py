@@ -13,6 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from model.vectors_cpu import declare
+from router.gate import CompiledGate
+from router.gate_cpu import select
 from router.placement import EMPTY, Placement
 from router.plan import ShardArrays, ShardPlan
 from router.replica_choice import choose_replicas
@@ -48,6 +51,28 @@ class CpuPlan:
         return self.rows_XT[shard, :count], self.slots_XTK[shard, :count], self.weights_XTK[shard, :count]
 
 
+class _Shares(NamedTuple):
+    """Room for a plan."""
+
+    counts_X: npt.NDArray[np.int64]
+    rows_XT: npt.NDArray[np.int64]
+    slots_XTK: npt.NDArray[np.int32]
+    weights_XTK: npt.NDArray[np.float32]
+
+    @classmethod
+    def make(cls, num_shards: int, num_tokens: int, top_k: int) -> _Shares:
+        shape = num_shards, num_tokens, top_k
+        return cls(
+            np.zeros(num_shards, np.int64),
+            np.empty(shape[:2], np.int64),
+            np.empty(shape, np.int32),
+            np.empty(shape, np.float32),
+        )
+
+    def plan(self) -> CpuPlan:
+        return CpuPlan(self.counts_X.tolist(), *self[1:])
+
+
 class Replicas(NamedTuple):
     """Where the experts of one layer are."""
 
@@ -62,9 +87,24 @@ def replicas_of(placement: Placement) -> dict[int, Replicas]:
     found = {}
     for index, layer in enumerate(placement.layers):
         count_E = placement.num_replicas[index].copy()
-        slots_ER = np.ascontiguousarray(placement.logical_to_physical[index][:, : count_E.max()])
+        slots_ER = placement.logical_to_physical[index][:, : count_E.max()].copy()
         found[layer] = Replicas(slots_ER, slots_ER // np.int32(placement.slots_per_shard), count_E)
     return found
+
+
+def route_rows(
+    x_TH: npt.NDArray[np.float32],
+    gate: CompiledGate,
+    top_k: int,
+    replicas: Replicas,
+    num_shards: int,
+    slots_per_shard: int,
+    few_rows: int,
+) -> CpuPlan:
+    """`plan_rows` of what the gate selects."""
+    shares = _Shares.make(num_shards, len(x_TH), top_k)
+    _route_rows(x_TH, *gate, *replicas, slots_per_shard, few_rows, *shares)
+    return shares.plan()
 
 
 def plan_rows(
@@ -75,16 +115,10 @@ def plan_rows(
     slots_per_shard: int,
     few_rows: int,
 ) -> CpuPlan:
-    num_tokens, top_k = expert_ids_TK.shape
     slots_TK = choose(expert_ids_TK, replicas, num_shards, few_rows)
-    rows_XT = np.empty((num_shards, num_tokens), np.int64)
-    slots_XTK = np.empty((num_shards, num_tokens, top_k), np.int32)
-    weights_XTK = np.empty((num_shards, num_tokens, top_k), np.float32)
-    counts = np.zeros(num_shards, np.int64)
-    _plan_rows(
-        expert_ids_TK, weights_TK, replicas.slots_ER, slots_TK, slots_per_shard, counts, rows_XT, slots_XTK, weights_XTK
-    )
-    return CpuPlan(counts.tolist(), rows_XT, slots_XTK, weights_XTK)
+    shares = _Shares.make(num_shards, *expert_ids_TK.shape)
+    _plan_rows(expert_ids_TK, weights_TK, replicas.slots_ER, slots_TK, slots_per_shard, *shares)
+    return shares.plan()
 
 
 def choose(
@@ -133,3 +167,36 @@ def _plan_rows(
                 count += 1
             slots[shard, count - 1, k] = slot - shard * slots_per_shard
             shares[shard, count - 1, k] = weights[token, k]
+
+
+@declare(  # type: ignore[untyped-decorator]
+    "void(f4[:,::1], f4[:,:,::1], f4[::1], i8, i8, b1, f4, i4[:,::1], i4[:,::1], i4[::1], i8, i8, "
+    "i8[::1], i8[:,::1], i4[:,:,::1], f4[:,:,::1])"
+)
+def _route_rows(
+    x: Any,
+    panels: Any,
+    bias: Any,
+    n_group: Any,
+    topk_group: Any,
+    normalise: Any,
+    factor: Any,
+    physical: Any,
+    shard_of: Any,
+    replicas: Any,
+    slots_per_shard: Any,
+    few_rows: Any,
+    counts: Any,
+    rows: Any,
+    slots: Any,
+    shares: Any,
+) -> None:
+    """`router.gate_cpu.select`, `choose_replicas` and `_plan_rows`."""
+    shape = x.shape[0], slots.shape[2]
+    scores = np.empty((x.shape[0], bias.shape[0]), np.float32)
+    expert_ids, weights = np.empty(shape, np.int64), np.empty(shape, np.float32)
+    select(x, panels, bias, n_group, topk_group, normalise, factor, scores, expert_ids, weights)
+    chosen = np.empty(shape if physical.shape[1] > 1 else (0, 0), np.int32)
+    if chosen.size > 0:
+        choose_replicas(expert_ids, physical, shard_of, replicas, len(counts), few_rows, chosen)
+    _plan_rows(expert_ids, weights, physical, chosen, slots_per_shard, counts, rows, slots, shares)

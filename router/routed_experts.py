@@ -59,7 +59,7 @@ class RoutedExperts:
     def plan(self, layer: int, x_TH: torch.Tensor, real_T: torch.Tensor | None = None) -> DispatchPlan:
         """Gate and plan alone; see `Planner.plan`."""
         assert self._planner is not None, "adopt comes first"
-        return self._planner.plan(layer, *self._gates[layer].select(x_TH), real_T)
+        return self._planner.route(layer, self._gates[layer], x_TH, real_T)
 
     def send(self, layer: int, x_TH: torch.Tensor, plan: DispatchPlan, y_TH: torch.Tensor) -> Dispatched:
         """

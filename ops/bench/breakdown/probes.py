@@ -55,6 +55,7 @@ PROBES = (
     Probe("router.gate", "linear", "gate_linear"),
     Probe("router.gate:Gate", "select", "gate"),
     Probe("router.plan:Planner", "plan", "plan"),
+    Probe("router.plan:Planner", "route", "gate"),
     Probe("router.routed_experts:RoutedExperts", "dispatch", "dispatch"),
     Probe("router.lane:Link", "send", "pack"),
     Probe("router.lane:Link", "_wait", "exchange_wait"),

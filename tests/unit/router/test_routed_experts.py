@@ -16,10 +16,11 @@ from experts.slots import ExpertSlots
 from model.census import required_tensors
 from model.checkpoint import Checkpoint
 from model.config import read_config
+from model.linear import Packer
 from model.weights import GateWeights
 from octet.errors import ExpertMissingError
 from router.exchange import LocalExchange
-from router.gate import Gate
+from router.gate import FEW_TOKENS, Gate
 from router.placement import EMPTY, Placement, from_physical, place_evenly
 from router.plan import Planner
 from router.routed_experts import RoutedExperts
@@ -124,6 +125,26 @@ def test_replicas_equal_a_loop_over_the_experts(
     x_TH = torch.randn(NUM_TOKENS, HIDDEN_SIZE)
     found = routed.combine(routed.dispatch(2, x_TH))
     torch.testing.assert_close(found, dense(checkpoint, 2, x_TH, gates[2]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 7, FEW_TOKENS, FEW_TOKENS + 1])
+@pytest.mark.parametrize("has_replicas", [False, True])
+def test_gate_and_plan_in_one_call_are_what_they_are_one_by_one(
+    checkpoint: Checkpoint, gates: dict[int, GateWeights], num_tokens: int, has_replicas: bool
+) -> None:
+    planner = Planner(replicated(3) if has_replicas else place_evenly(LAYERS, NUM_EXPERTS, 3), CPU)
+    packer = Packer()
+    weight, rows_EH = packer.matrix(NUM_EXPERTS, HIDDEN_SIZE)
+    rows_EH.normal_(std=0.3)
+    packer.pack()
+    gate = Gate(GateWeights(weight=weight, correction_bias=gates[2].correction_bias), checkpoint.config)
+    x_TH = torch.randn(num_tokens, HIDDEN_SIZE)
+    found, expected = planner.route(2, gate, x_TH), planner.plan(2, *gate.select(x_TH))
+    for shard in range(3):
+        ours, theirs = found.arrays_of(shard), expected.arrays_of(shard)
+        assert (ours is None) == (theirs is None)
+        for one, other in zip(ours or (), theirs or (), strict=True):
+            np.testing.assert_array_equal(one, other)
 
 
 def test_two_rounds_may_be_open_at_once(checkpoint: Checkpoint, gates: dict[int, GateWeights]) -> None:
