@@ -92,10 +92,22 @@ def grouped_swiglu(
 @declare(  # type: ignore[untyped-decorator]
     "i8(f4[:,::1], i4[:,::1], f4[:,::1], b1[::1], i8[::1], f4[:,:,:,::1], f4[:,:,:,::1], f4[:,::1])"
 )
-def serve_rows(x: Any, slots: Any, weights: Any, held: Any, counts: Any, gate_up: Any, down: Any, y: Any) -> Any:
-    """`count_rows`, and if it returned -1, `grouped_swiglu` over all slots; `y` is overwritten."""
+def serve_rows(x: Any, slots: Any, weights: Any, held: Any, totals: Any, gate_up: Any, down: Any, y: Any) -> Any:
+    """`count_rows`, and if all slots hold experts, `grouped_swiglu` over them; `y` is overwritten.
+
+    Args:
+        totals: `[S]`, to which the rows of each slot are added.
+
+    Returns: how many slots are asked for, or a negative number: -1 less the first one that holds no expert.
+    """
+    counts = np.zeros(len(held), np.int64)
     missing = count_rows(slots, held, counts)
-    if missing < 0:
-        y[:] = 0
-        grouped_swiglu(x, slots, weights, gate_up, down, 0, len(held), y)
-    return missing
+    if missing >= 0:
+        return -1 - missing
+    hit = 0
+    for slot in range(len(held)):
+        totals[slot] += counts[slot]
+        hit += counts[slot] > 0
+    y[:] = 0
+    grouped_swiglu(x, slots, weights, gate_up, down, 0, len(held), y)
+    return hit

@@ -117,7 +117,7 @@ class ShardLoop:
                     begun_s = time.perf_counter()
                     aside_s = self._answer(lane, call, priority)
                     took_s = time.perf_counter() - begun_s
-                    noted = (len(call.rows.x_UH), begun_s - received_s + aside_s, took_s - aside_s)
+                    noted = (call.rows.x_UH.shape[0], begun_s - received_s + aside_s, took_s - aside_s)
                     self._total.note(*noted)
                     meter.note(*noted)
                 finally:
@@ -136,7 +136,7 @@ class ShardLoop:
     def _answer(self, lane: LaneEnd, call: LaneCall, priority: int) -> float:
         """Returns: seconds for which others were let pass."""
         aside_s, resumed_s = 0.0, time.perf_counter()
-        is_long = len(call.rows.x_UH) > _SHORT_ROWS
+        is_long = call.rows.x_UH.shape[0] > _SHORT_ROWS
         if priority == DECODE_FIRST:
             self._decoded_s = resumed_s
 
@@ -151,7 +151,8 @@ class ShardLoop:
 
         try:
             reach("serve")
-            y_UH = self._shard.serve(call.layer, call.rows, call.room_UH, pause)
+            # Nobody passes a decode frame.
+            y_UH = self._shard.serve(call.layer, call.rows, call.room_UH, pause if priority > DECODE_FIRST else None)
         except Exception as error:
             # The attention worker must hear of any fault, or its step would wait for the deadline.
             _log.exception("a call for layer %d failed", call.layer)

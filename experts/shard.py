@@ -65,13 +65,14 @@ class ExpertShard:
         layer: int,
         rows: Rows,
         room_UH: torch.Tensor | None = None,
-        pause: Callable[[], object] = lambda: None,
+        pause: Callable[[], object] | None = None,
     ) -> torch.Tensor:
         """The weighted sums `[U, H]` in the dtype of the rows.
 
         Args:
             room_UH: where they may be written and returned.
-            pause: called again and again within a long computation on a CPU; meanwhile other rows may be served.
+            pause: called again and again within a long computation on a CPU; meanwhile other rows may be served. None
+                if these let no others pass.
 
         Raises: ExpertMissingError if a row asks for a slot that holds no expert. On a GPU nobody waits to see that; all
         of the answer is NaN then.
@@ -85,7 +86,7 @@ class ExpertShard:
             y_UH = self._compute_queued(layer, rows)
         else:
             y_UH = self._compute_stacked(layer, rows)
-        self.num_rows += len(y_UH)
+        self.num_rows += y_UH.shape[0]
         return y_UH
 
     def counts(self) -> dict[int, npt.NDArray[np.int64]]:
@@ -125,22 +126,21 @@ class ExpertShard:
             self._on_device[layer],
         )
 
-    def _compute_packed(self, layer: int, rows: Rows, y_UH: torch.Tensor, pause: Callable[[], object]) -> None:
-        holds_S = self._slots.holds[layer]
-        counts_S = np.zeros(len(holds_S), dtype=np.int64)
-        gate_up, down = self._slots.arrays[layer]
+    def _compute_packed(self, layer: int, rows: Rows, y_UH: torch.Tensor, pause: Callable[[], object] | None) -> None:
+        holds_S, (gate_up, down) = self._slots.holds[layer], self._slots.arrays[layer]
         x, slots, weights = rows.arrays
         y = y_UH.numpy()
         operations = 2 * (gate_up.size + down.size) // max(1, len(holds_S))
         most_operations = PIECE_OPERATIONS * num_threads()
         short = slots.size * operations <= most_operations
-        if short and num_threads() == 1:
+        if num_threads() == 1 and (short or pause is None):
             # One call: what a frame of a decode step takes is not much more than what calls do.
-            missing = grouped_cpu().serve_rows(x, slots, weights, holds_S, counts_S, gate_up, down, y)
-            if missing >= 0:
-                raise self._missing(layer, missing)
-            self._note(layer, counts_S)
+            hit = grouped_cpu().serve_rows(x, slots, weights, holds_S, self._counts[layer], gate_up, down, y)
+            if hit < 0:
+                raise self._missing(layer, -1 - hit)
+            self._num_activated += hit
             return
+        counts_S = np.zeros(len(holds_S), dtype=np.int64)
         missing = grouped_cpu().count_rows(slots, holds_S, counts_S)
         if missing >= 0:
             raise self._missing(layer, missing)
@@ -150,7 +150,7 @@ class ExpertShard:
             self._share_slots(rows, gate_up, down, counts_S, int(counts_S.sum()) * operations, y)
             return
         for begin, end, num_pairs in _pieces(counts_S, most_operations // operations):
-            if begin > 0:
+            if begin > 0 and pause is not None:
                 pause()
             self._share_rows((x, slots, weights), gate_up, down, (begin, end), num_pairs * operations, y)
 

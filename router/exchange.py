@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -36,8 +36,7 @@ class ExpertRows:
         return self.x_UH.numpy(), self.slots_UK.numpy(), self.weights_UK.numpy()
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Call:
+class Call(NamedTuple):
     """`ExpertRows` as they arrive at a shard."""
 
     layer: int

@@ -34,6 +34,7 @@ WORKER, SHARD = HOST_SIDE, GUEST_SIDE
 """Ranks of a link's wire."""
 
 _NO_WORDS = np.empty(0, np.int32)
+_HEARTBEAT, _REPLY, _REFUSAL = Kind.HEARTBEAT.value, Kind.REPLY.value, Kind.REFUSAL.value
 
 _CLOSE_S = 2.0
 """How long a goodbye may take; a shard that does not read will see the connection break."""
@@ -86,7 +87,7 @@ class Link:
         else:
             self._calls, self._shared_replies = list(shared.calls), list(shared.replies)
         self._state = np.zeros(self._wire_cpu.STATE_FIELDS, np.int64)
-        self._num_calls = 0
+        self._num_calls, self._timeout_ms = 0, milliseconds(wire.timeout_s)
         self._rest: _Rest | None = None
 
     def check(self, num_rows: int) -> None:
@@ -158,9 +159,8 @@ class Link:
 
     def _wait(self, number: int) -> None:
         """Until the reply of this number has come. Raises: LaneError."""
-        timeout_s = self._wire.timeout_s
-        status = self._wire_cpu.receive(self._wire.fd, self._inbox, self._state, number, milliseconds(timeout_s))
-        self._wire.check(status, timeout_s)
+        status = self._wire_cpu.receive(self._wire.fd, self._inbox, self._state, number, self._timeout_ms)
+        self._wire.check(status, self._wire.timeout_s)
 
     def _finish(self, timeout_s: float) -> None:
         """Sending the last call, if it was too long to be sent at once. Raises: LaneError."""
@@ -298,54 +298,49 @@ class LanePort:
         self._shares = shared is not None
         self._shared_calls = [] if shared is None else [FrameBuffer(layout, words) for words in shared.calls]
         self._replies = [FrameBuffer(layout, words) for words in (self._outbox if shared is None else shared.replies)]
-        self._state = np.zeros(self._wire_cpu.STATE_FIELDS, np.int64)
+        self._state, self._timeout_ms = np.zeros(self._wire_cpu.STATE_FIELDS, np.int64), milliseconds(timeout_s)
         self._unsent: tuple[npt.NDArray[np.int32], int, int] | None = None
 
     def receive(self) -> Call | None:
         # The worker may not have read all of the last reply yet. Now nobody waits for this thread's turn to end.
         self._send_rest()
-        row = self._wire_cpu.receive_any_but(
-            self._wire.fd, self._inbox, self._state, Kind.HEARTBEAT.value, milliseconds(self._timeout_s)
-        )
+        row = self._wire_cpu.receive_any_but(self._wire.fd, self._inbox, self._state, _HEARTBEAT, self._timeout_ms)
         self._wire.check(row, self._timeout_s)
         header = Header.read(self._calls[row].memory, self._epoch)
         if header.kind is Kind.CLOSE:
             return None
         self._layout.check_call(header, self._shares)
         num_rows, turn = header.num_rows, header.sequence % OPEN_ROUNDS
-        room_UH = self._replies[turn].reply(num_rows)
-        return Call(
-            layer=header.layer,
-            rows=(self._shared_calls[turn] if header.shared else self._calls[row]).rows(num_rows),
-            sequence=header.sequence,
-            room_UH=room_UH,
-            gives_way=header.gives_way,
+        frame, room_UH = (
+            self._shared_calls[turn] if header.shared else self._calls[row],
+            self._replies[turn].reply(num_rows),
         )
+        return Call(header.layer, frame.rows(num_rows), header.sequence, room_UH, header.gives_way)
 
     def reply(self, call: Call, y_UH: torch.Tensor) -> None:
         """Does not wait until the other end has read it."""
-        num_rows = len(y_UH)
+        num_rows = y_UH.shape[0]
         if y_UH is not call.room_UH:
             self._replies[call.sequence % OPEN_ROUNDS].reply(num_rows).copy_(y_UH)
         if self._shares:
-            self._send(call, Kind.REPLY, num_rows, HEADER_BYTES, SHARED)
+            self._send(call, _REPLY, num_rows, HEADER_BYTES, SHARED)
         else:
-            self._send(call, Kind.REPLY, num_rows, self._layout.reply_bytes(num_rows), 0)
+            self._send(call, _REPLY, num_rows, self._layout.reply_bytes(num_rows), 0)
 
     def refuse(self, call: Call, error: Exception) -> None:
         room = self._layout.reply_bytes(len(call.rows.x_UH)) - HEADER_BYTES
         text = str(error).encode()[:room]
         self._outbox[call.sequence % OPEN_ROUNDS].view(np.uint8).data[HEADER_BYTES : HEADER_BYTES + len(text)] = text
-        self._send(call, Kind.REFUSAL, 0, HEADER_BYTES + len(text), 0)
+        self._send(call, _REFUSAL, 0, HEADER_BYTES + len(text), 0)
 
     def close(self) -> None:
         self._wire.abort()
 
-    def _send(self, call: Call, kind: Kind, num_rows: int, size: int, flags: int) -> None:
+    def _send(self, call: Call, kind: int, num_rows: int, size: int, flags: int) -> None:
         self._send_rest()
         frame = self._outbox[call.sequence % OPEN_ROUNDS]
         sent = self._frames_cpu.send_reply(
-            self._wire.fd, frame, kind.value, self._epoch, call.sequence, call.layer, num_rows, size, flags
+            self._wire.fd, frame, kind, self._epoch, call.sequence, call.layer, num_rows, size, flags
         )
         self._wire.check(sent, 0)
         if sent < size:

@@ -35,13 +35,14 @@ class FakeShard:
         layer: int,
         rows: Rows,
         room_UH: torch.Tensor | None = None,
-        pause: Callable[[], object] = lambda: None,
+        pause: Callable[[], object] | None = None,
     ) -> torch.Tensor:
         self.served.append(layer)
         self.at_work.set()
         assert self.may_go_on.wait(PATIENT_S)
         for _ in range(self.num_pauses):
-            pause()
+            if pause is not None:
+                pause()
             self.served.append(layer)
         if layer < 0:
             raise ExpertMissingError(f"layer {layer} is not here")
@@ -158,6 +159,25 @@ def test_a_prefill_frame_lets_decode_frames_pass_and_goes_on_before_its_equals(
     let_wait(loop, shard, {"prefill-0": (1,), "prefill-1": (2,), "decode-0": (11,), "decode-1": (12,)})
     until(lambda: len(shard.served) == 12)
     assert shard.served == [1, *[11] * 3, *[12] * 3, 1, 1, *[2] * 3]
+
+
+def test_nobody_passes_a_decode_frame() -> None:
+    """A shard that need not pause computes it in one call."""
+    pauses: dict[int, Any] = {}
+
+    class Shard(FakeShard):
+        def serve(self, layer: int, rows: Rows, room_UH: Any = None, pause: Any = None) -> torch.Tensor:
+            pauses[layer] = pause
+            return rows.x_UH
+
+    serving = ShardLoop(cast(ExpertShard, Shard()))
+    for name, layer, priority in (("decode-0", 11, DECODE_FIRST), ("prefill-0", 1, PREFILL_AFTER)):
+        lane = FakeLane(layer)
+        serving.add(name, lane, priority)
+        lane.answers.get(timeout=PATIENT_S)
+    assert pauses[11] is None
+    assert callable(pauses[1])
+    serving.close(PATIENT_S)
 
 
 def test_time_for_which_others_pass_is_waiting_and_not_work() -> None:

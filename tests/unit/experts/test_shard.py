@@ -106,6 +106,19 @@ def test_a_long_computation_pauses_and_meanwhile_others_are_served(
     assert shard.counts()[2].sum() == 2 * 40 + 3 * 2
 
 
+def test_what_need_not_pause_is_one_call_however_long(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard = ExpertShard(ExpertSlots(checkpoint, HELD, torch.float32, torch.device("cpu")))
+    monkeypatch.setattr("experts.shard.PIECE_OPERATIONS", 4 * HIDDEN_SIZE * 8)
+    monkeypatch.setattr("experts.shard.num_threads", lambda: 1)
+    rows = asking_for(*[[0, 2], [1, -1], [2, 1]] * 8)
+    pieces = shard.serve(2, rows, None, lambda: None)
+    monkeypatch.delattr(ExpertShard, "_share_rows")
+    torch.testing.assert_close(shard.serve(2, rows), pieces, rtol=0, atol=0)
+    # Both ways count alike.
+    assert shard.counts()[2].tolist() == [2 * count for count in (0, 0, 16, 16, 0, 8)]
+    assert shard.num_activated == 2 * 3
+
+
 def test_an_empty_slot_is_an_error_and_never_zeros(shard: ExpertShard, dtype: torch.dtype) -> None:
     with pytest.raises(ExpertMissingError, match=r"layer 1: no expert in slot 1 of 3"):
         shard.serve(1, asking_for([0, 2], [-1, 1], dtype=dtype))

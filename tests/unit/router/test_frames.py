@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import socket
 from collections.abc import Iterator
 
@@ -183,7 +182,7 @@ def test_nothing_is_added_of_what_is_no_reply_to_the_call(field: str) -> None:
     reply = Header(kind=Kind.REPLY, epoch=EPOCH, sequence=5, num_rows=3, payload_bytes=3 * 8 * 4)
     wrong = {"kind": Kind.REFUSAL}.get(field, getattr(reply, field) + 1)
     memory, y_TH, rows_U = FrameBuffer(_layout, words).memory, torch.zeros(4, 8), torch.arange(3)
-    dataclasses.replace(reply, **{field: wrong}).write(memory)
+    reply._replace(**{field: wrong}).write(memory)
     assert not add_reply(words, _NOTHING, EPOCH, 5, rows_U.numpy(), y_TH.numpy())
     assert not y_TH.any()
     reply.write(memory)
