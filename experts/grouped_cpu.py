@@ -42,11 +42,20 @@ def count_rows(slots: Any, held: Any, counts: Any) -> Any:
 
 
 @declare(  # type: ignore[untyped-decorator]
-    "void(f4[:,::1], i4[:,::1], f4[:,::1], f4[:,:,:,::1], f4[:,:,:,::1], i8, i8, f4[:,::1])"
+    "i8(f4[:,::1], i4[:,::1], f4[:,::1], f4[:,:,:,::1], f4[:,:,:,::1], i8, i8, i8, i8[::1], f4[:,::1])"
 )
 def grouped_swiglu(
-    x: Any, slots: Any, weights: Any, gate_up: Any, down: Any, first_slot: Any, last_slot: Any, y: Any
-) -> None:
+    x: Any,
+    slots: Any,
+    weights: Any,
+    gate_up: Any,
+    down: Any,
+    first_slot: Any,
+    last_slot: Any,
+    least: Any,
+    due: Any,
+    y: Any,
+) -> Any:
     """For each row, the weighted sum of its experts: `y = Σ w · down(silu(gate(x)) · up(x))`.
 
     Args:
@@ -55,7 +64,11 @@ def grouped_swiglu(
         weights: `[U, K]`.
         gate_up: `[S, 2 · ceil(I / 16), H, 16]`, the gate's panels first.
         down: `[S, ceil(H / 16), I, 16]`.
+        least: rows of slots that are computed at least; behind them it ends early if there are more and a pause is due.
+        due: `[1]`, not 0 if one is; another thread may change it.
         y: `[U, H]`, added to.
+
+    Returns: the slot behind the last one that was computed.
     """
     num_rows, top_k = slots.shape
     num_slots, hidden = last_slot - first_slot, x.shape[1]
@@ -87,6 +100,9 @@ def grouped_swiglu(
             for i in range(n):
                 row, weight = row_of[first + i], weight_of[first + i]
                 add_scaled_row(address(y_of, i * hidden), weight, hidden, address(y, row * hidden))
+        if least <= begins[slot + 1] < begins[num_slots] and due[0] != 0:
+            return first_slot + slot + 1
+    return last_slot
 
 
 @declare(  # type: ignore[untyped-decorator]
@@ -109,5 +125,5 @@ def serve_rows(x: Any, slots: Any, weights: Any, held: Any, totals: Any, gate_up
         totals[slot] += counts[slot]
         hit += counts[slot] > 0
     y[:] = 0
-    grouped_swiglu(x, slots, weights, gate_up, down, 0, len(held), y)
+    grouped_swiglu(x, slots, weights, gate_up, down, 0, len(held), 0, np.zeros(1, np.int64), y)
     return hit

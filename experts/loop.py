@@ -15,6 +15,8 @@ import threading
 import time
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from experts.meter import FrameMeter
@@ -135,31 +137,54 @@ class ShardLoop:
 
     def _answer(self, lane: LaneEnd, call: LaneCall, priority: int) -> float:
         """Returns: seconds for which others were let pass."""
-        aside_s, resumed_s = 0.0, time.perf_counter()
-        is_long = call.rows.x_UH.shape[0] > _SHORT_ROWS
+        pause = None
         if priority == DECODE_FIRST:
-            self._decoded_s = resumed_s
-
-        def pause() -> None:
-            nonlocal aside_s, resumed_s
-            now_s = time.perf_counter()
-            if call.gives_way and is_long and now_s - self._decoded_s < _RECENT_S:
-                aside_s += self._turns.rest(priority, min(_REST * (now_s - resumed_s), _LONGEST_REST_S))
-            else:
-                aside_s += self._turns.step_aside(priority)
-            resumed_s = time.perf_counter()
-
+            # Nobody passes it.
+            self._decoded_s = time.perf_counter()
+        else:
+            pause = _Pause(self, call, priority)
         try:
             reach("serve")
-            # Nobody passes a decode frame.
-            y_UH = self._shard.serve(call.layer, call.rows, call.room_UH, pause if priority > DECODE_FIRST else None)
+            y_UH = self._shard.serve(call.layer, call.rows, call.room_UH, pause)
         except Exception as error:
             # The attention worker must hear of any fault, or its step would wait for the deadline.
             _log.exception("a call for layer %d failed", call.layer)
             lane.refuse(call, error)
         else:
             lane.reply(call, y_UH)
-        return aside_s
+        return pause.aside_s if pause is not None else 0.0
+
+
+class _Pause:
+    """Within a prefill frame. See `experts.shard.Pause`."""
+
+    def __init__(self, loop: ShardLoop, call: LaneCall, priority: int) -> None:
+        self._loop, self._priority = loop, priority
+        self._gives_way = call.gives_way and call.rows.x_UH.shape[0] > _SHORT_ROWS
+        self.aside_s = 0.0
+        """Seconds for which others were let pass."""
+        self._go_on()
+
+    @property
+    def due(self) -> npt.NDArray[np.int64]:
+        return self._loop._turns.due
+
+    def __call__(self) -> None:
+        computed_s = time.perf_counter() - self._resumed_s
+        if self._rests:
+            self.aside_s += self._loop._turns.rest(self._priority, min(_REST * computed_s, _LONGEST_REST_S))
+        else:
+            self.aside_s += self._loop._turns.step_aside(self._priority)
+        self._go_on()
+
+    @property
+    def _rests(self) -> bool:
+        """Whether it rests behind every piece, for the sake of decode frames to come."""
+        return self._gives_way and time.perf_counter() - self._loop._decoded_s < _RECENT_S
+
+    def _go_on(self) -> None:
+        self._loop._turns.look_out(self._priority, always=self._rests)
+        self._resumed_s = time.perf_counter()
 
 
 class _Turns:
@@ -170,6 +195,8 @@ class _Turns:
         self._waiting: list[tuple[int, int, threading.Lock]] = []
         self._order = itertools.count(1)
         self._taken = False
+        self.due = np.zeros(1, np.int64)
+        """Whether whoever has the turn shall see who waits; compiled code looks at it."""
 
     @property
     def num_waiting(self) -> int:
@@ -183,8 +210,15 @@ class _Turns:
             turn = threading.Lock()
             turn.acquire()
             heapq.heappush(self._waiting, (priority, next(self._order), turn))
+            if priority == DECODE_FIRST:
+                self.due[0] = 1
         # Whoever holds the turn computes one frame, which is bounded by the lane's largest.
         turn.acquire()
+
+    def look_out(self, priority: int, *, always: bool) -> None:
+        """Let a pause be due, to whoever has the turn, if one waits who may pass, or in any case."""
+        with self._guard:
+            self.due[0] = always or (bool(self._waiting) and self._waiting[0][0] < priority)
 
     def step_aside(self, priority: int) -> float:
         """Let those of lower numbers pass who wait; to be called by whoever has the turn.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -37,6 +37,19 @@ class Rows(Protocol):
     def arrays(self) -> _Arrays: ...
 
 
+class Pause(Protocol):
+    """Lets other rows be served within a long computation."""
+
+    @property
+    def due(self) -> npt.NDArray[np.int64]:
+        """`[1]`: not 0 when it shall be called behind the piece that is under way. Compiled code looks at it."""
+
+    def __call__(self) -> object: ...
+
+
+_NEVER = np.zeros(1, np.int64)
+
+
 class ExpertShard:
     """Computes what its slots contribute to rows, and counts them. Used by one thread at a time."""
 
@@ -65,14 +78,13 @@ class ExpertShard:
         layer: int,
         rows: Rows,
         room_UH: torch.Tensor | None = None,
-        pause: Callable[[], object] | None = None,
+        pause: Pause | None = None,
     ) -> torch.Tensor:
         """The weighted sums `[U, H]` in the dtype of the rows.
 
         Args:
             room_UH: where they may be written and returned.
-            pause: called again and again within a long computation on a CPU; meanwhile other rows may be served. None
-                if these let no others pass.
+            pause: called where it is due within a long computation on a CPU. None if these rows let no others pass.
 
         Raises: ExpertMissingError if a row asks for a slot that holds no expert. On a GPU nobody waits to see that; all
         of the answer is NaN then.
@@ -126,7 +138,7 @@ class ExpertShard:
             self._on_device[layer],
         )
 
-    def _compute_packed(self, layer: int, rows: Rows, y_UH: torch.Tensor, pause: Callable[[], object] | None) -> None:
+    def _compute_packed(self, layer: int, rows: Rows, y_UH: torch.Tensor, pause: Pause | None) -> None:
         holds_S, (gate_up, down) = self._slots.holds[layer], self._slots.arrays[layer]
         x, slots, weights = rows.arrays
         y = y_UH.numpy()
@@ -149,8 +161,14 @@ class ExpertShard:
         if short:
             self._share_slots(rows, gate_up, down, counts_S, int(counts_S.sum()) * operations, y)
             return
-        for begin, end, num_pairs in _pieces(counts_S, most_operations // operations):
-            if begin > 0 and pause is not None:
+        arrays, most_rows = (x, slots, weights, gate_up, down), most_operations // operations
+        if num_threads() == 1 and pause is not None:
+            slot, last = 0, len(holds_S)
+            while (slot := grouped_cpu().grouped_swiglu(*arrays, slot, last, most_rows, pause.due, y)) < last:
+                pause()
+            return
+        for begin, end, num_pairs in _pieces(counts_S, most_rows):
+            if begin > 0 and pause is not None and pause.due[0]:
                 pause()
             self._share_rows((x, slots, weights), gate_up, down, (begin, end), num_pairs * operations, y)
 
@@ -168,7 +186,7 @@ class ExpertShard:
 
         def compute(first: int, last: int) -> None:
             part = parts[first] = np.zeros_like(y)
-            grouped_cpu().grouped_swiglu(*rows.arrays, gate_up, down, first, last, part)
+            grouped_cpu().grouped_swiglu(*rows.arrays, gate_up, down, first, last, 0, _NEVER, part)
 
         # Those behind the last one that is asked for are no thread's share.
         num_asked = len(counts_S) - int((counts_S[::-1] > 0).argmax())
@@ -185,7 +203,7 @@ class ExpertShard:
 
         def compute(first: int, last: int) -> None:
             some = (array[first:last] for array in rows)
-            grouped_cpu().grouped_swiglu(*some, gate_up, down, *slots, y[first:last])
+            grouped_cpu().grouped_swiglu(*some, gate_up, down, *slots, 0, _NEVER, y[first:last])
 
         in_parts(compute, len(y), num_operations, parts_per_thread=2)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -94,4 +95,25 @@ def test_an_array_of_another_layout_is_refused() -> None:
     strided = np.ones((2, 16), np.float32)[:, ::2]
     rows = (strided, np.zeros((2, 1), np.int32), np.ones((2, 1), np.float32))
     with pytest.raises(TypeError, match="No matching definition"):
-        grouped_cpu().grouped_swiglu(*rows, *panels, 0, 1, np.ones((2, 8), np.float32))
+        grouped_cpu().grouped_swiglu(*rows, *panels, 0, 1, 0, np.zeros(1, np.int64), np.ones((2, 8), np.float32))
+
+
+def test_what_becomes_due_in_its_midst_ends_it_behind_a_slot() -> None:
+    """Set by another thread, as a frame is that comes."""
+    num_rows, num_slots, size = 2000, 32, 128
+    weights = packed(torch.randn(num_slots, 2 * size, size), torch.randn(num_slots, size, size))
+    rows = torch.randn(num_rows, size), torch.randint(num_slots, (num_rows, 4)).int(), torch.rand(num_rows, 4)
+    arguments, due = [part.numpy() for part in (*rows, *weights)], np.zeros(1, np.int64)
+    expected, y = np.zeros((num_rows, size), np.float32), np.zeros((num_rows, size), np.float32)
+    assert grouped_cpu().grouped_swiglu(*arguments, 0, num_slots, 0, due, expected) == num_slots
+    for _ in range(200):
+        due[0], y[:] = 0, 0
+        timer = threading.Timer(0.002, due.fill, (1,))
+        timer.start()
+        stopped = grouped_cpu().grouped_swiglu(*arguments, 0, num_slots, 0, due, y)
+        timer.join()
+        if stopped < num_slots:
+            break
+    assert 0 < stopped < num_slots
+    assert grouped_cpu().grouped_swiglu(*arguments, stopped, num_slots, num_rows * 4, due, y) == num_slots
+    np.testing.assert_array_equal(y, expected)

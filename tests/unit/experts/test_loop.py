@@ -161,6 +161,39 @@ def test_a_prefill_frame_lets_decode_frames_pass_and_goes_on_before_its_equals(
     assert shard.served == [1, *[11] * 3, *[12] * 3, 1, 1, *[2] * 3]
 
 
+@pytest.mark.parametrize("gives_way", [False, True])
+def test_a_pause_is_due_while_a_decode_frame_waits_and_wherever_a_frame_rests(gives_way: bool) -> None:
+    decode, others, prefill = FakeLane(), FakeLane(), FakeLane()
+    due: list[bool] = []
+
+    class Shard(FakeShard):
+        def serve(self, layer: int, rows: Rows, room_UH: Any = None, pause: Any = None) -> torch.Tensor:
+            if layer == 1:
+                due.append(pause.due[0] != 0)
+                others.ask(2)
+                until(lambda: serving.num_waiting == 1)
+                due.append(pause.due[0] != 0)
+                decode.ask(11)
+                until(lambda: serving.num_waiting == 2)
+                due.append(pause.due[0] != 0)
+                # Were it not for this, a slow machine might take longer than decode frames are remembered.
+                serving._decoded_s = time.perf_counter() - 1
+                pause()
+                serving._decoded_s = time.perf_counter() + 100
+                pause()
+                due.append(pause.due[0] != 0)
+            return rows.x_UH
+
+    serving = ShardLoop(cast(ExpertShard, Shard()))
+    serving.add("decode-0", decode, DECODE_FIRST)
+    serving.add("prefill-0", prefill, PREFILL_AFTER)
+    serving.add("prefill-1", others, PREFILL_AFTER)
+    prefill.ask(1, gives_way, 300)
+    prefill.answers.get(timeout=PATIENT_S)
+    assert due == [False, False, True, gives_way]
+    serving.close(PATIENT_S)
+
+
 def test_nobody_passes_a_decode_frame() -> None:
     """A shard that need not pause computes it in one call."""
     pauses: dict[int, Any] = {}

@@ -3,8 +3,9 @@ from __future__ import annotations
 import json
 import pathlib
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -60,6 +61,16 @@ def shard(checkpoint: Checkpoint, dtype: torch.dtype) -> ExpertShard:
     return ExpertShard(ExpertSlots(checkpoint, HELD, dtype, torch.device("cpu")))
 
 
+class Pauses:
+    """Due behind every piece, or never."""
+
+    def __init__(self, pause: Callable[[], None], *, due: bool = True) -> None:
+        self.due, self._pause = np.full(1, due, np.int64), pause
+
+    def __call__(self) -> None:
+        self._pause()
+
+
 def asking_for(*slots: Sequence[int], dtype: torch.dtype = torch.float32) -> ExpertRows:
     return ExpertRows(
         x_UH=torch.randn(len(slots), HIDDEN_SIZE).to(dtype),
@@ -98,7 +109,7 @@ def test_a_long_computation_pauses_and_meanwhile_others_are_served(
     monkeypatch.setattr("experts.shard.PIECE_OPERATIONS", 4 * HIDDEN_SIZE * 8)
     monkeypatch.setattr("experts.shard.num_threads", lambda: num_threads)
     others: list[torch.Tensor] = []
-    pieces = shard.serve(2, long, None, lambda: others.append(shard.serve(2, short)))
+    pieces = shard.serve(2, long, None, Pauses(lambda: others.append(shard.serve(2, short))))
     assert len(others) == 2
     torch.testing.assert_close(pieces, whole, rtol=0, atol=0)
     for found in others:
@@ -106,12 +117,25 @@ def test_a_long_computation_pauses_and_meanwhile_others_are_served(
     assert shard.counts()[2].sum() == 2 * 40 + 3 * 2
 
 
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_there_is_no_pause_where_none_is_due(
+    checkpoint: Checkpoint, num_threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = ExpertShard(ExpertSlots(checkpoint, HELD, torch.float32, torch.device("cpu")))
+    monkeypatch.setattr("experts.shard.PIECE_OPERATIONS", 4 * HIDDEN_SIZE * 8)
+    monkeypatch.setattr("experts.shard.num_threads", lambda: num_threads)
+    rows, pauses = asking_for(*[[0, 2], [1, -1], [2, 1]] * 8), list[int]()
+    served = shard.serve(2, rows, None, Pauses(lambda: pauses.append(1), due=False))
+    torch.testing.assert_close(served, shard.serve(2, rows), rtol=0, atol=0)
+    assert not pauses
+
+
 def test_what_need_not_pause_is_one_call_however_long(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     shard = ExpertShard(ExpertSlots(checkpoint, HELD, torch.float32, torch.device("cpu")))
     monkeypatch.setattr("experts.shard.PIECE_OPERATIONS", 4 * HIDDEN_SIZE * 8)
     monkeypatch.setattr("experts.shard.num_threads", lambda: 1)
     rows = asking_for(*[[0, 2], [1, -1], [2, 1]] * 8)
-    pieces = shard.serve(2, rows, None, lambda: None)
+    pieces = shard.serve(2, rows, None, Pauses(lambda: None))
     monkeypatch.delattr(ExpertShard, "_share_rows")
     torch.testing.assert_close(shard.serve(2, rows), pieces, rtol=0, atol=0)
     # Both ways count alike.
