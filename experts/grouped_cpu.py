@@ -52,7 +52,7 @@ def grouped_swiglu(
     down: Any,
     first_slot: Any,
     last_slot: Any,
-    least: Any,
+    most: Any,
     due: Any,
     y: Any,
 ) -> Any:
@@ -64,7 +64,7 @@ def grouped_swiglu(
         weights: `[U, K]`.
         gate_up: `[S, 2 · ceil(I / 16), H, 16]`, the gate's panels first.
         down: `[S, ceil(H / 16), I, 16]`.
-        least: rows of slots that are computed at least; behind them it ends early if there are more and a pause is due.
+        most: rows of slots between two pauses, if a single slot has not more. Where one is due, it ends early.
         due: `[1]`, not 0 if one is; another thread may change it.
         y: `[U, H]`, added to.
 
@@ -100,7 +100,7 @@ def grouped_swiglu(
             for i in range(n):
                 row, weight = row_of[first + i], weight_of[first + i]
                 add_scaled_row(address(y_of, i * hidden), weight, hidden, address(y, row * hidden))
-        if least <= begins[slot + 1] < begins[num_slots] and due[0] != 0:
+        if 0 < begins[slot + 1] < begins[num_slots] and begins[slot + 2] > most and due[0] != 0:
             return first_slot + slot + 1
     return last_slot
 
