@@ -121,7 +121,7 @@ class Reader:
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Around handing increments on in this task: where that is stuck, it is cut short once the reader is too slow.
+        """Around handing increments on in this task: where that is stuck, it is cut short by `cut`.
 
         Raises: SlowReaderError.
         """
@@ -159,10 +159,16 @@ class Reader:
         """Something was said, or the request has ended."""
         self._changed.set()
         unread = sum(transcript.num_tokens - self._read[c] for c, transcript in self._record.transcripts.items())
-        if unread > self._max_unread_tokens and self._too_slow is None:
-            self._too_slow = SlowReaderError(
-                f"{unread} tokens wait to be read, the limit (frontend.max_unread_tokens) is {self._max_unread_tokens}"
+        if unread > self._max_unread_tokens:
+            most = self._max_unread_tokens
+            self.cut(
+                SlowReaderError(f"{unread} tokens wait to be read, the limit (frontend.max_unread_tokens) is {most}")
             )
+
+    def cut(self, error: SlowReaderError) -> None:
+        """Let this be how the reading ends; the first one counts."""
+        if self._too_slow is None:
+            self._too_slow = error
             self._interrupt()
 
     def _unread(self) -> Iterator[Increment]:
