@@ -120,6 +120,18 @@ async def test_a_client_that_takes_nothing_is_cut_off(cluster: Cluster, stub: An
     assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
+async def test_a_stream_that_waits_for_tokens_is_not_cut_off(cluster: Cluster, stub: Any) -> None:
+    """For longer than a client may take nothing, and again behind the first time that this was looked at."""
+    call = stub.GenerateStream(asked(request_id="r"))
+    request = await cluster.prefill.next_request()
+    chunks = call.__aiter__()
+    for index in range(3):
+        tell(cluster, request, index, index + 1, end=index == 2)
+        assert list((await soon(anext(chunks))).token_ids) == [100 + index]
+        await asyncio.sleep(1.2 * PLAN.config.frontend.max_stall_s)
+    assert [chunk async for chunk in chunks] == []
+
+
 def wide_token(request: PrefillRequest, index: int) -> TokenEvent:
     top = tuple((number, -1.0) for number in range(10_000))
     logprob = TokenLogprob(token_id=100, logprob=-1.0, top=top)
