@@ -103,7 +103,8 @@ def _frame() -> Callable[[], object]:
 
 
 def _experts() -> Callable[[], object]:
-    """As `ExpertShard` does it, beside counting, which it always did."""
+    """As `ExpertShard` does it for frames of several calls, beside counting, which it always did. Where a frame is one
+    call, as in decode steps, that call does it, for less."""
     counts_S, total_S, activated = np.ones(16, dtype=np.int64), np.zeros(16, dtype=np.int64), [0]
 
     def note() -> None:
