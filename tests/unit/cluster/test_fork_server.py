@@ -57,8 +57,15 @@ def serving(script: pathlib.Path, idle_s: float) -> Iterator[subprocess.Popen[by
 
 
 def wait_for(path: pathlib.Path) -> None:
+    """Until somebody listens there, which is a moment after there is something."""
     deadline_s = time.monotonic() + 30
-    while not path.exists():
+    while True:
+        with (
+            socket.socket(socket.AF_UNIX) as connection,
+            contextlib.suppress(FileNotFoundError, ConnectionRefusedError),
+        ):
+            connection.connect(str(path))
+            return
         assert time.monotonic() < deadline_s
         time.sleep(0.02)
 
