@@ -91,6 +91,29 @@ def _hide(scores: Any, first_own: Any, behind: Any, group: Any, seen: Any) -> No
 
 
 @inner  # type: ignore[untyped-decorator]
+def _add_values(scores: Any, values: Any, seen: Any, goes_on: Any, sums: Any) -> None:
+    """Of the positions that a strip sees, weighed by what its scores have become; see `_attend_strip`."""
+    count, dim = sums.shape
+    num_tiles = -(-count // MAX_ROWS)
+    for column in range(0, dim, COLUMNS):
+        for tile in range(num_tiles):
+            row, next_row = tile * count // num_tiles, (tile + 1) * count // num_tiles
+            multiply_turned(
+                next_row - row,
+                min(COLUMNS, dim - column),
+                seen,
+                address(scores, row),
+                COLUMNS,
+                address(values, column),
+                dim,
+                PANEL,
+                address(sums, row * dim + column),
+                dim,
+                1 if goes_on else 0,
+            )
+
+
+@inner  # type: ignore[untyped-decorator]
 def _attend_strip(
     queries: Any,
     keys: Any,
@@ -150,23 +173,7 @@ def _attend_strip(
             if factors[r] != np.float32(1):
                 for i in range(dim):
                     sums[r, i] *= factors[r]
-    num_tiles = -(-count // MAX_ROWS)
-    for column in range(0, dim, COLUMNS):
-        for tile in range(num_tiles):
-            row, next_row = tile * count // num_tiles, (tile + 1) * count // num_tiles
-            multiply_turned(
-                next_row - row,
-                min(COLUMNS, dim - column),
-                seen,
-                address(scores, row),
-                COLUMNS,
-                address(values, column),
-                dim,
-                PANEL,
-                address(sums, row * dim + column),
-                dim,
-                1 if goes_on else 0,
-            )
+    _add_values(scores, values, seen, goes_on, sums)
 
 
 @inner  # type: ignore[untyped-decorator]
