@@ -117,7 +117,7 @@ class Frontend:
         self._dispatcher.set_workers(prefill, decode, draining)
 
     @contextlib.contextmanager
-    def generate(self, spec: GenerateSpec, timeout_s: float | None = None) -> Iterator[Reader]:
+    def generate(self, spec: GenerateSpec, timeout_s: float | None = None, *, whole: bool = False) -> Iterator[Reader]:
         """Accept a request, or find the one that it repeats, and read its answer after the tokens that are received.
 
         When its last reader leaves, the request's work is freed in every pool, a resumable one's after
@@ -125,13 +125,14 @@ class Frontend:
 
         Args:
             timeout_s: the request's deadline, if it has no later one; None takes `frontend.default_timeout_s`.
+            whole: whether the reader is told nothing before the request has ended.
 
         Raises: UnavailableError, QueueFullError, RequestExistsError, RequestError.
         """
         record = self._find_same(spec)
         if record is None:
             record = self._admit(spec, timeout_s).record
-        with self._attached(record, [len(token_ids) for token_ids in spec.received], timeout_s) as reader:
+        with self._attached(record, [len(token_ids) for token_ids in spec.received], timeout_s, whole) as reader:
             yield reader
 
     def refuse_early(self, request_id: RequestId, priority: int, timeout_s: float | None) -> None:
@@ -218,10 +219,12 @@ class Frontend:
         return live
 
     @contextlib.contextmanager
-    def _attached(self, record: Record, offsets: Sequence[int], timeout_s: float | None) -> Iterator[Reader]:
+    def _attached(
+        self, record: Record, offsets: Sequence[int], timeout_s: float | None, whole: bool = False
+    ) -> Iterator[Reader]:
         """Let a request run for a reader up to the reader's deadline, and no longer than for its last one."""
         live = self._live.get(record.request_id)
-        reader = Reader(record, offsets, self._config.max_unread_tokens)
+        reader = Reader(record, offsets, self._config.max_unread_tokens, whole=whole)
         record.readers.add(reader)
         if live is not None:
             live.set_timer("grace", None)

@@ -39,7 +39,7 @@ class GenerationService(rpc.GenerationServicer):
         choices: dict[int, pb.Choice] = {}
         async with _errors_as_status(context):
             spec = await self._parse(request, context)
-            with self._frontend.generate(spec, context.time_remaining()) as reader:
+            with self._frontend.generate(spec, context.time_remaining(), whole=True) as reader:
                 await _tell_accepted(context, reader)
                 async for increment in reader.increments():
                     chunk = to_chunk(reader.request_id, increment)

@@ -31,7 +31,9 @@ class LiveRequest:
         Raises: RequestError if its client claims to have received what this request cannot answer.
         """
         self.journal = Journal(request)
-        self.record = Record(request.request_id, spec.digest, request.choices, request.num_prompt_tokens)
+        self.record = Record(
+            request.request_id, spec.digest, request.choices, request.num_prompt_tokens, spec.stream_interval
+        )
         self.resumable, self.keep, self.demand = spec.resumable, spec.keep, demand
         self.prefilled = False
         self.first_token_s: float | None = None

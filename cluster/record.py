@@ -45,12 +45,20 @@ class Outcome:
 class Record:
     """Belongs to the frontend's event loop. It may outlive the request, for clients that come late."""
 
-    def __init__(self, request_id: RequestId, digest: bytes, choices: Sequence[int], num_prompt_tokens: int) -> None:
+    def __init__(
+        self,
+        request_id: RequestId,
+        digest: bytes,
+        choices: Sequence[int],
+        num_prompt_tokens: int,
+        stream_interval: int = 1,
+    ) -> None:
         """
         Args:
             digest: of the request's body: whoever asks the same with the same id is answered from here.
+            stream_interval: tokens of a choice that its readers are told together, after the first.
         """
-        self.request_id, self.digest = request_id, digest
+        self.request_id, self.digest, self.stream_interval = request_id, digest, stream_interval
         self.transcripts = {choice: Transcript(choice) for choice in choices}
         self.outcome: Outcome | None = None
         self.prompt_logprobs: tuple[TokenLogprob, ...] = ()
@@ -94,16 +102,18 @@ class Record:
 class Reader:
     """One client's place in a record."""
 
-    def __init__(self, record: Record, offsets: Sequence[int], max_unread_tokens: int) -> None:
+    def __init__(self, record: Record, offsets: Sequence[int], max_unread_tokens: int, *, whole: bool = False) -> None:
         """
         Args:
             offsets: by choice, tokens that are not to be read again; absent ones are 0.
+            max_unread_tokens: the reader is cut off when more wait for it; not one that waits for the whole.
+            whole: whether it is told nothing before the request has ended, and everything then.
 
         Raises: RequestError.
         """
         if len(offsets) > len(record.transcripts):
             raise RequestError("offsets", f"{len(offsets)} choices", f"at most {len(record.transcripts)}")
-        self._record, self._max_unread_tokens = record, max_unread_tokens
+        self._record, self._max_unread_tokens, self._whole = record, max_unread_tokens, whole
         self._read = dict.fromkeys(record.transcripts, 0)
         for choice, offset in zip(record.transcripts, offsets, strict=False):
             most = record.transcripts[choice].num_tokens
@@ -157,9 +167,11 @@ class Reader:
 
     def hear(self) -> None:
         """Something was said, or the request has ended."""
-        self._changed.set()
-        unread = sum(transcript.num_tokens - self._read[c] for c, transcript in self._record.transcripts.items())
-        if unread > self._max_unread_tokens:
+        transcripts = self._record.transcripts
+        if self._record.outcome is not None or any(self._is_due(*one) for one in transcripts.items()):
+            self._changed.set()
+        unread = sum(transcript.num_tokens - self._read[choice] for choice, transcript in transcripts.items())
+        if unread > self._max_unread_tokens and not self._whole:
             most = self._max_unread_tokens
             self.cut(
                 SlowReaderError(f"{unread} tokens wait to be read, the limit (frontend.max_unread_tokens) is {most}")
@@ -172,9 +184,9 @@ class Reader:
             self._interrupt()
 
     def _unread(self) -> Iterator[Increment]:
-        """What was said since the last call: one increment per choice, however much it is."""
+        """What is due of what was said since the last call: one increment per choice, however much it is."""
         record = self._record
-        news = [choice for choice, transcript in record.transcripts.items() if self._has_news(choice, transcript)]
+        news = [choice for choice, transcript in record.transcripts.items() if self._is_due(choice, transcript)]
         for number, choice in enumerate(news):
             transcript, first = record.transcripts[choice], self._read[choice]
             piece = transcript.read(first)
@@ -189,8 +201,12 @@ class Reader:
                 usage=record.usage if last else None,
             )
 
-    def _has_news(self, choice: int, transcript: Transcript) -> bool:
+    def _is_due(self, choice: int, transcript: Transcript) -> bool:
         """A choice's end is told in every stream of it, also where no token is left to tell."""
-        return len(transcript) > self._read[choice] or (
-            transcript.finish_reason is not None and choice not in self._ended
-        )
+        read, record = self._read[choice], self._record
+        ended = transcript.finish_reason is not None and choice not in self._ended
+        if record.outcome is not None:
+            return ended or len(transcript) > read
+        if self._whole:
+            return False
+        return ended or len(transcript) - read >= (record.stream_interval if read else 1)

@@ -47,6 +47,8 @@ class GenerateSpec:
     """Whether anybody may ask for the answer later."""
     received: tuple[tuple[int, ...], ...]
     """By choice: what the client has of the answer already."""
+    stream_interval: int = 1
+    """Tokens of a choice that its client is told together, after the first."""
 
 
 def parse_request(message: pb.GenerateRequest, limits: Limits, tokenizer: Tokenizer | None) -> GenerateSpec:
@@ -90,6 +92,7 @@ def parse_request(message: pb.GenerateRequest, limits: Limits, tokenizer: Tokeni
         resumable=message.resumable,
         keep=message.resumable or bool(message.request_id),
         received=received,
+        stream_interval=_stream_interval(message.output, limits, n),
     )
 
 
@@ -248,6 +251,21 @@ def _sampling(sampling: pb.Sampling, defaults: GenerationDefaults) -> Sampling:
         frequency_penalty=value("frequency_penalty", 0.0, -2, 2),
         seed=sampling.seed if sampling.HasField("seed") else secrets.randbits(63),
     )
+
+
+def _stream_interval(output: pb.Output, limits: Limits, n: int) -> int:
+    # What waits to be told together is not to be taken for what a slow client lets wait.
+    config, most = limits.config.frontend, max(1, limits.config.frontend.max_unread_tokens // n)
+    if not output.HasField("stream_interval"):
+        return min(config.stream_interval, most)
+    if not 1 <= output.stream_interval <= most:
+        raise RequestError(
+            "output.stream_interval",
+            output.stream_interval,
+            f"1 to {most}",
+            f"more may not wait (frontend.max_unread_tokens is {config.max_unread_tokens}, for {n} choices)",
+        )
+    return output.stream_interval
 
 
 def _output(output: pb.Output, limits: Limits) -> Output:

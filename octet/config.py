@@ -231,6 +231,9 @@ class FrontendConfig(ConfigNode):
     """A client that lets more than this wait is cut off."""
     max_stall_s: float = pydantic.Field(30.0, gt=0)
     """So is one that takes nothing for so long while something waits."""
+    stream_interval: int = pydantic.Field(1, ge=1)
+    """Tokens of a choice in a chunk of a stream, where a request does not say; the first one is always told at once. A
+    chunk costs the frontend and its client as much, however many tokens are in it."""
     max_n: int = pydantic.Field(16, ge=1)
     max_logprobs: int = pydantic.Field(20, ge=0)
     max_stop_strings: int = pydantic.Field(16, ge=0)
@@ -239,6 +242,15 @@ class FrontendConfig(ConfigNode):
     max_message_mib: int = pydantic.Field(16, ge=1)
     drain_s: float = pydantic.Field(30.0, ge=0)
     """How long live requests may go on after a stop is asked for."""
+
+    @pydantic.model_validator(mode="after")
+    def _a_chunk_may_wait(self) -> FrontendConfig:
+        if self.stream_interval > self.max_unread_tokens:
+            raise ValueError(
+                f"stream_interval ({self.stream_interval}) must be at most max_unread_tokens "
+                f"({self.max_unread_tokens}), or every client is cut off before its second chunk"
+            )
+        return self
 
 
 class TelemetryConfig(ConfigNode):

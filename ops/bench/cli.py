@@ -45,6 +45,9 @@ def bench_serve(
     slo_ttft: Annotated[float, typer.Option(help="Goodput: seconds to the first token.")] = 2.0,
     slo_tpot: Annotated[float, typer.Option(help="Goodput: seconds per token after it.")] = 0.2,
     seed: int = 0,
+    stream_interval: Annotated[
+        int | None, typer.Option(min=1, help="Tokens in a chunk after the first; default: the server's.")
+    ] = None,
     json_file: _JsonFile = None,
     plot: Annotated[
         pathlib.Path | None, typer.Option(metavar="FILE.png", help="Draw the load (needs the extra 'bench').")
@@ -66,6 +69,7 @@ def bench_serve(
         slo_ttft_s=slo_ttft,
         slo_tpot_s=slo_tpot,
         seed=seed,
+        stream_interval=stream_interval,
     )
     run(grpc, options, json_file, plot)
 

@@ -20,6 +20,8 @@ class Arrival:
     at_s: float
     prompt_tokens: int
     new_tokens: int
+    stream_interval: int | None = None
+    """Tokens in a chunk after the first; None takes the server's."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +116,13 @@ async def ask(client: AsyncClient, arrival: Arrival, vocab_size: int, load_start
     times: list[float] = []
     start_s, error = time.perf_counter(), ""
     try:
-        chunks = client.stream(prompt, max_new_tokens=arrival.new_tokens, ignore_eos=True, temperature=0.0)
+        chunks = client.stream(
+            prompt,
+            max_new_tokens=arrival.new_tokens,
+            ignore_eos=True,
+            temperature=0.0,
+            stream_interval=arrival.stream_interval,
+        )
         async for chunk in chunks:
             times += [time.perf_counter() - start_s] * len(chunk.token_ids)
     except CallError as failure:

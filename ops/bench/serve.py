@@ -32,6 +32,8 @@ class LoadOptions:
     slo_ttft_s: float
     slo_tpot_s: float
     seed: int
+    stream_interval: int | None = None
+    """Of every request; None takes the server's."""
 
 
 def bench_serve(
@@ -59,17 +61,22 @@ def bench_serve(
 async def _run(address: str, options: LoadOptions) -> tuple[list[Outcome], float]:
     async with AsyncClient(address, timeout_s=600.0) as client:
         info = await client.model_info(timeout_s=30.0)
+        arrivals = [
+            dataclasses.replace(arrival, stream_interval=options.stream_interval)
+            for arrival in _arrivals(options, info.max_model_len)
+        ]
         if options.streams is not None:
-            each = Arrival(at_s=0.0, prompt_tokens=options.prompt_tokens, new_tokens=options.new_tokens)
-            return await closed_loop(client, [each] * options.requests, options.streams, info.vocab_size)
-        return await open_loop(client, _arrivals(options, info.max_model_len), info.vocab_size)
+            return await closed_loop(client, arrivals, options.streams, info.vocab_size)
+        return await open_loop(client, arrivals, info.vocab_size)
 
 
 def _arrivals(options: LoadOptions, max_len: int) -> list[Arrival]:
     if options.trace is not None:
         return read_trace(options.trace, options.requests, options.time_scale, options.length_scale, max_len)
-    assert options.rate is not None
-    return poisson(options.rate, options.requests, options.prompt_tokens, options.new_tokens, options.seed)
+    if options.rate is not None:
+        return poisson(options.rate, options.requests, options.prompt_tokens, options.new_tokens, options.seed)
+    each = Arrival(at_s=0.0, prompt_tokens=options.prompt_tokens, new_tokens=options.new_tokens)
+    return [each] * options.requests
 
 
 def _print(summary: Summary) -> None:

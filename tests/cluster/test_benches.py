@@ -55,10 +55,10 @@ def test_the_cluster_and_the_one_process_engine_are_compared(embedded: RunningCl
     bench_peers(EMBEDDED_MODEL, options, file)
     report = json.loads(file.read_text())
     results = {(result["contestant"], result["streams"]): result for result in report["results"]}
-    assert set(results) == {("octet", 2), ("local", 2)}
+    assert set(results) == {("octet", 2), ("octet-whole", 2), ("local", 2)}
     for result in results.values():
         assert all(trial["first_s"] > 0 and trial["all_s"] > 0 for trial in result["trials"])
-    assert results["local", 2]["whole_ratio"]["median"] > 0
+    assert all(results["local", 2]["ratios"][ours]["whole"]["median"] > 0 for ours in ("octet", "octet-whole"))
 
 
 def test_interference_is_measured_(embedded: RunningCluster, tmp_path: pathlib.Path) -> None:

@@ -21,15 +21,15 @@ from model.config import read_config
 from octet.errors import ConfigError
 from ops.bench.checkpoints import BENCH, write_checkpoint
 from ops.bench.machine import Machine, describe
-from ops.bench.peers.contestants import PEERS, ClusterContestant, Contestant, Size
+from ops.bench.peers.contestants import PEERS, ClusterContestant, Contestant, Size, WholeAnswers
 from ops.bench.peers.environments import PeerError
 from ops.bench.peers.rates import Trial, Trials, goal_of, rate_of, ratios
 from ops.bench.spread import Spread, spread
 
-SCHEMA = "octet.peers/1"
+SCHEMA = "octet.peers/2"
 _REST_S = 2.0
 """Between two contestants: threads spin for a while after their work, vLLM's worker for a second of a whole core."""
-CLUSTER = ClusterContestant.name
+OURS = (ClusterContestant.name, WholeAnswers.name)
 _KINDS = ("decode", "prefill", "whole")
 
 
@@ -93,7 +93,7 @@ def _start(options: PeersOptions, size: Size, closing: contextlib.ExitStack, con
         contestants.append(contestant)
     cluster = ClusterContestant(size, options.overrides, options.address)
     closing.callback(cluster.close)
-    return [cluster, *contestants]
+    return [cluster, WholeAnswers(cluster), *contestants]
 
 
 def run_rounds(
@@ -148,18 +148,20 @@ def print_trials(
             of_kind = [spread([rate_of(trial, kind) for trial in trials[name, streams]]) for kind in _KINDS]
             rates.add_row(name, str(streams), *(_with_range(one, 0) for one in of_kind))
     console.print(rates)
-    compared = Table(box=None, pad_edge=False)
-    for column in (f"{CLUSTER} ÷", "streams", *_KINDS):
-        compared.add_column(column, justify="left" if column.endswith("÷") else "right")
-    for name in versions:
-        if name != CLUSTER:
-            for streams in options.streams:
-                compared.add_row(name, str(streams), *(_ratio(trials, name, streams, kind) for kind in _KINDS))
-    console.print(compared)
+    for ours in OURS:
+        compared = Table(box=None, pad_edge=False)
+        for column in (f"{ours} ÷", "streams", *_KINDS):
+            compared.add_column(column, justify="left" if column.endswith("÷") else "right")
+        for name in versions:
+            if name not in OURS:
+                for streams in options.streams:
+                    cells = (_ratio(trials, ours, name, streams, kind) for kind in _KINDS)
+                    compared.add_row(name, str(streams), *cells)
+        console.print(compared)
 
 
-def _ratio(trials: Trials, peer: str, streams: int, kind: str) -> str:
-    ratio = ratios(trials[CLUSTER, streams], trials[peer, streams], kind)
+def _ratio(trials: Trials, ours: str, peer: str, streams: int, kind: str) -> str:
+    ratio = ratios(trials[ours, streams], trials[peer, streams], kind)
     goal = goal_of(kind, streams, peer)
     if goal is None:
         return _with_range(ratio, 2)
@@ -172,7 +174,7 @@ def _with_range(values: Spread, digits: int) -> str:
 
 
 def as_json(machine: Machine, versions: dict[str, str], trials: Trials, options: PeersOptions) -> dict[str, Any]:
-    """Every trial, in seconds, and the medians."""
+    """Every trial, in seconds, the medians, and of peers what ours are of them."""
     results = [
         {
             "contestant": name,
@@ -182,14 +184,11 @@ def as_json(machine: Machine, versions: dict[str, str], trials: Trials, options:
                 f"{kind}_rate": dataclasses.asdict(spread([rate_of(trial, kind) for trial in of_pair]))
                 for kind in _KINDS
             },
-            **(
-                {}
-                if name == CLUSTER
-                else {
-                    f"{kind}_ratio": dataclasses.asdict(ratios(trials[CLUSTER, streams], of_pair, kind))
-                    for kind in _KINDS
-                }
-            ),
+            "ratios": {
+                ours: {kind: dataclasses.asdict(ratios(trials[ours, streams], of_pair, kind)) for kind in _KINDS}
+                for ours in OURS
+                if name not in OURS
+            },
         }
         for (name, streams), of_pair in trials.items()
     ]

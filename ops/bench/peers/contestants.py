@@ -10,7 +10,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from cluster.launch import RunningCluster, launch
 from octet.client import AsyncClient
@@ -58,9 +58,40 @@ class Size:
         return [str(self.checkpoint), str(self.threads), str(self.max_sequences), str(self.max_len)]
 
 
-class ClusterContestant:
-    """This project as it is served, asked over gRPC: a cluster of its own (a prefill worker, a decode worker, two
-    shards), or one that runs already."""
+class _Served:
+    """A cluster that is asked over gRPC, in one way or the other."""
+
+    name: str
+
+    def __init__(self, address: str, version: str) -> None:
+        self.address, self.version = address, version
+
+    def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> float:
+        return asyncio.run(self._run(prompts, new_tokens))
+
+    async def _run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> float:
+        options = {"max_new_tokens": new_tokens, "ignore_eos": True, "temperature": 0.0}
+        async with AsyncClient(self.address, timeout_s=_ANSWER_S) as client:
+            # The connection is made before the clock starts.
+            await client.model_info()
+            start_s = time.perf_counter()
+            tokens = await asyncio.gather(*(self._ask(client, prompt, options) for prompt in prompts))
+            seconds = time.perf_counter() - start_s
+        if tokens != [new_tokens] * len(prompts):
+            raise PeerError(self.name, f"gave {tokens} tokens, expected {new_tokens} for each prompt")
+        return seconds
+
+    async def _ask(self, client: AsyncClient, prompt: Sequence[int], options: dict[str, Any]) -> int:
+        """How many tokens the answer has, once it is complete."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        return
+
+
+class ClusterContestant(_Served):
+    """This project as it is served, which streams every token: a cluster of its own (a prefill worker, a decode worker,
+    two shards), or one that runs already."""
 
     name = "octet"
 
@@ -72,39 +103,35 @@ class ClusterContestant:
         """
         self._cluster: RunningCluster | None = None
         if address is not None:
-            self._address, self.version = address, f"at {address}"
+            super().__init__(address, f"at {address}")
             return
         self._cluster = launch_cluster(size, overrides)
-        self._address = self._cluster.address
         pools, threads = self._cluster.plan.config.pools, self._cluster.plan.threads
         changed = f", {' '.join(overrides)}" if overrides else ""
-        self.version = (
+        super().__init__(
+            self._cluster.address,
             f"{pools.prefill.size} prefill + {pools.decode.size} decode + {pools.experts.size} shards, "
-            f"threads {'/'.join(str(count) for count in threads.values())}{changed}"
+            f"threads {'/'.join(str(count) for count in threads.values())}{changed}",
         )
 
-    def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> float:
-        return asyncio.run(self._run(prompts, new_tokens))
-
-    async def _run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> float:
-        async with AsyncClient(self._address, timeout_s=_ANSWER_S) as client:
-            # The connection is made before the clock starts.
-            await client.model_info()
-
-            async def ask(prompt: Sequence[int]) -> int:
-                stream = client.stream(prompt, max_new_tokens=new_tokens, ignore_eos=True, temperature=0.0)
-                return sum([len(chunk.token_ids) async for chunk in stream])
-
-            start_s = time.perf_counter()
-            tokens = await asyncio.gather(*map(ask, prompts))
-            seconds = time.perf_counter() - start_s
-        if tokens != [new_tokens] * len(prompts):
-            raise PeerError(self.name, f"gave {tokens} tokens, expected {new_tokens} for each prompt")
-        return seconds
+    async def _ask(self, client: AsyncClient, prompt: Sequence[int], options: dict[str, Any]) -> int:
+        return sum([len(chunk.token_ids) async for chunk in client.stream(prompt, **options)])
 
     def close(self) -> None:
         if self._cluster is not None:
             self._cluster.stop(drain=False)
+
+
+class WholeAnswers(_Served):
+    """The same cluster, asked for whole answers, as its peers are: none of them streams a token."""
+
+    name = "octet-whole"
+
+    def __init__(self, cluster: ClusterContestant) -> None:
+        super().__init__(cluster.address, "the same cluster, whole answers instead of streams")
+
+    async def _ask(self, client: AsyncClient, prompt: Sequence[int], options: dict[str, Any]) -> int:
+        return len((await client.generate(prompt, **options)).choices[0].token_ids)
 
 
 def launch_cluster(size: Size, overrides: Sequence[str]) -> RunningCluster:
@@ -146,4 +173,4 @@ PEERS: dict[str, Callable[[Size, pathlib.Path], Contestant]] = {
     "vllm": lambda size, env_dir: start_engine("vllm", VLLM, size, env_dir),
     "vllm-eager": lambda size, env_dir: start_engine("vllm-eager", VLLM, size, env_dir),
 }
-"""By name; Octet's cluster takes part whichever of them do."""
+"""By name; Octet's cluster takes part, in both ways, whichever of them do."""

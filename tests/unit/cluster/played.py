@@ -139,6 +139,8 @@ class Cluster:
         resumable: bool = False,
         received: Sequence[Sequence[int]] = (),
         timeout_s: float | None = None,
+        stream_interval: int | None = None,
+        whole: bool = False,
     ) -> Client:
         return self.send(
             pb.GenerateRequest(
@@ -149,13 +151,15 @@ class Cluster:
                 token_ids=pb.TokenIds(ids=PROMPT),
                 sampling=pb.Sampling(n=n),
                 stopping=pb.Stopping(max_new_tokens=50, stop=stop),
+                output=pb.Output(stream_interval=stream_interval),
             ),
             timeout_s,
+            whole=whole,
         )
 
-    def send(self, message: pb.GenerateRequest, timeout_s: float | None = None) -> Client:
+    def send(self, message: pb.GenerateRequest, timeout_s: float | None = None, *, whole: bool = False) -> Client:
         spec = parse_request(message, self.frontend.limits, self.frontend.tokenizer)
-        return Client(self.frontend.generate(spec, timeout_s))
+        return Client(self.frontend.generate(spec, timeout_s, whole=whole))
 
     def resume(self, *offsets: int, request_id: str = "r", timeout_s: float | None = None) -> Client:
         return Client(self.frontend.resume(RequestId(request_id), offsets, timeout_s))

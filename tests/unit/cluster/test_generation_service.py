@@ -132,6 +132,28 @@ async def test_a_stream_that_waits_for_tokens_is_not_cut_off(cluster: Cluster, s
     assert [chunk async for chunk in chunks] == []
 
 
+async def test_a_stream_is_told_by_the_interval_that_it_asks_for(cluster: Cluster, client: AsyncClient) -> None:
+    chunks = asyncio.create_task(collect(client.stream(PROMPT, max_new_tokens=500, stream_interval=30)))
+    request = await cluster.prefill.next_request()
+    tell(cluster, request, 0, 100, end=True)
+    sizes = [len(chunk.token_ids) for chunk in await soon(chunks)]
+    assert sum(sizes) == 100
+    # More may have come before a chunk is made.
+    assert all(size >= 30 for size in sizes[1:-1])
+    assert len(sizes) <= 1 + 3 + 1
+
+
+async def test_a_whole_answer_may_be_longer_than_what_may_wait_for_a_stream(
+    cluster: Cluster, client: AsyncClient
+) -> None:
+    answer = asyncio.create_task(client.generate(PROMPT, max_new_tokens=500))
+    request = await cluster.prefill.next_request()
+    tell(cluster, request, 0, 3 * PLAN.config.frontend.max_unread_tokens, end=True)
+    (choice,) = (await soon(answer)).choices
+    assert list(choice.token_ids) == [100 + index for index in range(300)]
+    assert choice.finish_reason == pb.LENGTH
+
+
 def wide_token(request: PrefillRequest, index: int) -> TokenEvent:
     top = tuple((number, -1.0) for number in range(10_000))
     logprob = TokenLogprob(token_id=100, logprob=-1.0, top=top)

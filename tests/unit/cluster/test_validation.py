@@ -100,6 +100,9 @@ def chat(*messages: tuple[str, str]) -> pb.Chat:
         (sampling(frequency_penalty=2.5), "sampling.frequency_penalty"),
         (sampling(frequency_penalty=-math.inf), "sampling.frequency_penalty"),
         (message(output=pb.Output(logprobs=6)), "output.logprobs"),
+        (message(output=pb.Output(stream_interval=0)), "output.stream_interval"),
+        (message(output=pb.Output(stream_interval=8193)), "output.stream_interval"),
+        (message(sampling=pb.Sampling(n=6), output=pb.Output(stream_interval=8192 // 6 + 1)), "output.stream_interval"),
         (message(request_id="e" * 257), "request_id"),
     ],
 )
@@ -138,6 +141,8 @@ def test_without_a_tokenizer_text_is_refused(limits: Limits, request_: pb.Genera
         sampling(temperature=100.0, top_p=1.0, min_p=1.0, repetition_penalty=100.0),
         sampling(temperature=0.0, min_p=0.0, presence_penalty=-2.0, frequency_penalty=2.0),
         message(output=pb.Output(logprobs=5, prompt_logprobs=True)),
+        message(output=pb.Output(stream_interval=1)),
+        message(sampling=pb.Sampling(n=6), output=pb.Output(stream_interval=8192 // 6)),
         message(request_id="e" * 256),
     ],
 )

@@ -63,19 +63,23 @@ def test_all_get_the_same_prompts_and_no_prompt_comes_twice(options: PeersOption
 
 def test_the_table_holds_ratios_against_their_goals(options: PeersOptions) -> None:
     log: list[tuple[str, int, int]] = []
-    contestants = [Recorded("octet", log, 0.1), Recorded("vllm", log, 0.2)]
+    contestants = [Recorded("octet", log, 0.1), Recorded("octet-whole", log, 0.05), Recorded("vllm", log, 0.2)]
     trials = run_rounds(contestants, options, vocab_size=100)
     out = io.StringIO()
     console = Console(file=out, width=160, color_system=None, highlight=False)
     versions = {contestant.name: contestant.version for contestant in contestants}
     print_trials(MACHINE, versions, trials, options, console)
     assert "2.00 (2.00–2.00) ≥ 1" in out.getvalue()
+    assert "4.00 (4.00–4.00) ≥ 1" in out.getvalue()
     assert "1.00 (1.00–1.00) < 1.2" in out.getvalue()
     report = as_json(MACHINE, versions, trials, options)
     assert {(result["contestant"], result["streams"]) for result in report["results"]} == {
-        (name, streams) for name in ("octet", "vllm") for streams in (1, 4)
+        (name, streams) for name in ("octet", "octet-whole", "vllm") for streams in (1, 4)
     }
-    assert all("decode_ratio" in result for result in report["results"] if result["contestant"] == "vllm")
+    for result in report["results"]:
+        of_decode = {ours: kinds["decode"]["median"] for ours, kinds in result["ratios"].items()}
+        expected = {"octet": 2.0, "octet-whole": 4.0} if result["contestant"] == "vllm" else {}
+        assert of_decode == pytest.approx(expected)
 
 
 def test_an_unknown_peer_is_refused_before_anything_starts(tmp_path: pathlib.Path) -> None:
