@@ -189,6 +189,9 @@ class DecodeEngine:
         Each token is thus the one that would be sampled without drafts, with its own position's noise, penalties and
         stop conditions.
         """
+        if not any(drafts):
+            self._advance(sequences, self._runner.logits(torch.cat(list(hidden))))
+            return
         by_depth = [
             [index for index, drafted in enumerate(drafts) if len(drafted) >= depth]
             for depth in range(max(map(len, drafts)) + 1)

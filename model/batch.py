@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 
 from model.pages import PagePool
@@ -139,12 +140,12 @@ def build_batch(spans: Sequence[Span], pool: PagePool, device: torch.device) -> 
         kv_slots += pool.slots(span.pages, span.start, span.stop)
         last_rows[index] = len(token_ids) - 1
         if not by_token[index]:
-            before = torch.tensor(span.pages[: pool.pages_for(span.start)], dtype=torch.int64, device=device)
+            before = _numbers(span.pages[: pool.pages_for(span.start)], device)
             prefill.append(PrefillSpan(rows=slice(first, len(token_ids)), start=span.start, pages=before))
     batch = Batch(
-        token_ids_T=torch.tensor(token_ids, device=device),
-        positions_T=torch.tensor(positions, device=device),
-        kv_slots_T=torch.tensor(kv_slots, device=device),
+        token_ids_T=_numbers(token_ids, device),
+        positions_T=_numbers(positions, device),
+        kv_slots_T=_numbers(kv_slots, device),
         prefill=tuple(prefill),
         prefill_table=_prefill_table(prefill) if prefill and device.type == "cpu" else None,
         decode=_decode_spans(singles, pool, device) if singles else None,
@@ -163,7 +164,7 @@ def _with_wanted(
     wanted = [(span, row) for span, row in zip(spans, last_rows, strict=True) if span.wanted == "last"]
     singles = [dataclasses.replace(span, token_ids=span.token_ids[-1:], start=span.stop - 1) for span, _ in wanted]
     rows = WantedRows(
-        rows_W=torch.tensor([row for _, row in wanted], dtype=torch.int64, device=device),
+        rows_W=_numbers([row for _, row in wanted], device),
         decode=_decode_spans(singles, pool, device) if singles else None,
     )
     stops = itertools.accumulate(span.num_wanted for span in spans)
@@ -174,11 +175,9 @@ def _with_wanted(
 def build_rows(spans: Sequence[Span], pool: PagePool, device: torch.device) -> Batch:
     """Pack spans in their order, to write keys and values only: nothing attends."""
     return Batch(
-        token_ids_T=torch.tensor([token_id for span in spans for token_id in span.token_ids], device=device),
+        token_ids_T=_numbers([token_id for span in spans for token_id in span.token_ids], device),
         positions_T=torch.cat([torch.arange(span.start, span.stop, device=device) for span in spans]),
-        kv_slots_T=torch.tensor(
-            [slot for span in spans for slot in pool.slots(span.pages, span.start, span.stop)], device=device
-        ),
+        kv_slots_T=_numbers([slot for span in spans for slot in pool.slots(span.pages, span.start, span.stop)], device),
         prefill=(),
         prefill_table=None,
         decode=None,
@@ -197,5 +196,10 @@ def _decode_spans(spans: Sequence[Span], pool: PagePool, device: torch.device) -
     num_pages = max(pool.pages_for(span.stop) for span in spans)
     padded = [[*span.pages[:num_pages], *[0] * (num_pages - len(span.pages))] for span in spans]
     pages = [row for row, span in zip(padded, spans, strict=True) for _ in span.token_ids]
-    lengths = torch.tensor([stop for span in spans for stop in range(span.start + 1, span.stop + 1)], device=device)
-    return DecodeSpans(pages_BP=torch.tensor(pages, device=device), lengths_B=lengths)
+    lengths = [stop for span in spans for stop in range(span.start + 1, span.stop + 1)]
+    return DecodeSpans(pages_BP=_numbers(pages, device), lengths_B=_numbers(lengths, device))
+
+
+def _numbers(values: Sequence[int] | Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
+    """int64. Numpy reads lists in a quarter of the time that torch takes."""
+    return torch.from_numpy(np.array(values, np.int64)).to(device)

@@ -60,6 +60,17 @@ def random_sampling() -> Sampling:
     )
 
 
+# The most likely token
+
+
+def test_a_greedy_token_is_the_first_of_the_largest() -> None:
+    """Of many equals, as logits of a model in 16 bits have, and of rows that are not next to each other in memory."""
+    logits_BV = torch.randint(-4, 4, (40, VOCAB_SIZE)).float()[::2]
+    rows = [row(Sampling()) for _ in range(len(logits_BV))]
+    expected = [values.index(max(values)) for values in logits_BV.tolist()]
+    assert sample(logits_BV, rows) == logits_BV.argmax(-1).tolist() == expected
+
+
 # The distribution
 
 
