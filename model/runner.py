@@ -12,6 +12,7 @@ from model.batch import Span, build_batch, build_rows, halve
 from model.kv_cache import KvCache
 from model.mtp import MtpHead
 from model.pages import PagePool
+from model.sampler import sampler_cpu
 from model.step_graphs import StepGraphs
 from model.transformer import RoutedLayer, Transformer
 from octet.errors import ExpertMissingError, LaneError
@@ -42,6 +43,9 @@ class ModelRunner:
         self._ping_pong_rows, self._mtp, self._graphs = ping_pong_rows, mtp, graphs
         self.between_layers: Callable[[], None] = lambda: None
         """Called in the midst of `run`, for what cannot wait for its end."""
+        if device.type == "cpu":
+            # Compiled now, so that no request waits for it.
+            sampler_cpu()
 
     @property
     def drafts(self) -> bool:

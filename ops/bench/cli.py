@@ -170,6 +170,14 @@ def bench_linear() -> None:
     run()
 
 
+@bench.command("sampling")
+def bench_sampling(threads: Annotated[int, typer.Option(min=1)] = 1) -> None:
+    """The choice of tokens on a CPU, beside the operators that GPUs run."""
+    from ops.bench.sampling import bench_sampling as run
+
+    run(threads)
+
+
 @bench.command("balance")
 def bench_balance(
     plot: Annotated[pathlib.Path | None, typer.Option(help="Draw it, as a PNG; needs matplotlib.")] = None,

@@ -16,7 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-import model.sampler
+import model.sampler_cpu
 from model.sampler import SampleRow, filtered_probabilities, logprobs, sample, uniform
 from octet.request import Output, Sampling, Stopping
 
@@ -127,7 +127,7 @@ def test_tokens_are_drawn_with_their_probabilities(seed: int, over: str) -> None
 
 @pytest.mark.parametrize("point", [0.0, 0.5, 1 - 2.0**-53])
 def test_a_token_of_probability_zero_is_never_drawn(point: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model.sampler, "uniform", lambda *_: point)
+    monkeypatch.setattr(model.sampler_cpu, "uniform", lambda *_: point)
     logits_V = torch.full((VOCAB_SIZE,), -torch.inf)
     possible = sorted(random.sample(range(1, VOCAB_SIZE - 1), 3))
     logits_V[possible] = torch.randn(3)

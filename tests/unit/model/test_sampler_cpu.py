@@ -1,0 +1,99 @@
+"""The compiled choice of tokens against the operators that GPUs have, which are held to `transformers`."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from model.sampler import filtered_probabilities
+from model.sampler_cpu import _BINS, draw
+from octet.request import Sampling
+
+Row = npt.NDArray[np.float32]
+
+
+@pytest.fixture(autouse=True)
+def fresh_seed() -> None:
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def drawn(logits_V: torch.Tensor, sampling: Sampling, point: float) -> tuple[int, Row]:
+    """The token, and what was kept."""
+    size = len(logits_V)
+    p_V, room = np.empty(size, np.float32), np.empty(size, np.float32)
+    kept = sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p
+    token: int = draw(logits_V.numpy(), *kept, point, p_V, room, np.empty(_BINS, np.int64), np.empty(_BINS))
+    return token, p_V
+
+
+def any_sampling(size: int) -> Sampling:
+    return Sampling(
+        temperature=random.choice((0.05, 0.7, 1.0, 2.0, 50.0)),
+        top_p=random.choice((1.0, 1e-9, random.uniform(0.05, 0.99), 1 - 1e-9)),
+        top_k=random.choice((0, 1, random.randint(1, size), size, size + 10)),
+        min_p=random.choice((0.0, 1.0, random.uniform(0.001, 0.9))),
+    )
+
+
+def any_logits(size: int) -> torch.Tensor:
+    """Also with equals, as numbers in 16 bits have, with some that are masked, of any spread."""
+    logits_V = torch.randn(size) * random.choice((0.01, 1.0, 3.0, 30.0))
+    if random.random() < 0.4:
+        logits_V = (logits_V * 2).round() / 2
+    if random.random() < 0.3:
+        logits_V[torch.randperm(size)[: random.randint(1, size - 1)]] = -torch.inf
+    return logits_V
+
+
+@pytest.mark.parametrize("size", [2, 17, 256, 257, 5000])
+def test_what_is_kept_is_what_the_operators_keep(size: int) -> None:
+    for _ in range(100):
+        logits_V, sampling, point = any_logits(size), any_sampling(size), random.random()
+        expected_V = filtered_probabilities(logits_V.unsqueeze(0), [sampling])[0]
+        token, p_V = drawn(logits_V, sampling, point)
+        print(sampling)
+        found_V = torch.from_numpy(p_V).double()
+        found_V /= found_V.sum()
+        torch.testing.assert_close(found_V, expected_V, rtol=1e-4, atol=2e-6)
+        # The same token, but for the rounding of the sums: the point lies within its part.
+        after = float(expected_V[: token + 1].sum())
+        assert after - float(expected_V[token]) - 1e-5 <= point <= after + 1e-5
+        assert expected_V[token] > 0
+
+
+@pytest.mark.parametrize("size", [1, 255, 256, 257, 1000])
+@pytest.mark.parametrize("point", [0.0, 0.5, 1 - 2.0**-53])
+def test_at_the_ends_of_a_block_one_that_is_kept_is_drawn(size: int, point: float) -> None:
+    for _ in range(50):
+        logits_V = torch.full((size,), -torch.inf)
+        possible = sorted(random.sample(range(size), random.randint(1, min(size, 4))))
+        logits_V[possible] = torch.randn(len(possible))
+        token, _ = drawn(logits_V, any_sampling(size), point)
+        assert token in possible
+
+
+def test_of_equals_the_first_are_kept() -> None:
+    logits_V = torch.zeros(1000)
+    _, p_V = drawn(logits_V, Sampling(temperature=1.0, top_p=0.3), 0.5)
+    assert p_V.nonzero()[0].tolist() == list(range(300))
+    assert filtered_probabilities(logits_V.unsqueeze(0), [Sampling(temperature=1.0, top_p=0.3)])[0].count_nonzero() in (
+        300,
+        301,
+    )
+
+
+@pytest.mark.parametrize("value", [-torch.inf, torch.nan])
+@pytest.mark.parametrize("top_p", [0.5, 1.0])
+@pytest.mark.parametrize("top_k", [0, 3])
+def test_of_nothing_that_can_be_drawn_some_token_is(value: float, top_p: float, top_k: int) -> None:
+    """A step of 32 sequences does not end by one of them."""
+    sampling = Sampling(temperature=1.0, top_p=top_p, top_k=top_k)
+    token, _ = drawn(torch.full((300,), value), sampling, random.random())
+    assert 0 <= token < 300
