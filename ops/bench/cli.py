@@ -241,6 +241,9 @@ def bench_peers(
     new_tokens: Annotated[int, typer.Option(min=1, help="After the first.")] = 32,
     rounds: Annotated[int, typer.Option(min=1)] = 5,
     threads: Annotated[int | None, typer.Option(min=1, help="Of one-process peers; default: all cores.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0.01, help="Sample; default: greedy.")] = None,
+    top_p: Annotated[float | None, typer.Option(min=0.01, max=1, help="With --temperature.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="With --temperature.")] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Of the cluster.")] = None,
     grpc: _Running = None,
     env_dir: _EnvDir = _ENV_DIR,
@@ -250,6 +253,7 @@ def bench_peers(
     from ops.bench.peers.command import PeersOptions
     from ops.bench.peers.command import bench_peers as run
 
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     options = PeersOptions(
         peers=tuple(peers.split(",")),
         streams=_numbers("--streams", streams),
@@ -259,6 +263,7 @@ def bench_peers(
         threads=threads,
         overrides=tuple(overrides or ()),
         address=grpc,
+        sampling={name: value for name, value in sampling.items() if value is not None},
         env_dir=env_dir,
     )
     run(model_dir, options, json_file)

@@ -11,7 +11,7 @@ import random
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -46,6 +46,8 @@ class PeersOptions:
     """Of the cluster's config."""
     address: str | None = None
     """Of a cluster that runs with the same checkpoint, to be asked in place of one of its own."""
+    sampling: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Some of `temperature`, `top_p`, `top_k`, of all contestants; none for greedy."""
     env_dir: pathlib.Path
 
 
@@ -57,6 +59,8 @@ def bench_peers(model_dir: pathlib.Path | None, options: PeersOptions, json_file
     unknown = [peer for peer in options.peers if peer not in PEERS]
     if unknown:
         raise ConfigError("bench peers --peers", ", ".join(unknown), f"names of {', '.join(PEERS)}")
+    if options.sampling and "temperature" not in options.sampling:
+        raise ConfigError("bench peers", ", ".join(options.sampling), "a temperature beside it")
     if options.address is not None and options.overrides:
         raise ConfigError("bench peers --set", " ".join(options.overrides), "none for a cluster that runs already")
     machine, console = describe(), Console(highlight=False)
@@ -69,6 +73,7 @@ def bench_peers(model_dir: pathlib.Path | None, options: PeersOptions, json_file
             threads=options.threads or len(os.sched_getaffinity(0)),
             max_sequences=max(options.streams),
             max_len=options.prompt_tokens + options.new_tokens + 1,
+            sampling=options.sampling,
         )
         contestants = _start(options, size, closing, console)
         vocab_size = read_config(model_dir).vocab_size
@@ -137,7 +142,8 @@ def print_trials(
     for name, version in versions.items():
         console.print(f"{name}: {version}", style="dim")
     console.print(
-        f"prompts of {options.prompt_tokens} random tokens, {options.new_tokens} more after the first, greedy; "
+        f"prompts of {options.prompt_tokens} random tokens, {options.new_tokens} more after the first, "
+        f"{', '.join(f'{name} {value:g}' for name, value in options.sampling.items()) or 'greedy'}; "
         f"tokens per second, medians of {options.rounds} rounds (lowest to highest)"
     )
     rates = Table(box=None, pad_edge=False)
@@ -198,5 +204,6 @@ def as_json(machine: Machine, versions: dict[str, str], trials: Trials, options:
         "versions": versions,
         "prompt_tokens": options.prompt_tokens,
         "new_tokens": options.new_tokens,
+        "sampling": dict(options.sampling),
         "results": results,
     }

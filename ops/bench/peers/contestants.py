@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import os
 import pathlib
 import sys
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from cluster.launch import RunningCluster, launch
@@ -47,6 +48,8 @@ class Size:
     """Of the contestants of one process. A cluster has as many cores for all of its own."""
     max_sequences: int
     max_len: int
+    sampling: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Some of `temperature`, `top_p`, `top_k`; none for greedy."""
 
     @property
     def num_pages(self) -> int:
@@ -55,7 +58,8 @@ class Size:
     @property
     def arguments(self) -> list[str]:
         """Of an engine's command line."""
-        return [str(self.checkpoint), str(self.threads), str(self.max_sequences), str(self.max_len)]
+        numbers = str(self.threads), str(self.max_sequences), str(self.max_len)
+        return [str(self.checkpoint), *numbers, json.dumps(dict(self.sampling))]
 
 
 class _Served:
@@ -63,14 +67,14 @@ class _Served:
 
     name: str
 
-    def __init__(self, address: str, version: str) -> None:
-        self.address, self.version = address, version
+    def __init__(self, address: str, version: str, sampling: Mapping[str, float]) -> None:
+        self.address, self.version, self.sampling = address, version, sampling
 
     def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> float:
         return asyncio.run(self._run(prompts, new_tokens))
 
     async def _run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> float:
-        options = {"max_new_tokens": new_tokens, "ignore_eos": True, "temperature": 0.0}
+        options = {"temperature": 0.0, **self.sampling, "max_new_tokens": new_tokens, "ignore_eos": True}
         async with AsyncClient(self.address, timeout_s=_ANSWER_S) as client:
             # The connection is made before the clock starts.
             await client.model_info()
@@ -103,7 +107,7 @@ class ClusterContestant(_Served):
         """
         self._cluster: RunningCluster | None = None
         if address is not None:
-            super().__init__(address, f"at {address}")
+            super().__init__(address, f"at {address}", size.sampling)
             return
         self._cluster = launch_cluster(size, overrides)
         pools, threads = self._cluster.plan.config.pools, self._cluster.plan.threads
@@ -112,6 +116,7 @@ class ClusterContestant(_Served):
             self._cluster.address,
             f"{pools.prefill.size} prefill + {pools.decode.size} decode + {pools.experts.size} shards, "
             f"threads {'/'.join(str(count) for count in threads.values())}{changed}",
+            size.sampling,
         )
 
     async def _ask(self, client: AsyncClient, prompt: Sequence[int], options: dict[str, Any]) -> int:
@@ -128,10 +133,11 @@ class WholeAnswers(_Served):
     name = "octet-whole"
 
     def __init__(self, cluster: ClusterContestant) -> None:
-        super().__init__(cluster.address, "the same cluster, whole answers instead of streams")
+        super().__init__(cluster.address, "the same cluster, whole answers instead of streams", cluster.sampling)
 
     async def _ask(self, client: AsyncClient, prompt: Sequence[int], options: dict[str, Any]) -> int:
-        return len((await client.generate(prompt, **options)).choices[0].token_ids)
+        # Backwards: the cluster may know the prompts from its turn with streams, and would find them in its cache.
+        return len((await client.generate(prompt[::-1], **options)).choices[0].token_ids)
 
 
 def launch_cluster(size: Size, overrides: Sequence[str]) -> RunningCluster:

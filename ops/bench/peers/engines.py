@@ -25,7 +25,7 @@ from typing import IO, Any
 Answer = Callable[[dict[str, Any]], dict[str, Any]]
 """The fields of a request to those of its answer."""
 Generate = Callable[[list[list[int]], int], list[int]]
-"""Prompts and the number of new tokens to the number of tokens that each prompt got; greedy, no end of sequence."""
+"""Prompts and the number of new tokens to the number of tokens that each prompt got; no end of sequence."""
 Stream = Callable[[list[int], int], AsyncIterator[object]]
 """A prompt and the number of new tokens to something that comes with each token, or few at once."""
 
@@ -94,7 +94,7 @@ def claim_stdout() -> IO[str]:
     return replies
 
 
-def load_transformers(checkpoint: str, threads: int) -> tuple[str, Answer]:
+def load_transformers(checkpoint: str, threads: int, sampling: dict[str, Any]) -> tuple[str, Answer]:
     import torch
     import transformers
 
@@ -111,7 +111,8 @@ def load_transformers(checkpoint: str, threads: int) -> tuple[str, Answer]:
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=new_tokens,
                 min_new_tokens=new_tokens,
-                do_sample=False,
+                do_sample=bool(sampling),
+                **sampling,
                 pad_token_id=0,
             )
         return [out.shape[1] - ids.shape[1]] * len(prompts)
@@ -140,13 +141,14 @@ def vllm_options(checkpoint: str, threads: int, max_sequences: int, max_len: int
     }
 
 
-def load_vllm(options: dict[str, Any], *, eager: bool) -> tuple[str, Answer]:
+def load_vllm(options: dict[str, Any], settings: dict[str, Any], *, eager: bool) -> tuple[str, Answer]:
     import vllm
 
     llm: Any = vllm.LLM(**options, enforce_eager=eager)
 
     def generate(prompts: list[list[int]], new_tokens: int) -> list[int]:
-        sampling = vllm.SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True, detokenize=False)
+        chosen = {"temperature": 0, **settings, "max_tokens": new_tokens}
+        sampling = vllm.SamplingParams(**chosen, ignore_eos=True, detokenize=False)
         answers = llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
         return [len(answer.outputs[0].token_ids) for answer in answers]
 
@@ -182,16 +184,17 @@ def load_vllm_streams(options: dict[str, Any]) -> tuple[str, Answer]:
 
 def main() -> None:
     replies = claim_stdout()
-    engine, checkpoint, *numbers = sys.argv[1:]
+    engine, checkpoint, *numbers, settings = sys.argv[1:]
     threads, max_sequences, max_len = map(int, numbers)
+    sampling = json.loads(settings)
     if engine == "transformers":
-        ready, answer = load_transformers(checkpoint, threads)
+        ready, answer = load_transformers(checkpoint, threads, sampling)
     else:
         options = vllm_options(checkpoint, threads, max_sequences, max_len)
         if engine == "vllm-streams":
             ready, answer = load_vllm_streams(options)
         else:
-            ready, answer = load_vllm(options, eager=engine == "vllm-eager")
+            ready, answer = load_vllm(options, sampling, eager=engine == "vllm-eager")
     serve(ready, answer, sys.stdin, replies)
 
 
