@@ -14,7 +14,8 @@ from octet.ids import Epoch, WorkerId
 from router.exchange import Exchange, Port
 from router.frames import FrameLayout
 from router.group_store import GroupStore
-from router.lane import SHARD, WORKER, LaneExchange, LanePort, Link, shared_bytes
+from router.lane import SHARD, WORKER, LaneExchange, LanePort
+from router.link import Link, shared_bytes
 from router.nccl_lane import NcclGroup, NcclLaneExchange, NcclLanePort
 from router.wire import Wire
 

@@ -31,6 +31,9 @@ MAGIC = 0x4F43544554  # "OCTET"
 GIVES_WAY, SHARED = 1, 2
 """Flags, the last field of a header."""
 
+OPEN_ROUNDS = 2
+"""Rounds of a lane that may be under way at once: two micro-batches take turns."""
+
 _REMEMBERED_ROWS = 128
 """Views of frames of up to so many rows are made once: making them takes as long as a small frame's way."""
 

@@ -29,6 +29,12 @@ def _write_header(
     header[4], header[5], header[6], header[7] = layer, num_rows, size - HEADER_BYTES, flags
 
 
+@compiled  # type: ignore[untyped-decorator]
+def call_bytes(num_rows: Any, width: Any, top_k: Any, flags: Any) -> Any:
+    """Of what is sent of a call with these flags."""
+    return HEADER_BYTES if flags & SHARED != 0 else HEADER_BYTES + 4 * num_rows * (width + 2 * top_k)
+
+
 @declare(  # type: ignore[untyped-decorator]
     "i8(i4, i4[::1], i8, i8, i8, i8, i4[:,::1], i8[::1], i4[:,::1], f4[:,::1])"
 )
@@ -55,9 +61,7 @@ def send_call(
     Returns: bytes sent, or `router.wire_cpu.LOST`.
     """
     num_rows, width, top_k = len(rows), x.shape[1], slots.shape[1]
-    size = HEADER_BYTES
-    if flags & SHARED == 0:
-        size += 4 * num_rows * (width + 2 * top_k)
+    size = call_bytes(num_rows, width, top_k, flags)
     _write_header(frame, _CALL, epoch, number, layer, num_rows, size, flags)
     # What is copied as fp32 keeps its bits.
     payload, numbers, values = frame[_WORDS:], frame[_WORDS:].view(np.float32), x.view(np.float32)

@@ -9,185 +9,28 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
-import importlib
-import threading
 from collections.abc import Mapping, Sequence
-from types import ModuleType
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from octet.errors import ExpertMissingError, LaneError, LaneTimeoutError
+from octet.errors import ExpertMissingError, LaneError
 from octet.ids import Epoch
 from router.exchange import Call, Ticket
-from router.frames import GIVES_WAY, HEADER_BYTES, SHARED, FrameBuffer, FrameLayout, Header, Kind, new_frames
+from router.frames import HEADER_BYTES, OPEN_ROUNDS, SHARED, FrameBuffer, FrameLayout, Header, Kind, new_frames
 from router.handshake import GUEST_SIDE, HOST_SIDE
-from router.plan import DispatchPlan, ShardArrays
+from router.link import Link, frames_cpu, rounds_cpu, shared_frames
+from router.plan import DispatchPlan, StackedPlan
 from router.wire import Wire, milliseconds, wire_cpu
-
-OPEN_ROUNDS = 2
-"""Rounds that may be under way at once: two micro-batches take turns."""
 
 WORKER, SHARD = HOST_SIDE, GUEST_SIDE
 """Ranks of a link's wire."""
 
-_NO_WORDS = np.empty(0, np.int32)
 _HEARTBEAT, _REPLY, _REFUSAL = Kind.HEARTBEAT.value, Kind.REPLY.value, Kind.REFUSAL.value
 
-_CLOSE_S = 2.0
-"""How long a goodbye may take; a shard that does not read will see the connection break."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class SharedFrames:
-    """The frames of a lane in memory that both ends have. A call and its reply are in those of its number: there are as
-    many as rounds may be under way, so that nobody writes what the other end still reads."""
-
-    calls: npt.NDArray[np.int32]
-    replies: npt.NDArray[np.int32]
-
-
-def shared_bytes(layout: FrameLayout) -> int:
-    """What `Wire.join` is to be asked for."""
-    return 2 * OPEN_ROUNDS * layout.frame_bytes
-
-
-def shared_frames(wire: Wire, layout: FrameLayout) -> SharedFrames | None:
-    """None if the wire has no memory for them. Raises: LaneError if it has another size."""
-    if wire.shared is None:
-        return None
-    if len(wire.shared) != shared_bytes(layout):
-        raise LaneError(f"{len(wire.shared)} bytes of shared memory, expected {shared_bytes(layout)}")
-    frames = np.frombuffer(wire.shared, np.int32).reshape(2, OPEN_ROUNDS, -1)
-    return SharedFrames(calls=frames[0], replies=frames[1])
-
-
-class Link:
-    """The attention worker's connection to one shard, with the buffers of the frames on their way over it.
-
-    It numbers its calls. Replies come in the same order.
-    """
-
-    def __init__(self, wire: Wire, layout: FrameLayout, epoch: Epoch) -> None:
-        """
-        Args:
-            epoch: the one in which the link was formed. All its frames carry it, whatever epochs it lives to see.
-        """
-        self._wire, self._layout, self._epoch = wire, layout, epoch
-        # Compiled now, or loaded from where it was compiled before, so that no request waits for it.
-        self._frames_cpu, self._wire_cpu = frames_cpu(), wire_cpu()
-        self._inbox = new_frames(layout, OPEN_ROUNDS)
-        shared = shared_frames(wire, layout)
-        self._shares = shared is not None
-        if shared is None:
-            call = new_frames(layout, 1)[0]
-            self._calls, self._shared_replies = [call] * OPEN_ROUNDS, [_NO_WORDS] * OPEN_ROUNDS
-        else:
-            self._calls, self._shared_replies = list(shared.calls), list(shared.replies)
-        self._state = np.zeros(self._wire_cpu.STATE_FIELDS, np.int64)
-        self._num_calls, self._timeout_ms = 0, milliseconds(wire.timeout_s)
-        self._rest: _Rest | None = None
-
-    def check(self, num_rows: int) -> None:
-        """Raises: RequestLimitError if a frame has no room for so many."""
-        self._layout.check(num_rows)
-
-    def send(self, layer: int, x_TW: npt.NDArray[np.int32], part: ShardArrays, gives_way: bool = False) -> int:
-        """Send a shard's rows, as words. Returns: the call's number. Raises: LaneError."""
-        self._finish(self._wire.timeout_s)
-        # A shard on another machine has cores of its own.
-        flags = GIVES_WAY * (gives_way and self._wire.within_host) + SHARED * self._shares
-        number = self._num_calls
-        if self._state[self._wire_cpu.COUNT] <= number - OPEN_ROUNDS:
-            # Of a step that failed: nobody has received it, and its room is wanted.
-            self._wait(number - OPEN_ROUNDS)
-        frame = self._calls[number % OPEN_ROUNDS]
-        sent = self._frames_cpu.send_call(self._wire.fd, frame, self._epoch, number, layer, flags, x_TW, *part)
-        self._wire.check(sent, 0)
-        self._num_calls += 1
-        size = HEADER_BYTES if self._shares else self._layout.call_bytes(len(part[0]))
-        if sent < size:
-            self._rest = _Rest(self._wire, frame, sent, size)
-        return number
-
-    def receive(self, number: int, rows_U: npt.NDArray[np.int64], y_TH: torch.Tensor) -> None:
-        """Add the reply to a call to the tokens that were sent.
-
-        Raises: ExpertMissingError with the shard's words if it refused; LaneError.
-        """
-        self._wait(number)
-        frame, shared = self._inbox[number % OPEN_ROUNDS], self._shared_replies[number % OPEN_ROUNDS]
-        if self._layout.dtype == torch.float32 and self._frames_cpu.add_reply(
-            frame, shared, self._epoch, number, rows_U, y_TH.numpy()
-        ):
-            return
-        memory = frame.view(np.uint8).data
-        header = Header.read(memory, self._epoch)
-        if header.sequence != number:
-            raise LaneError(f"it answered frame {header.sequence}, expected {number}")
-        self._layout.check_reply(header, len(rows_U), self._shares)
-        if header.kind is Kind.REFUSAL:
-            text = bytes(memory[HEADER_BYTES : HEADER_BYTES + header.payload_bytes])
-            raise ExpertMissingError(text.decode(errors="replace"))
-        y_UH = FrameBuffer(self._layout, shared if header.shared else frame).reply(len(rows_U))
-        y_TH.index_add_(0, torch.from_numpy(rows_U), y_UH.float())
-
-    def announce(self, kind: Kind, timeout_s: float | None = None) -> None:
-        """Send a frame without rows. Raises: LaneError."""
-        timeout_s = self._wire.timeout_s if timeout_s is None else timeout_s
-        self._finish(timeout_s)
-        frame = np.zeros(HEADER_BYTES // 4, np.int32)
-        Header(kind=kind, epoch=self._epoch).write(frame.view(np.uint8).data)
-        status = self._wire_cpu.send_rest(self._wire.fd, frame, 0, HEADER_BYTES, milliseconds(timeout_s))
-        self._wire.check(status, timeout_s)
-
-    def close(self) -> None:
-        """Tell the shard, and break the connection. Idempotent."""
-        try:
-            self.announce(Kind.CLOSE, _CLOSE_S)
-        except LaneError:
-            # A shard that is gone already needs no telling.
-            return
-        finally:
-            self._wire.abort()
-
-    def abort(self) -> None:
-        """Break the connection without a word: whoever waits on it gets an error now. Any thread may call it."""
-        self._wire.abort()
-
-    def _wait(self, number: int) -> None:
-        """Until the reply of this number has come. Raises: LaneError."""
-        status = self._wire_cpu.receive(self._wire.fd, self._inbox, self._state, number, self._timeout_ms)
-        self._wire.check(status, self._wire.timeout_s)
-
-    def _finish(self, timeout_s: float) -> None:
-        """Sending the last call, if it was too long to be sent at once. Raises: LaneError."""
-        if self._rest is not None:
-            self._rest.finish(timeout_s)
-            self._rest = None
-
-
-class _Rest:
-    """What the system did not take at once of a long frame: sent by a thread, while its sender goes on computing."""
-
-    def __init__(self, wire: Wire, frame: npt.NDArray[np.int32], sent: int, size: int) -> None:
-        self._wire, self._status = wire, 0
-        self._thread = threading.Thread(target=self._send, args=(frame, sent, size), name="rest", daemon=True)
-        self._thread.start()
-
-    def _send(self, frame: npt.NDArray[np.int32], sent: int, size: int) -> None:
-        timeout_ms = milliseconds(self._wire.timeout_s)
-        self._status = wire_cpu().send_rest(self._wire.fd, frame, sent, size, timeout_ms)
-
-    def finish(self, timeout_s: float) -> None:
-        """Raises: LaneError."""
-        self._thread.join(timeout_s)
-        if self._thread.is_alive():
-            self._wire.abort()
-            raise LaneTimeoutError(f"a frame was not read within {timeout_s:g} s")
-        self._wire.check(self._status, self._wire.timeout_s)
+_FEW_TOKENS = 64
+"""Up to so many, as decode steps have, all shards are sent to and waited for in compiled calls for all of them."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -195,8 +38,11 @@ class _Round:
     """One dispatch under way."""
 
     layer: int
-    calls: dict[int, tuple[int, npt.NDArray[np.int64]]]
-    """By shard: the number of its link's call, and the tokens `[U]` sent."""
+    plan: StackedPlan
+    numbers_X: npt.NDArray[np.int64]
+    """Of the links' calls; -1 where there is none."""
+    few: bool
+    """Whether compiled calls for all shards may wait for it and add its replies."""
     broken: dict[int, LaneError]
     """Shards to which nothing could be sent."""
 
@@ -214,6 +60,8 @@ class LaneExchange:
             links: one per shard, in the order of the placement's.
         """
         self._links = tuple(links)
+        self._addresses_X = np.array([link.fields.ctypes.data for link in self._links], np.int64)
+        self._rounds_cpu, self._adds_compiled = rounds_cpu(), all(link.adds_compiled for link in self._links)
         self.gives_way = False
         self._open: collections.deque[_Round] = collections.deque()
 
@@ -224,28 +72,73 @@ class LaneExchange:
     def send(self, layer: int, x_TH: torch.Tensor, plan: DispatchPlan) -> Ticket:
         if len(self._open) == OPEN_ROUNDS:
             raise LaneError(f"{OPEN_ROUNDS} rounds are under way: receive one first")
-        parts = [(shard, part) for shard in range(len(self._links)) if (part := plan.arrays_of(shard)) is not None]
-        # All are checked before one is sent: a frame over the limit leaves no round half sent.
-        for shard, part in parts:
-            self._links[shard].check(len(part[0]))
-        started, x_TW = _Round(layer, {}, {}), x_TH.view(torch.int32).numpy()
-        for shard, part in parts:
-            try:
-                started.calls[shard] = self._links[shard].send(layer, x_TW, part, self.gives_way), part[0]
-            except LaneError as error:
-                started.broken[shard] = _anew(error)
+        few, x_TW = len(x_TH) <= _FEW_TOKENS, x_TH.view(torch.int32).numpy()
+        numbers_X, sent_X = np.empty((2, len(self._links)), np.int64)
+        started = _Round(layer, plan.stacked(), numbers_X, few and self._adds_compiled, {})
+        if not few:
+            numbers_X[:], sent_X[:] = -1, self._rounds_cpu.UNSENT
+        if not few or self._send_to_all(started, x_TW, sent_X) != 0:
+            self._send_to_each(started, x_TW, sent_X)
         self._open.append(started)
         return started
+
+    def _send_to_all(self, started: _Round, x_TW: npt.NDArray[np.int32], sent_X: npt.NDArray[np.int64]) -> int:
+        """See `router.rounds_cpu.send`."""
+        args = self._addresses_X, started.layer, self.gives_way, x_TW, *started.plan, started.numbers_X, sent_X
+        num_left: int = self._rounds_cpu.send(*args)
+        return num_left
+
+    def _send_to_each(self, started: _Round, x_TW: npt.NDArray[np.int32], sent_X: npt.NDArray[np.int64]) -> None:
+        """What is not sent yet. Raises: RequestLimitError."""
+        # All are checked before one is sent: a frame over the limit leaves no round half sent.
+        for link, count in zip(self._links, started.plan.counts_X.tolist(), strict=True):
+            link.check(count)
+        for shard, (link, sent) in enumerate(zip(self._links, sent_X.tolist(), strict=True)):
+            part = started.plan.arrays_of(shard)
+            if part is None:
+                continue
+            try:
+                if sent == self._rounds_cpu.UNSENT:
+                    started.numbers_X[shard] = link.send(started.layer, x_TW, part, self.gives_way)
+                else:
+                    link.check_status(sent)
+                    link.finish_later(int(started.numbers_X[shard]), len(part[0]), sent)
+            except LaneError as error:
+                started.broken[shard] = _anew(error)
 
     def receive(self, ticket: Ticket, y_TH: torch.Tensor) -> None:
         assert self._open, "no round is under way"
         assert ticket is self._open[0], "rounds are received in the order in which they were sent"
         current = self._open.popleft()
         _raise_first(current.broken)
-        refusals: list[str] = []
-        for shard, (number, rows_U) in current.calls.items():
+        num_added = 0
+        if current.few:
+            self._wait_for_all(current.numbers_X)
+            num_added = self._rounds_cpu.add(
+                self._addresses_X, current.numbers_X, current.plan.counts_X, current.plan.rows_XT, y_TH.numpy()
+            )
+        if num_added < len(self._links):
+            self._receive_from_each(current, y_TH, num_added)
+
+    def _wait_for_all(self, numbers_X: npt.NDArray[np.int64]) -> None:
+        """Raises: LaneError."""
+        status_X = np.empty_like(numbers_X)
+        shard = self._rounds_cpu.wait(self._addresses_X, numbers_X, status_X)
+        if shard < len(self._links):
             try:
-                self._links[shard].receive(number, rows_U, y_TH)
+                self._links[shard].check_status(int(status_X[shard]))
+            except LaneError as error:
+                _raise_first({shard: error})
+
+    def _receive_from_each(self, current: _Round, y_TH: torch.Tensor, first: int) -> None:
+        """From the shards from this one on. Raises: as `receive`."""
+        refusals: list[str] = []
+        for shard, number in enumerate(current.numbers_X.tolist()):
+            part = current.plan.arrays_of(shard)
+            if shard < first or part is None:
+                continue
+            try:
+                self._links[shard].receive(number, part[0], y_TH)
             except ExpertMissingError as error:
                 refusals.append(f"shard {shard}: {error}")
             except LaneError as error:
@@ -352,9 +245,3 @@ class LanePort:
             status = self._wire_cpu.send_rest(self._wire.fd, *self._unsent, milliseconds(self._wire.timeout_s))
             self._wire.check(status, self._wire.timeout_s)
             self._unsent = None
-
-
-@functools.cache
-def frames_cpu() -> ModuleType:
-    # Imported here, so that GPU workers do without numba.
-    return importlib.import_module("router.frames_cpu")

@@ -21,9 +21,8 @@ import torch
 from octet.errors import ExpertMissingError, LaneError
 from octet.ids import Epoch
 from router.exchange import Call, Ticket, add_rows, rows_of
-from router.frames import HEADER_BYTES, FrameLayout, Header, Kind
+from router.frames import HEADER_BYTES, OPEN_ROUNDS, FrameLayout, Header, Kind
 from router.group_store import GroupStore
-from router.lane import OPEN_ROUNDS
 from router.nccl_id import store_with_id
 from router.plan import DensePlan, DispatchPlan
 from router.wire import Wire

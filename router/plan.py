@@ -1,6 +1,6 @@
 """Which rows go to which shard: each token once per shard that holds at least one of its experts.
 
-Shapes: `T` tokens, `K` experts per token, `E` experts, `R` replicas, `U` rows sent to one shard.
+Shapes: `T` tokens, `K` experts per token, `E` experts, `R` replicas, `X` shards, `U` rows sent to one shard.
 """
 
 from __future__ import annotations
@@ -8,8 +8,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -32,8 +33,57 @@ class DispatchPlan(Protocol):
     def of(self, shard: int) -> ShardPlan | None:
         """None where no token goes."""
 
-    def arrays_of(self, shard: int) -> ShardArrays | None:
+    def stacked(self) -> StackedPlan:
         """The same on a CPU."""
+
+
+class StackedPlan(NamedTuple):
+    """A plan as arrays: what shard `X` is sent stands in the first so many entries."""
+
+    counts_X: npt.NDArray[np.int64]
+    rows_XT: npt.NDArray[np.int64]
+    slots_XTK: npt.NDArray[np.int32]
+    weights_XTK: npt.NDArray[np.float32]
+
+    @classmethod
+    def make(cls, num_shards: int, num_tokens: int, top_k: int) -> StackedPlan:
+        """Room for one, in which nobody is sent anything."""
+        shape = num_shards, num_tokens, top_k
+        return cls(
+            np.zeros(num_shards, np.int64),
+            np.empty(shape[:2], np.int64),
+            np.empty(shape, np.int32),
+            np.empty(shape, np.float32),
+        )
+
+    @classmethod
+    def of_parts(cls, parts: Sequence[ShardPlan | None]) -> StackedPlan:
+        sizes = [0 if part is None else len(part.slots_UK) for part in parts]
+        top_k = max((part.slots_UK.shape[1] for part in parts if part is not None), default=0)
+        plan = cls.make(len(parts), max(sizes, default=0), top_k)
+        for shard, (part, size) in enumerate(zip(parts, sizes, strict=True)):
+            if part is not None:
+                plan.counts_X[shard] = size
+                plan.rows_XT[shard, :size] = np.arange(size) if part.rows_U is None else part.rows_U.numpy()
+                plan.slots_XTK[shard, :size] = part.slots_UK.numpy()
+                plan.weights_XTK[shard, :size] = part.weights_UK.numpy()
+        return plan
+
+    def of(self, shard: int) -> ShardPlan | None:
+        arrays = self.arrays_of(shard)
+        if arrays is None:
+            return None
+        rows_U, slots_UK, weights_UK = map(torch.from_numpy, arrays)
+        return ShardPlan(rows_U=rows_U, slots_UK=slots_UK, weights_UK=weights_UK)
+
+    def arrays_of(self, shard: int) -> ShardArrays | None:
+        count = int(self.counts_X[shard])
+        if count == 0:
+            return None
+        return self.rows_XT[shard, :count], self.slots_XTK[shard, :count], self.weights_XTK[shard, :count]
+
+    def stacked(self) -> StackedPlan:
+        return self
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,12 +95,8 @@ class PlanByShard:
     def of(self, shard: int) -> ShardPlan | None:
         return self.shards[shard]
 
-    def arrays_of(self, shard: int) -> ShardArrays | None:
-        part = self.shards[shard]
-        if part is None:
-            return None
-        rows_U = np.arange(len(part.slots_UK)) if part.rows_U is None else part.rows_U.numpy()
-        return rows_U, part.slots_UK.numpy(), part.weights_UK.numpy()
+    def stacked(self) -> StackedPlan:
+        return StackedPlan.of_parts(self.shards)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,9 +110,8 @@ class DensePlan:
     def of(self, shard: int) -> ShardPlan:
         return ShardPlan(rows_U=None, slots_UK=self.slots_XTK[shard], weights_UK=self.weights_TK)
 
-    def arrays_of(self, shard: int) -> ShardArrays:
-        rows_T = np.arange(len(self.weights_TK))
-        return rows_T, self.slots_XTK[shard].numpy(), self.weights_TK.numpy()
+    def stacked(self) -> StackedPlan:
+        return StackedPlan.of_parts([self.of(shard) for shard in range(len(self.slots_XTK))])
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

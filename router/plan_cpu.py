@@ -5,72 +5,21 @@ Shapes: `T` tokens, `K` experts per token, `E` experts, `R` replicas, `X` shards
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from model.vectors_cpu import declare
 from router.gate import CompiledGate
 from router.gate_cpu import select
 from router.placement import EMPTY, Placement
-from router.plan import ShardArrays, ShardPlan
+from router.plan import StackedPlan
 from router.replica_choice import choose_replicas
 
 _compile: Any = numba.njit(nogil=True, cache=True)
 _NO_CHOICE = np.empty((0, 0), np.int32)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class CpuPlan:
-    """A `router.plan.DispatchPlan` as arrays: what a shard is sent stands in the first so many entries."""
-
-    num_rows: list[int]
-    """By shard."""
-    rows_XT: npt.NDArray[np.int64]
-    slots_XTK: npt.NDArray[np.int32]
-    weights_XTK: npt.NDArray[np.float32]
-
-    def of(self, shard: int) -> ShardPlan | None:
-        count = self.num_rows[shard]
-        if count == 0:
-            return None
-        return ShardPlan(
-            rows_U=torch.from_numpy(self.rows_XT[shard, :count]),
-            slots_UK=torch.from_numpy(self.slots_XTK[shard, :count]),
-            weights_UK=torch.from_numpy(self.weights_XTK[shard, :count]),
-        )
-
-    def arrays_of(self, shard: int) -> ShardArrays | None:
-        count = self.num_rows[shard]
-        if count == 0:
-            return None
-        return self.rows_XT[shard, :count], self.slots_XTK[shard, :count], self.weights_XTK[shard, :count]
-
-
-class _Shares(NamedTuple):
-    """Room for a plan."""
-
-    counts_X: npt.NDArray[np.int64]
-    rows_XT: npt.NDArray[np.int64]
-    slots_XTK: npt.NDArray[np.int32]
-    weights_XTK: npt.NDArray[np.float32]
-
-    @classmethod
-    def make(cls, num_shards: int, num_tokens: int, top_k: int) -> _Shares:
-        shape = num_shards, num_tokens, top_k
-        return cls(
-            np.zeros(num_shards, np.int64),
-            np.empty(shape[:2], np.int64),
-            np.empty(shape, np.int32),
-            np.empty(shape, np.float32),
-        )
-
-    def plan(self) -> CpuPlan:
-        return CpuPlan(self.counts_X.tolist(), *self[1:])
 
 
 class Replicas(NamedTuple):
@@ -100,11 +49,11 @@ def route_rows(
     num_shards: int,
     slots_per_shard: int,
     few_rows: int,
-) -> CpuPlan:
+) -> StackedPlan:
     """`plan_rows` of what the gate selects."""
-    shares = _Shares.make(num_shards, len(x_TH), top_k)
-    _route_rows(x_TH, *gate, *replicas, slots_per_shard, few_rows, *shares)
-    return shares.plan()
+    plan = StackedPlan.make(num_shards, len(x_TH), top_k)
+    _route_rows(x_TH, *gate, *replicas, slots_per_shard, few_rows, *plan)
+    return plan
 
 
 def plan_rows(
@@ -114,11 +63,11 @@ def plan_rows(
     num_shards: int,
     slots_per_shard: int,
     few_rows: int,
-) -> CpuPlan:
+) -> StackedPlan:
     slots_TK = choose(expert_ids_TK, replicas, num_shards, few_rows)
-    shares = _Shares.make(num_shards, *expert_ids_TK.shape)
-    _plan_rows(expert_ids_TK, weights_TK, replicas.slots_ER, slots_TK, slots_per_shard, *shares)
-    return shares.plan()
+    plan = StackedPlan.make(num_shards, *expert_ids_TK.shape)
+    _plan_rows(expert_ids_TK, weights_TK, replicas.slots_ER, slots_TK, slots_per_shard, *plan)
+    return plan
 
 
 def choose(

@@ -37,7 +37,8 @@ from octet.secret import ClusterSecret
 from router.exchange import Call, Exchange, ExpertRows, LocalExchange, Port, Serve, Ticket, rows_of
 from router.frames import FrameLayout
 from router.group_store import GroupStore
-from router.lane import SHARD, LaneExchange, LanePort, Link, shared_bytes
+from router.lane import SHARD, LaneExchange, LanePort
+from router.link import Link, shared_bytes
 from router.plan import DensePlan, PlanByShard, ShardPlan
 from router.wire import Wire
 

@@ -21,7 +21,8 @@ from octet.ids import Epoch
 from octet.secret import ClusterSecret
 from router.frames import FrameLayout
 from router.group_store import GroupStore
-from router.lane import SHARD, WORKER, LaneExchange, LanePort, Link, shared_bytes
+from router.lane import SHARD, WORKER, LaneExchange, LanePort
+from router.link import Link, shared_bytes
 from router.plan import PlanByShard, ShardPlan
 from router.wire import Wire
 

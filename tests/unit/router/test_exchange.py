@@ -20,7 +20,8 @@ from octet.errors import LaneError, LaneTimeoutError, PeerLostError, WrongEpochE
 from octet.ids import Epoch
 from router.frames import FrameLayout
 from router.group_store import GroupStore
-from router.lane import WORKER, LaneExchange, LanePort, Link
+from router.lane import WORKER, LaneExchange, LanePort
+from router.link import Link
 from router.wire import Wire
 from tests.exchange_conformance import (
     CONNECT_S,

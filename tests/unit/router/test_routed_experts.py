@@ -141,7 +141,7 @@ def test_gate_and_plan_in_one_call_are_what_they_are_one_by_one(
     x_TH = torch.randn(num_tokens, HIDDEN_SIZE)
     found, expected = planner.route(2, gate, x_TH), planner.plan(2, *gate.select(x_TH))
     for shard in range(3):
-        ours, theirs = found.arrays_of(shard), expected.arrays_of(shard)
+        ours, theirs = found.stacked().arrays_of(shard), expected.stacked().arrays_of(shard)
         assert (ours is None) == (theirs is None)
         for one, other in zip(ours or (), theirs or (), strict=True):
             np.testing.assert_array_equal(one, other)

@@ -24,7 +24,8 @@ from ops.chaos.observe import num_ports
 from router.frames import MAGIC, FrameLayout, new_frames
 from router.group_store import GroupStore
 from router.handshake import GUEST_SIDE, HOST_SIDE
-from router.lane import LaneExchange, LanePort, Link, shared_bytes
+from router.lane import LaneExchange, LanePort
+from router.link import Link, shared_bytes
 from router.plan import PlanByShard, ShardPlan
 from router.wire import Wire
 from tests.exchange_conformance import CONNECT_S, EPOCH, HOST, MARGIN_S, PATIENT_S, SECRET, form_pair, next_call, within
@@ -214,6 +215,35 @@ def test_long_frames_hold_up_neither_end_before_it_has_to_wait() -> None:
             assert torch.equal(y_TH, x_TH * (layer + 1))
         exchange.close()
         served.result(PATIENT_S)
+
+
+def test_few_rows_go_behind_a_long_frame_that_is_not_taken_yet() -> None:
+    """What compiled code sends and waits for at all shards, beside what is sent to each."""
+    pairs = [form_pair(PATIENT_S) for _ in range(2)]
+    exchange = LaneExchange([Link(worker, LONG, EPOCH) for worker, _ in pairs])
+    x_TH = torch.randn(LONG.max_rows, LONG.hidden_size)
+    rounds = [PlanByShard((_everything(LONG), None)), *[PlanByShard((_everything(LONG, 3),) * 2)] * 3]
+    with ThreadPoolExecutor(2) as pool:
+
+        def answer(port: LanePort, factor: int) -> None:
+            while (call := port.receive()) is not None:
+                port.reply(call, call.rows.x_UH * (call.layer + factor))
+
+        tickets = [exchange.send(0, x_TH, rounds[0])]
+        served = [
+            pool.submit(answer, LanePort(wire, LONG, EPOCH, PATIENT_S), 1 + n) for n, (_, wire) in enumerate(pairs)
+        ]
+        for layer, plan in enumerate(rounds[1:], start=1):
+            tickets.append(exchange.send(layer, x_TH[:3], plan))
+            first = tickets.pop(0)
+            y_TH = torch.zeros(LONG.max_rows if first.layer == 0 else 3, LONG.hidden_size)
+            exchange.receive(first, y_TH)
+            factor = 1 if first.layer == 0 else 2 * first.layer + 3
+            torch.testing.assert_close(y_TH, x_TH[: len(y_TH)] * factor)
+        exchange.receive(tickets[0], torch.zeros(3, LONG.hidden_size))
+        exchange.close()
+        for future in served:
+            future.result(PATIENT_S)
 
 
 def test_a_worker_that_dies_within_a_frame_is_noticed_at_once() -> None:
