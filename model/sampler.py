@@ -20,6 +20,9 @@ import torch
 from octet.messages import TokenLogprob
 from octet.request import Output, Sampling, Stopping
 
+LEAST_TEMPERATURE = 1e-30
+"""Below it, which is as good as greedy, logits divided by the temperature would not be numbers any more."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SampleRow:
@@ -97,7 +100,7 @@ def filtered_probabilities(logits_BV: torch.Tensor, samplings: Sequence[Sampling
         [(s.temperature, s.top_k, s.top_p, s.min_p) for s in samplings], device=logits_BV.device, dtype=torch.float64
     )
     temperature, top_k, top_p, min_p = parameters.unsqueeze(-1).unbind(1)
-    logits_BV = logits_BV / temperature.to(logits_BV.dtype)
+    logits_BV = logits_BV / temperature.clamp(min=LEAST_TEMPERATURE).to(logits_BV.dtype)
     logits_BV = _keep_top_k(logits_BV, top_k.long())
     probs_BV = logits_BV.double().softmax(-1)
     if any(s.top_p < 1 for s in samplings):

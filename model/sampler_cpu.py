@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model.rows_cpu import exponentials, largest_of
-from model.sampler import SampleRow, uniform
+from model.sampler import LEAST_TEMPERATURE, SampleRow, uniform
 from model.threads import in_parts
 from model.vectors_cpu import address, declare, inner
 
@@ -215,7 +215,7 @@ def draw(
     least = np.float32(-np.inf)
     if 0 < top_k < size:
         least = kth_largest(logits, top_k, counts, room)
-    scale = np.float32(1 / temperature)
+    scale = np.float32(1 / max(temperature, LEAST_TEMPERATURE))
     for i in range(size):
         p[i] = (logits[i] - largest) * scale if logits[i] >= least else np.float32(-np.inf)
     exponentials(address(p, 0), size, np.float32(0))

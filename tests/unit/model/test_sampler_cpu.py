@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
 
-from model.sampler import filtered_probabilities
+from model.sampler import SampleRow, filtered_probabilities, sample, sample_by_operators
 from model.sampler_cpu import _BINS, draw
-from octet.request import Sampling
+from octet.request import Output, Sampling, Stopping
 
 Row = npt.NDArray[np.float32]
 
@@ -87,6 +88,24 @@ def test_of_equals_the_first_are_kept() -> None:
         300,
         301,
     )
+
+
+@pytest.mark.parametrize("choose", [sample, sample_by_operators])
+@pytest.mark.parametrize("temperature", [5e-324, 1e-40, 1e-30, 1e-9])
+def test_next_to_no_temperature_the_most_likely_token_is_drawn(
+    choose: Callable[[torch.Tensor, Sequence[SampleRow]], list[int]], temperature: float
+) -> None:
+    logits_BV = 3 * torch.randn(20, 300)
+    sampling = Sampling(temperature=temperature, top_p=random.choice((0.9, 1.0)), seed=random.getrandbits(63))
+    row = SampleRow(
+        sampling=sampling,
+        stopping=Stopping(max_new_tokens=9),
+        output=Output(),
+        choice=0,
+        token_ids=[1],
+        num_prompt_tokens=1,
+    )
+    assert choose(logits_BV, [row] * 20) == logits_BV.argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("value", [-torch.inf, torch.nan])

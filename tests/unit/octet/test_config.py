@@ -149,6 +149,11 @@ def test_a_file_that_cannot_be_read_is_named(file: pathlib.Path) -> None:
     assert caught.value.field == str(file)
 
 
+def test_a_chunk_of_a_stream_may_not_hold_more_than_may_wait() -> None:
+    with pytest.raises(ConfigError, match=r"stream_interval \(9\) must be at most max_unread_tokens \(8\)"):
+        load_config(None, ["frontend={stream_interval: 9, max_unread_tokens: 8}"])
+
+
 def test_heartbeats_must_be_well_below_the_deadline_of_a_lane() -> None:
     with pytest.raises(ConfigError, match=r"lane\.heartbeat_s \(20.0\).*half of lane\.timeout_s"):
         load_config(None, ["lane.heartbeat_s=20"])
