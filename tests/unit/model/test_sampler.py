@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -166,6 +167,21 @@ def test_the_number_drawn_depends_on(other_seed: int, other_choice: int, other_p
 def test_the_number_drawn_is_the_same_in_every_version() -> None:
     """A sequence may be continued by a worker of another version."""
     assert [uniform(0, 0, 0), uniform(7, 1, 5), uniform(2**63 - 1, 3, 100_000)] == PINNED
+
+
+def test_the_number_drawn_is_that_of_a_generator_made_for_it() -> None:
+    """Whatever was drawn before, in whatever thread."""
+
+    def drawn(arguments: tuple[int, int, int]) -> bool:
+        seed, choice, position = arguments
+        bits = np.random.Philox(key=seed, counter=[position, choice, 0, 0]).random_raw()
+        return uniform(seed, choice, position) == (bits >> 11) * 2.0**-53
+
+    edges = [0, 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1]
+    cases = [(seed, random.randrange(16), position) for seed in edges for position in (0, 1, 2**20)]
+    cases += [(random.getrandbits(64), random.randrange(16), random.randrange(2**17)) for _ in range(500)]
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(drawn, cases))
 
 
 def test_logits_are_left_as_they_were() -> None:
