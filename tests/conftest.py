@@ -5,9 +5,11 @@ from __future__ import annotations
 import collections
 import importlib.util
 import pathlib
+import random
 
 import hypothesis
 import pytest
+import torch
 
 # Speed is measured by benchmarks; a loaded machine must fail no test.
 hypothesis.settings.register_profile("octet", deadline=None)
@@ -19,6 +21,15 @@ _HAS_RAY = importlib.util.find_spec("ray") is not None
 pytest_plugins = ("tests.clusters",) if _HAS_RAY else ()
 
 SHARED_CLUSTERS = ("chaos", "embedded", "small", "paired")
+
+
+@pytest.fixture
+def fresh_seed() -> None:
+    """Inputs are drawn afresh; a failing test shows how to draw them again."""
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

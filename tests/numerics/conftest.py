@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pathlib
-import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -49,12 +48,8 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def fresh_seed() -> None:
-    """Inputs are drawn afresh; a failing test shows how to draw them again."""
-    seed = random.randrange(2**32)
-    print(f"seed {seed}")
-    random.seed(seed)
-    torch.manual_seed(seed)
+def drawn_afresh(fresh_seed: None) -> None:
+    """Inputs of every test here."""
 
 
 @pytest.fixture(scope="session")

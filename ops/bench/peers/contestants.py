@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import dataclasses
 import json
@@ -62,7 +63,7 @@ class Size:
         return [str(self.checkpoint), *numbers, json.dumps(dict(self.sampling))]
 
 
-class _Served:
+class _Served(abc.ABC):
     """A cluster that is asked over gRPC, in one way or the other."""
 
     name: str
@@ -85,9 +86,9 @@ class _Served:
             raise PeerError(self.name, f"gave {tokens} tokens, expected {new_tokens} for each prompt")
         return seconds
 
+    @abc.abstractmethod
     async def _ask(self, client: AsyncClient, prompt: Sequence[int], options: dict[str, Any]) -> int:
         """How many tokens the answer has, once it is complete."""
-        raise NotImplementedError
 
     def close(self) -> None:
         return

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,14 +8,9 @@ from hypothesis import strategies as st
 
 from experts.grouped import count_slots, grouped_swiglu
 
+pytestmark = pytest.mark.usefixtures("fresh_seed")
+
 HIDDEN_SIZE, INTERMEDIATE_SIZE = 12, 10
-
-
-@pytest.fixture(autouse=True)
-def fresh_seed() -> None:
-    seed = random.randrange(2**32)
-    print(f"seed {seed}")
-    torch.manual_seed(seed)
 
 
 def random_weights(num_slots: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -21,17 +21,11 @@ import model.sampler_cpu
 from model.sampler import SampleRow, filtered_probabilities, logprobs, sample, uniform
 from octet.request import Output, Sampling, Stopping
 
+pytestmark = pytest.mark.usefixtures("fresh_seed")
+
 VOCAB_SIZE = 40
 NUM_DRAWS = 5000
 PINNED = [0.011546754286331562, 0.37935537747626313, 0.45730466533809355]
-
-
-@pytest.fixture(autouse=True)
-def fresh_seed() -> None:
-    seed = random.randrange(2**32)
-    print(f"seed {seed}")
-    random.seed(seed)
-    torch.manual_seed(seed)
 
 
 def row(

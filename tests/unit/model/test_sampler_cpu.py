@@ -14,15 +14,9 @@ from model.sampler import SampleRow, filtered_probabilities, sample, sample_by_o
 from model.sampler_cpu import _BINS, draw
 from octet.request import Output, Sampling, Stopping
 
+pytestmark = pytest.mark.usefixtures("fresh_seed")
+
 Row = npt.NDArray[np.float32]
-
-
-@pytest.fixture(autouse=True)
-def fresh_seed() -> None:
-    seed = random.randrange(2**32)
-    print(f"seed {seed}")
-    random.seed(seed)
-    torch.manual_seed(seed)
 
 
 def drawn(logits_V: torch.Tensor, sampling: Sampling, point: float) -> tuple[int, Row]:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import pathlib
-import random
 from typing import Any
 
 import pytest
@@ -14,6 +13,8 @@ from model.config import ModelConfig, read_config
 from model.linear import Packer, linear
 from model.weights import GateWeights
 from router.gate import Gate, _choose
+
+pytestmark = pytest.mark.usefixtures("fresh_seed")
 
 HIDDEN_SIZE = 24
 NUM_TOKENS = 200
@@ -29,13 +30,6 @@ GATES: dict[str, dict[str, Any]] = {
     "scaled": {"routed_scaling_factor": 2.5},
     "glm_4_6": {"n_routed_experts": 160, "num_experts_per_tok": 8, "routed_scaling_factor": 2.5},
 }
-
-
-@pytest.fixture(autouse=True)
-def fresh_seed() -> None:
-    seed = random.randrange(2**32)
-    print(f"seed {seed}")
-    torch.manual_seed(seed)
 
 
 def config_of(model_dir: pathlib.Path, **changes: Any) -> ModelConfig:

@@ -25,17 +25,11 @@ from router.placement import EMPTY, Placement, from_physical, place_evenly
 from router.plan import Planner
 from router.routed_experts import RoutedExperts
 
+pytestmark = pytest.mark.usefixtures("fresh_seed")
+
 NUM_EXPERTS, HIDDEN_SIZE, NUM_TOKENS = 8, 24, 50
 CPU = torch.device("cpu")
 LAYERS = (1, 2)
-
-
-@pytest.fixture(autouse=True)
-def fresh_seed() -> None:
-    seed = random.randrange(2**32)
-    print(f"seed {seed}")
-    random.seed(seed)
-    torch.manual_seed(seed)
 
 
 @pytest.fixture
