@@ -9,8 +9,8 @@ from collections.abc import Collection
 import ray
 from ray.util import list_named_actors, placement_group_table
 
-from cluster.controller_journal import ControllerJournal, unpack_journal
-from cluster.keeper import Keeper
+from cluster.control.controller_journal import ControllerJournal, unpack_journal
+from cluster.control.keeper import Keeper
 
 CONTROLLER = "controller"
 """The name of its actor."""

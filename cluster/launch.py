@@ -12,13 +12,13 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.controller import Controller
+from cluster.control.controller import Controller
+from cluster.control.keeper import Keeper
+from cluster.control.start_progress import StartProgress
 from cluster.inventory import CONTROLLER
-from cluster.keeper import Keeper
 from cluster.plan import ServingPlan
 from cluster.planning import make_plan
-from cluster.start_progress import StartProgress
-from cluster.worker_start import forking, runtime_env
+from cluster.workers.worker_start import forking, runtime_env
 from octet.background import MEMBERS
 from octet.config import OctetConfig, load_config
 from octet.errors import ConfigError, OctetError, StartupError

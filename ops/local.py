@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
-from cluster.journal import Journal
+from cluster.frontend.journal import Journal
 from decode.engine import DecodeEngine
 from decode.handoff import KvReceiver
 from decode.speculation import MtpDrafter, Speculator

@@ -14,7 +14,7 @@ from rich.progress import (
 )
 from rich.progress import TaskID as RichTask
 
-from cluster.start_progress import StartProgress
+from cluster.control.start_progress import StartProgress
 
 
 class StartDisplay:

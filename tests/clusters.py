@@ -17,7 +17,7 @@ from ray.cluster_utils import Cluster
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
 from cluster.launch import RunningCluster, launch
-from cluster.worker_start import forking
+from cluster.workers.worker_start import forking
 from octet.client import Client
 from octet.config import load_config
 from octet.v1 import octet_pb2 as pb

@@ -95,7 +95,7 @@ def measure(model_dir: pathlib.Path, lengths: Sequence[int]) -> Measured:
 
 
 def _measure(model_dir: str, lengths: Sequence[int]) -> Measured:
-    from cluster.process import resident_bytes
+    from cluster.workers.process import resident_bytes
     from model.census import take_census
     from model.config import read_config
     from model.kv_cache import KvCache

@@ -45,7 +45,7 @@ def _measure(model_dir: str, shard: int, num_shards: int) -> tuple[int, int, int
     """Bytes of weights, and resident memory before loading and after serving."""
     import torch
 
-    from cluster.process import resident_bytes
+    from cluster.workers.process import resident_bytes
     from experts.grouped import grouped_cpu
     from experts.shard import ExpertShard
     from model.checkpoint import Checkpoint

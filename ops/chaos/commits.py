@@ -1,4 +1,4 @@
-"""Reads what frontends wrote down: the files of `cluster.audit`."""
+"""Reads what frontends wrote down: the files of `cluster.frontend.audit`."""
 
 from __future__ import annotations
 

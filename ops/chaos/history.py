@@ -70,7 +70,7 @@ class Stream:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Commit:
-    """What a frontend wrote down, in its order: see `cluster.audit`."""
+    """What a frontend wrote down, in its order: see `cluster.frontend.audit`."""
 
     kind: Literal["workers", "accept", "commit", "end"]
     frontend: str

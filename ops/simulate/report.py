@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from cluster.slo import HANDOFF_S
+from cluster.frontend.slo import HANDOFF_S
 from octet.config import OctetConfig
 from ops.simulate.outcome import Result, Run
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cluster.autoscaler import REDUNDANCY, Fleet, PoolDecision, State, decide
-from cluster.prospects import prospects
-from cluster.signals import ExpertSignals, MemberSample, PoolSignals, Prospect, Signals
+from cluster.autoscaling.autoscaler import REDUNDANCY, Fleet, PoolDecision, State, decide
+from cluster.autoscaling.prospects import prospects
+from cluster.autoscaling.signals import ExpertSignals, MemberSample, PoolSignals, Prospect, Signals
 from octet.config import OctetConfig
 from octet.ids import WorkerId
 from ops.simulate.outcome import Action

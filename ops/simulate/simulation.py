@@ -1,8 +1,8 @@
 """The simulation: events in the order of their time, and the deciding code of the cluster between them.
 
-A request arrives, is scheduled (`cluster.scheduler`), waits for its prefill worker and is computed chunk by chunk,
-moves to its decode worker when that has room until its end (`decode.admission`), gets its tokens, and ends. When a
-member is lost, what was there is scheduled again. What is not simulated: single decode steps (`decode_pool`), single
+A request arrives, is scheduled (`cluster.frontend.scheduler`), waits for its prefill worker and is computed chunk by
+chunk, moves to its decode worker when that has room until its end (`decode.admission`), gets its tokens, and ends. When
+a member is lost, what was there is scheduled again. What is not simulated: single decode steps (`decode_pool`), single
 frames at the shards (`contention`), speculation.
 """
 
@@ -16,11 +16,11 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from cluster.admission import Demand, admit
-from cluster.load_meter import LoadMeter
+from cluster.frontend.admission import Demand, admit
+from cluster.frontend.load_meter import LoadMeter
+from cluster.frontend.scheduler import Wait
+from cluster.frontend.slo import Slo
 from cluster.members import POOLS
-from cluster.scheduler import Wait
-from cluster.slo import Slo
 from octet.background import share_behind
 from octet.config import OctetConfig
 from ops.simulate import decode_pool

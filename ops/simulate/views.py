@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 
-from cluster.scheduler import Assignment, DecodeView, PrefillView, Wait, schedule
+from cluster.frontend.scheduler import Assignment, DecodeView, PrefillView, Wait, schedule
 from octet.ids import WorkerId
 from ops.simulate.decode_pool import DecodePool
 from ops.simulate.load import BLOCK_TOKENS, Request

@@ -91,7 +91,7 @@ def is_a_fork(cluster: RunningCluster, worker_id: str) -> bool:
     """Of a process that has imported what members need."""
     pid = pid_of(cluster.plan.config.ray.namespace, worker_id)
     parent = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
-    return b"cluster.fork_server" in pathlib.Path(f"/proc/{parent}/cmdline").read_bytes()
+    return b"cluster.workers.fork_server" in pathlib.Path(f"/proc/{parent}/cmdline").read_bytes()
 
 
 def running(client: Client) -> list[int]:

@@ -9,11 +9,11 @@ ROOT = pathlib.Path(__file__).parents[2]
 ROOMS = ("octet", "model", "experts", "router", "prefill", "decode", "cluster")
 TIMES_OF_DAY = {"time.time", "time.time_ns", "datetime.now", "datetime.utcnow", "datetime.today", "date.today"}
 ALLOWED = {
-    "cluster/audit.py": "when something was written, and a file's name",
-    "cluster/attention_worker.py": "a name for the process",
-    "cluster/change_log.py": "when a change was",
-    "cluster/membership.py": "a name that nobody has met under",
-    "cluster/shard_worker.py": "a name for the process",
+    "cluster/frontend/audit.py": "when something was written, and a file's name",
+    "cluster/workers/attention_worker.py": "a name for the process",
+    "cluster/control/change_log.py": "when a change was",
+    "cluster/control/membership.py": "a name that nobody has met under",
+    "cluster/workers/shard_worker.py": "a name for the process",
     "model/chat_template.py": "the date that a template asks for",
     "octet/faults.py": "when a fault struck",
 }

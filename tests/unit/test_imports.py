@@ -23,6 +23,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "cluster": BELOW_CLUSTER,
     "ops": (*BELOW_CLUSTER, "cluster"),
 }
+CLUSTER_ROOMS = ("autoscaling", "workers", "frontend", "api", "control")
+"""Of the largest package, each imports from those before it and from what they all share."""
+ENTRANCES = {"cluster.launch", "cluster.inventory"}
+"""They stand beside the rooms, and none of these imports them."""
 EVALUATES_WHAT_IT_READS = {"pickle", "_pickle", "cPickle", "cloudpickle", "marshal", "dill", "shelve", "joblib"}
 
 PICKLES_INSIDE = {
@@ -68,6 +72,26 @@ def test_every_package_of_ours_is_looked_at() -> None:
 def test_no_import_runs_upward_or_across(package: str) -> None:
     assert files(package)
     assert offences(package, set(MAY_IMPORT) - {package, *MAY_IMPORT[package]}) == []
+
+
+def test_every_room_of_the_cluster_is_looked_at() -> None:
+    assert {file.parent.name for file in ROOT.glob("cluster/*/*.py")} == set(CLUSTER_ROOMS)
+
+
+@pytest.mark.parametrize("room", [*CLUSTER_ROOMS, None], ids=str)
+def test_no_import_within_the_cluster_runs_upward(room: str | None) -> None:
+    if room is None:
+        looked_at, above = list(ROOT.glob("cluster/*.py")), CLUSTER_ROOMS
+    else:
+        looked_at, above = files(f"cluster/{room}"), CLUSTER_ROOMS[CLUSTER_ROOMS.index(room) + 1 :]
+    forbidden = {*(f"cluster.{name}" for name in above), *ENTRANCES}
+    assert [
+        f"{file.relative_to(ROOT)}:{line} imports {module}"
+        for file in looked_at
+        if f"cluster.{file.stem}" not in ENTRANCES
+        for module, line in imports(file)
+        if any(f"{module}.".startswith(f"{name}.") for name in forbidden)
+    ] == []
 
 
 @pytest.mark.parametrize("package", [package for package in MAY_IMPORT if package != "cluster"])

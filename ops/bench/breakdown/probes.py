@@ -90,7 +90,7 @@ class StepRecorder:
         for engine in _ENGINES:
             _replace(engine, "step", self._begin_step)
         _replace("model.runner:ModelRunner", "run", self._note_run)
-        _replace("cluster.lanes:WireLanes", "exchange", self._record_exchange)
+        _replace("cluster.workers.lanes:WireLanes", "exchange", self._record_exchange)
 
     def probe(self, on: bool) -> None:
         """Take steps apart, or no longer. Call it only while the worker is idle."""

@@ -1,7 +1,7 @@
 """The members of a cluster's three pools as plain processes, with recorders in them; this process is their frontend.
 
-They are the classes that `cluster.pool_actors` puts on Ray, connected by the same lanes, channels and mailboxes.
-Without Ray, their processes can be instrumented.
+They are the classes that `cluster.workers.pool_actors` puts on Ray, connected by the same lanes, channels and
+mailboxes. Without Ray, their processes can be instrumented.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class AttentionHost:
     """An attention worker and its recorder. Lives in a process of its own."""
 
     def __init__(self, worker_id: WorkerId, role: Role, plan: ServingPlan) -> None:
-        from cluster.attention_worker import AttentionWorker
+        from cluster.workers.attention_worker import AttentionWorker
         from ops.bench.breakdown.probes import StepRecorder
 
         self._recorder = StepRecorder()
@@ -51,7 +51,7 @@ class ShardHost:
     """An expert shard and its recorder. Lives in a process of its own."""
 
     def __init__(self, worker_id: WorkerId, plan: ServingPlan) -> None:
-        from cluster.shard_worker import ShardWorker
+        from cluster.workers.shard_worker import ShardWorker
         from ops.bench.breakdown.probes import CallRecorder
 
         self._recorder = CallRecorder()

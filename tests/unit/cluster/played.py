@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 
 import pytest
 
-from cluster.frontend import Frontend
+from cluster.frontend.frontend import Frontend
+from cluster.frontend.record import Increment, Reader
+from cluster.frontend.validation import parse_request
 from cluster.plan import ServingPlan
 from cluster.planning import EMBEDDED_MODEL, make_plan
-from cluster.record import Increment, Reader
-from cluster.validation import parse_request
 from model.tokenizer import Tokenizer
 from octet.config import load_config
 from octet.ids import Epoch, RequestId, WorkerId

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from cluster.autoscaler import Decision, Fleet, PoolDecision, State, decide
-from cluster.signals import ExpertSignals, MemberSample, PoolSignals, Prospect, Signals
+from cluster.autoscaling.autoscaler import Decision, Fleet, PoolDecision, State, decide
+from cluster.autoscaling.signals import ExpertSignals, MemberSample, PoolSignals, Prospect, Signals
 from octet.autoscaler_config import AutoscalerConfig
 from octet.ids import WorkerId
 

@@ -6,10 +6,10 @@ import asyncio
 import sys
 from typing import cast
 
-from cluster.cluster_service import ClusterService
-from cluster.frontend import Frontend
-from cluster.generation_service import GenerationService
-from cluster.grpc_service import GrpcServer
+from cluster.api.cluster_service import ClusterService
+from cluster.api.generation_service import GenerationService
+from cluster.api.grpc_service import GrpcServer
+from cluster.frontend.frontend import Frontend
 from cluster.planning import make_plan
 from octet.config import load_config
 from octet.ids import WorkerId

@@ -6,10 +6,10 @@ import dataclasses
 
 import pytest
 
-from cluster.controller_journal import NotedGroup, NotedMember
+from cluster.control.controller_journal import NotedGroup, NotedMember
 from cluster.inventory import num_free
 from octet.ids import WorkerId
-from tests.unit.cluster.test_controller_journal import JOURNAL, noted
+from tests.unit.cluster.control.test_controller_journal import JOURNAL, noted
 
 ALONE = dataclasses.replace(noted(WorkerId("experts-1")), group="ab", index=0)
 

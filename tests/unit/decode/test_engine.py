@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import pytest
 import torch
 
-from cluster.journal import Journal
+from cluster.frontend.journal import Journal
 from cluster.planning import EMBEDDED_MODEL
 from decode.engine import DecodeEngine
 from decode.handoff import KvReceiver

@@ -1,0 +1,1 @@
+"""The gRPC services, and the frontend as an actor that serves them."""

@@ -1,0 +1,1 @@
+"""The controller: who serves, what follows a loss, and every change of the running cluster."""

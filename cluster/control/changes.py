@@ -1,0 +1,397 @@
+"""Changes of the running cluster: experts that move, pools that grow and shrink, members that are lost.
+
+One at a time; each is on record with its reason and outcome. What is asked for while another is under way waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+
+from cluster.actors import answer_of, call
+from cluster.control.change_log import ChangeLog
+from cluster.control.membership import Membership
+from cluster.control.pools import Member, Pools
+from cluster.control.preparation import Preparation
+from cluster.control.services import FRONTEND, Services
+from cluster.control.standby import Standby
+from cluster.members import MemberStatus, Pool
+from cluster.plan import ServingPlan
+from octet.errors import ConfigError, OctetError, UnavailableError
+from octet.ids import Epoch, WorkerId
+from router.proposal import Proposal
+from router.transition import Transition
+
+_log = logging.getLogger(__name__)
+
+_PROPOSE_S = 60.0
+_ANSWER_S = 10.0
+_STOP_S = 10.0
+_POLL_S = 0.05
+
+
+class Changes:
+    """Carries changes out. Belongs to the controller's event loop."""
+
+    def __init__(
+        self,
+        plan: ServingPlan,
+        pools: Pools,
+        membership: Membership,
+        services: Services,
+        on_members: Callable[[Sequence[Member]], None],
+    ) -> None:
+        """
+        Args:
+            on_members: told who serves, whenever that has changed and before anybody who left is stopped.
+        """
+        self._on_members = on_members
+        self._plan, self._pools, self._membership = plan, pools, membership
+        self._standby = Standby(plan, pools, membership)
+        self._preparation = Preparation(pools, self._standby)
+        self._services = services
+        self._draining: set[WorkerId] = set()
+        self._joining: set[asyncio.Task[None]] = set()
+        self.log = ChangeLog()
+        self.num_redundant = plan.config.pools.experts.redundant_experts
+        """Slots per layer beyond one for each expert, over all shards."""
+
+    @property
+    def standby(self) -> Standby:
+        return self._standby
+
+    @property
+    def starting(self) -> Mapping[Pool, int]:
+        """Members on their way in, by pool."""
+        return self._preparation.starting
+
+    @property
+    def draining(self) -> frozenset[WorkerId]:
+        """Attention workers on their way out."""
+        return frozenset(self._draining)
+
+    async def set_redundancy(self, num_redundant: int, reason: str) -> None:
+        """Have so many slots for replicas, and move experts accordingly.
+
+        Raises: OctetError, and then it is as it was.
+        """
+        before, self.num_redundant = self.num_redundant, num_redundant
+        try:
+            await self.rebalance(dry_run=False, reason=reason)
+        except BaseException:
+            self.num_redundant = before
+            raise
+
+    async def rebalance(self, *, dry_run: bool, min_gain: float = 0.0, reason: str) -> Proposal:
+        """Move experts after their load, if that takes at least `min_gain` off what the fullest shards have to do.
+
+        Returns: what was planned, and done unless it is a dry run.
+        Raises: OctetError, and then the placement is as it was.
+        """
+        if not self._membership.pool("experts"):
+            raise UnavailableError("no expert shard serves, so that there is nothing to move")
+        if dry_run:
+            return await self._propose(self._membership.routing.epoch)
+        # Not worth a record where there is nothing to do, so it is looked at first.
+        proposal = await self._propose(self._membership.routing.epoch)
+        if not proposal.transition.fills or proposal.relative_gain < min_gain:
+            return proposal
+        async with self.log.change("rebalance", reason) as record:
+            proposals: list[Proposal] = []
+
+            async def propose(epoch: Epoch) -> Transition:
+                proposals.append(await self._propose(epoch))
+                return proposals[0].transition
+
+            await self._membership.reroute(propose)
+            await self.tell_router()
+            record.append(proposals[0].summary)
+            return proposals[0]
+
+    async def scale(self, pool: Pool, size: int, reason: str) -> None:
+        """Bring a pool to this many members; what was asked of it before, and waits for processes, is given up.
+
+        Raises: OctetError, and then it is as it was.
+        """
+        num_experts = self._plan.model.n_routed_experts
+        scaler = self._plan.config.autoscaler
+        least = getattr(scaler, pool).min_replicas if scaler.enabled else 1
+        if size < 0 or (size == 0 and least > 0):
+            expected = "at least 1: only an autoscaler whose min_replicas are 0 brings an empty pool back"
+            raise ConfigError(f"pools.{pool}.size", size, expected)
+        if pool == "experts" and size > num_experts:
+            raise ConfigError("pools.experts.size", size, f"at most the model's {num_experts} experts")
+        if pool == "experts" and self._plan.device != "cpu":
+            raise ConfigError("pools.experts.size", "a change while serving", "the size at the start, on GPUs")
+        self._preparation.give_up(pool)
+        if size != len(self._membership.pool(pool)) or self.log.busy:
+            await self._resize(pool, size, reason, shrinks=True)
+        if len(self._membership.pool(pool)) < size:
+            # What was under way has made it smaller.
+            await self._resize(pool, size, reason, shrinks=True)
+
+    async def replenish(self, pool: Pool, size: int, reason: str) -> None:
+        """Let a pool have at least this many members, beside whatever it was asked for. Raises: OctetError."""
+        if len(self._membership.pool(pool)) < size:
+            await self._resize(pool, size, reason, shrinks=False)
+
+    async def _resize(self, pool: Pool, size: int, reason: str, shrinks: bool) -> None:
+        """Processes start beside whatever else is going on; only their joining is a change.
+
+        Until they join it can be cancelled, and nothing is left of it.
+        """
+        begun_s, before = time.monotonic(), len(self._membership.pool(pool))
+        ready: list[Member] = []
+        if size > before:
+            async with self.log.attempt("scale", reason, only_failure=True) as failure:
+                failure.append(f"{pool}: {before} → {size}")
+                ready = await self._preparation.members(pool, size - before)
+                if pool != "experts":
+                    await self._wait_for_shards(ready)
+        joining = asyncio.create_task(self._join(pool, size, reason, shrinks, ready, begun_s))
+        self._joining.add(joining)
+        joining.add_done_callback(self._joining.discard)
+        await asyncio.shield(joining)
+
+    async def _wait_for_shards(self, ready: Sequence[Member]) -> None:
+        """Workers that come when no shard serves join after the first one. Raises: UnavailableError, and they end."""
+        timeout_s = self._plan.config.ray.start_timeout_s
+        try:
+            for _ in range(int(timeout_s / _POLL_S)):
+                if self._membership.pool("experts"):
+                    return
+                await asyncio.sleep(_POLL_S)
+            raise UnavailableError(f"no expert shard has come within {timeout_s:g} s")
+        except BaseException:
+            for member in ready:
+                self._pools.end(member)
+            raise
+
+    async def _join(
+        self, pool: Pool, size: int, reason: str, shrinks: bool, ready: Sequence[Member], begun_s: float
+    ) -> None:
+        """Let members in or out; all parts have deadlines."""
+        async with self.log.change("scale", reason) as record:
+            members = self._membership.pool(pool)
+            record.append(f"{pool}: {len(members)} → {size}")
+            joining, surplus = ready[: max(0, size - len(members))], ready[max(0, size - len(members)) :]
+            for member in surplus:
+                # Somebody else has scaled the pool meanwhile.
+                self._pools.end(member)
+            if joining:
+                record.append(f"processes were ready after {time.monotonic() - begun_s:.1f} s")
+                await self._grow(pool, joining)
+            elif shrinks and size < len(members):
+                await self._shrink(pool, members[size:])
+
+    def interrupt(self, worker_id: WorkerId) -> None:
+        """A member is lost: give up what is being prepared, so that the loss can be dealt with."""
+        self._membership.interrupt(worker_id)
+
+    async def recover(self, lost: Mapping[WorkerId, str]) -> None:
+        """Go on without these members. Raises: OctetError if that is not possible yet."""
+        reason = "; ".join(f"{worker_id}: {why}" for worker_id, why in lost.items())
+        async with self.log.change("recovery", reason) as record:
+            members = [member for member in self._membership.all() if member.worker_id in lost]
+            for member in members:
+                # Whatever it still does, it does no more.
+                self._pools.end(member)
+                self._membership.fence(member)
+            shards = {member.worker_id for member in members if member.pool == "experts"}
+            if shards:
+                await self._membership.give_up(shards)
+            workers = [member for member in members if member.pool != "experts"]
+            if workers:
+                await self._membership.leave(workers)
+                await self.tell_frontend()
+            if shards:
+                await self._go_on_without(shards)
+            record.append(f"went on without {', '.join(sorted(lost))}")
+
+    async def settle(self, mailbox: str | None, under_way: str, gone: Collection[WorkerId], record: list[str]) -> None:
+        """Come to a state that everybody agrees on, after another controller has died. Within a change of the log.
+
+        Args:
+            mailbox: of the frontend; None where there is none, and another one is on its way.
+            under_way: the kind of the change that it was making; may be empty.
+            gone: who was to join and does not.
+            record: what is done.
+        """
+        membership = self._membership
+        if mailbox is not None and mailbox != membership.frontends.get(FRONTEND):
+            await membership.meet_frontend(FRONTEND, mailbox)
+        if under_way or gone or membership.adopting is not None:
+            end = "is brought to its end" if membership.adopting is not None else "is given up"
+            record.append(f"the {under_way or 'change'} under way {end}")
+            left = await membership.settle(gone)
+            self._on_members(membership.all())
+            for shard in left:
+                # It was to leave, or was lost, and the controller that would have ended it is gone.
+                self._pools.end(shard)
+                record.append(f"{shard.worker_id} is ended")
+        await self.tell_frontend()
+        with contextlib.suppress(UnavailableError):
+            # A router service that is gone is replaced, and the next one told all of it.
+            await self.tell_router()
+
+    async def relink(self, worker_id: WorkerId, reason: str) -> None:
+        """Give a worker another lane in place of a broken one. Raises: OctetError."""
+        async with self.log.change("recovery", f"{worker_id}: {reason}") as record:
+            if worker_id in self._membership:
+                await self._membership.relink(self._membership.member(worker_id))
+                record.append("its lane is formed anew: no shard was lost")
+
+    async def shun(self, shards: frozenset[WorkerId], reason: str) -> None:
+        """Ask these shards only for what nobody else holds, and the others as always. Raises: OctetError."""
+
+        async def propose(epoch: Epoch) -> Transition:
+            current = self._membership.routing
+            target = dataclasses.replace(current, shunned=shards & set(current.shards))
+            return Transition(target=target, fills=(), gain=0.0, reason=reason)
+
+        async with self.log.change("slow", reason or "no shard is slow any more") as record:
+            await self._membership.reroute(propose)
+            await self.tell_router()
+            record.append(f"less is asked of {', '.join(sorted(shards)) or 'nobody'}")
+
+    async def reopen(self, source: WorkerId, target: WorkerId) -> None:
+        """Give two workers another KV channel in place of a broken one. Raises: OctetError."""
+        async with self.log.change("recovery", f"the KV channel from {source} to {target} has broken") as record:
+            if source in self._membership and target in self._membership:
+                await self._membership.reopen(self._membership.member(source), self._membership.member(target))
+                record.append("another one is open")
+
+    async def replace_router(self) -> None:
+        """Let another process serve in place of one that is gone. Raises: OctetError."""
+        self._services.replace_router()
+        await self.tell_router()
+
+    async def replace_frontend(self, reason: str) -> None:
+        """Let another process serve in place of one that is gone; whatever else goes on, goes on.
+
+        Raises: OctetError if that is not possible yet.
+        """
+        async with self.log.attempt("recovery", reason) as record:
+            await self._membership.meet_frontend(FRONTEND, await self._services.replace_frontend())
+            mailboxes = self._membership.mailboxes
+            await self._services.serve(mailboxes("prefill"), mailboxes("decode"), self.draining)
+            record.append(f"another one serves on port {self._services.port}")
+
+    async def tell_frontend(self) -> None:
+        """Who serves, and who is given nothing new. One that is gone is replaced, and the next one told all of it."""
+        prefill, decode = self._membership.mailboxes("prefill"), self._membership.mailboxes("decode")
+        frontend, draining = self._services.frontend, sorted(self._draining)
+        try:
+            # Who is told twice knows no more; who is not told sends requests to workers that have left.
+            told = answer_of(lambda: frontend.set_workers.remote(prefill, decode, draining))
+            await call("the frontend", told, _ANSWER_S)
+        except UnavailableError as error:
+            _log.warning("who serves was not told: %s", error)
+
+    async def tell_router(self) -> None:
+        """Who serves, and by what routing."""
+        self._on_members(self._membership.all())
+        actors = {member.worker_id: member.actor for member in self._membership.all()}
+        router, routing = self._services.router, self._membership.routing
+        await call("the router", answer_of(lambda: router.watch.remote(routing, actors)), _ANSWER_S)
+
+    async def _grow(self, pool: Pool, members: Sequence[Member]) -> None:
+        try:
+            if pool == "experts":
+                # Where none is left, those that come take everything over, as after the loss of all.
+                gone = () if self._membership.pool("experts") else self._membership.routing.shards
+                await self._reroute(joining=members, leaving=gone, lost=gone)
+            else:
+                await self._membership.enter(members)
+                await self.tell_frontend()
+        except BaseException:
+            for member in members:
+                self._pools.end(member)
+            raise
+        await self.tell_router()
+
+    async def _shrink(self, pool: Pool, leaving: Sequence[Member]) -> None:
+        if pool == "experts" and len(leaving) == len(self._membership.pool("experts")):
+            if workers := self._membership.pool("prefill") + self._membership.pool("decode"):
+                raise UnavailableError(f"shards leave after the workers, of which {len(workers)} are there")
+            # The routing stays as it was: nobody routes by it, and the next shards take over from it.
+            await self._membership.leave(leaving)
+        elif pool == "experts":
+            await self._reroute(leaving=[member.worker_id for member in leaving])
+        else:
+            await self._drain(leaving)
+        await self.tell_router()
+        for member in leaving:
+            with contextlib.suppress(OctetError):
+                # One that does not stop in time is killed all the same.
+                await call(member.worker_id, member.actor.stop.remote(), _STOP_S)
+            self._pools.end(member)
+
+    async def _drain(self, leaving: Sequence[Member]) -> None:
+        """Let attention workers end what they have, or hand it over, and part with them."""
+        ids = {member.worker_id for member in leaving}
+        self._draining |= ids
+        try:
+            await self.tell_frontend()
+            if leaving[0].pool == "decode":
+                with contextlib.suppress(OctetError):
+                    # Sequences that cannot be handed over end here, or start again elsewhere.
+                    await self._membership.hand_over(leaving)
+            for _ in range(int(self._plan.config.frontend.drain_s / _POLL_S)):
+                if await self._idle(leaving):
+                    break
+                await asyncio.sleep(_POLL_S)
+        finally:
+            self._draining -= ids
+        # What is left there starts again elsewhere.
+        await self._membership.leave(leaving)
+        await self.tell_frontend()
+
+    async def _idle(self, members: Sequence[Member]) -> bool:
+        statuses: list[MemberStatus] = await asyncio.gather(
+            *(call(m.worker_id, answer_of(partial(m.actor.status.remote)), _ANSWER_S) for m in members)
+        )
+        loads = [status.load for status in statuses if status.load is not None]
+        return all(load.running == load.waiting == load.leases == 0 for load in loads)
+
+    async def _go_on_without(self, shards: Collection[WorkerId]) -> None:
+        """Survivors take over what only these held; where nobody survives, new ones take over all."""
+        survivors = [shard for shard in self._membership.routing.shards if shard not in shards]
+        joining: list[Member] = []
+        if not survivors:
+            joining = await self._preparation.unless_stopped("experts", len(shards))
+        try:
+            await self._reroute(joining=joining, leaving=shards, lost=shards)
+        except BaseException:
+            for member in joining:
+                self._pools.end(member)
+            raise
+        await self.tell_router()
+
+    async def _reroute(
+        self,
+        joining: Sequence[Member] = (),
+        leaving: Collection[WorkerId] = (),
+        lost: Collection[WorkerId] = (),
+    ) -> None:
+        async def propose(epoch: Epoch) -> Transition:
+            newcomers = [member.worker_id for member in joining]
+            return (await self._propose(epoch, newcomers, leaving, lost)).transition
+
+        await self._membership.reroute(propose, joining=joining, leaving=leaving, lost=lost)
+
+    async def _propose(
+        self,
+        epoch: Epoch,
+        joining: Sequence[WorkerId] = (),
+        leaving: Collection[WorkerId] = (),
+        lost: Collection[WorkerId] = (),
+    ) -> Proposal:
+        router, asked = self._services.router, (self._membership.routing, epoch, self.num_redundant)
+        proposed = answer_of(lambda: router.propose.remote(*asked, tuple(joining), tuple(leaving), tuple(lost)))
+        return await call("the router", proposed, _PROPOSE_S)

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+
+from cluster.control.recovery import Recovery
+from cluster.members import Pool
+from octet.errors import UnavailableError
+from octet.ids import WorkerId
+
+
+class Cluster:
+    """Two members of each pool; what is missing comes only where there is room."""
+
+    def __init__(self, no_room: set[Pool]) -> None:
+        self.sizes: dict[Pool, int] = {"prefill": 2, "decode": 2, "experts": 2}
+        self.wanted = dict(self.sizes)
+        self.no_room, self.refusals = no_room, 0
+        self.room = asyncio.Event()
+        self.recovery = Recovery(self, self.short, retry_s=0.0)
+
+    def short(self) -> dict[Pool, int]:
+        return {pool: size for pool, size in self.wanted.items() if self.sizes[pool] < size}
+
+    def lose(self, pool: Pool, name: str) -> None:
+        self.recovery.add(WorkerId(name), "killed")
+
+    async def recover(self, lost: Mapping[WorkerId, str]) -> None:
+        if self.refusals:
+            self.refusals -= 1
+            raise UnavailableError("not yet")
+        for name in lost:
+            self.sizes[name.partition("-")[0]] -= 1  # type: ignore[index]
+
+    async def replenish(self, pool: Pool, size: int, reason: str) -> None:
+        assert reason.startswith("to replace ")
+        if pool in self.no_room:
+            await self.room.wait()
+        self.sizes[pool] = size
+
+
+async def until(cluster: Cluster, sizes: dict[Pool, int]) -> None:
+    for _ in range(1000):
+        if cluster.sizes == sizes:
+            return
+        await asyncio.sleep(0)
+    assert cluster.sizes == sizes
+
+
+async def test_a_pool_without_room_holds_up_neither_other_pools_nor_the_next_loss() -> None:
+    cluster = Cluster(no_room={"decode"})
+    cluster.lose("decode", "decode-0")
+    cluster.lose("experts", "experts-0")
+    running = asyncio.create_task(cluster.recovery.run())
+    await until(cluster, {"prefill": 2, "decode": 1, "experts": 2})
+    cluster.lose("prefill", "prefill-1")
+    assert cluster.recovery.reason == "prefill-1: killed"
+    await asyncio.sleep(0)
+    await until(cluster, {"prefill": 2, "decode": 1, "experts": 2})
+    assert not running.done()
+    cluster.room.set()
+    await asyncio.wait_for(running, 10)
+    assert cluster.sizes == cluster.wanted
+
+
+async def test_a_pool_that_shall_be_smaller_is_waited_for_no_more() -> None:
+    cluster = Cluster(no_room={"decode"})
+    cluster.lose("decode", "decode-0")
+    running = asyncio.create_task(cluster.recovery.run())
+    await until(cluster, {"prefill": 2, "decode": 1, "experts": 2})
+    cluster.wanted["decode"] = 1
+    cluster.lose("experts", "experts-1")
+    await asyncio.wait_for(running, 10)
+    assert cluster.sizes == cluster.wanted
+
+
+async def test_what_fails_is_tried_again() -> None:
+    cluster = Cluster(no_room=set())
+    cluster.refusals = 3
+    cluster.lose("experts", "experts-1")
+    await asyncio.wait_for(cluster.recovery.run(), 10)
+    assert cluster.sizes == cluster.wanted
+
+
+async def test_the_next_loss_is_made_up_for_though_the_last_one_was_given_up_half_way() -> None:
+    cluster = Cluster(no_room={"decode"})
+    cluster.lose("decode", "decode-0")
+    running = asyncio.create_task(cluster.recovery.run())
+    await until(cluster, {"prefill": 2, "decode": 1, "experts": 2})
+    cluster.wanted["decode"] = 1
+    cluster.lose("experts", "experts-1")
+    await asyncio.wait_for(running, 10)
+    await asyncio.sleep(0)
+    cluster.lose("prefill", "prefill-1")
+    await asyncio.wait_for(cluster.recovery.run(), 10)
+    assert cluster.sizes == cluster.wanted

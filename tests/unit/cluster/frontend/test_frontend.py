@@ -1,0 +1,391 @@
+"""The frontend against workers that are real mailboxes, played by the tests."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncIterator
+
+import pytest
+
+from cluster.frontend.frontend import Frontend
+from cluster.frontend.validation import parse_request
+from octet.errors import DeadlineExceededError, QueueFullError, RequestExistsError, UnavailableError
+from octet.ids import LeaseId, RequestId
+from octet.mailbox import AsyncMailbox
+from octet.messages import KvAck, TokenLogprob, unpack_ids
+from octet.v1 import octet_pb2 as pb
+from tests.unit.cluster.played import (
+    DECODE,
+    FRONTEND,
+    HOST,
+    MAX_REQUESTS,
+    PATIENT_S,
+    PLAN,
+    PROMPT,
+    TOKENIZER,
+    Client,
+    Cluster,
+    abort,
+    evicted,
+    failed,
+    playing,
+    soon,
+    token,
+)
+
+
+@pytest.fixture
+async def cluster() -> AsyncIterator[Cluster]:
+    async with playing() as cluster:
+        yield cluster
+
+
+# Streaming.
+
+
+async def test_a_request_goes_to_the_prefill_worker_with_its_decode_worker(cluster: Cluster) -> None:
+    _, request = await cluster.admitted()
+    assert (unpack_ids(request.token_ids), request.frontend, request.decode_worker) == (PROMPT, FRONTEND, DECODE)
+
+
+async def test_tokens_are_streamed_in_order(cluster: Cluster) -> None:
+    client, request = await cluster.admitted()
+    cluster.prefill.tell(token(request, 0, 100))
+    await client.heard(1)
+    cluster.decode.tell(token(request, 1, 101), token(request, 2, 102))
+    cluster.decode.tell(token(request, 3, 103, "length"))
+    assert (await client.end()).tokens() == [100, 101, 102, 103]
+
+
+async def test_offsets_continue_from_piece_to_piece(cluster: Cluster) -> None:
+    client, request = await cluster.admitted()
+    for index in range(5):
+        cluster.decode.tell(token(request, index, 100 + index, "length" if index == 4 else None))
+    await client.end()
+    expected = 0
+    for increment in client.increments:
+        assert increment.piece.offset == expected
+        expected += len(increment.piece.token_ids)
+
+
+async def test_a_decode_workers_token_may_overtake_the_first(cluster: Cluster) -> None:
+    client, request = await cluster.admitted()
+    cluster.decode.tell(token(request, 2, 102, "length"), token(request, 1, 101))
+    await asyncio.sleep(0.1)
+    cluster.prefill.tell(token(request, 0, 100))
+    assert (await client.end()).tokens() == [100, 101, 102]
+
+
+async def test_duplicates_gaps_and_stale_attempts_are_dropped(cluster: Cluster) -> None:
+    client, request = await cluster.admitted()
+    cluster.decode.tell(
+        token(request, 0, 100),
+        token(request, 0, 1),
+        token(request, 999, 2),
+        token(request, 1, 3, attempt=request.attempt - 1),
+        token(request, 1, 4, attempt=request.attempt + 1),
+        token(request, 1, 101),
+        token(request, 1, 5, "stop"),
+        token(request, 2, 102, "length"),
+    )
+    assert (await client.end()).tokens() == [100, 101, 102]
+
+
+async def test_events_of_a_choice_that_the_request_does_not_have_are_dropped(cluster: Cluster) -> None:
+    client, request = await cluster.admitted()
+    cluster.decode.tell(token(request, 0, 1, choice=5), evicted(request, choice=6), token(request, 0, 100, "length"))
+    assert (await client.end()).tokens() == [100]
+
+
+async def test_choices_end_on_their_own(cluster: Cluster) -> None:
+    client, request = await cluster.admitted(n=2)
+    cluster.prefill.tell(token(request, 0, 100, "stop"), token(request, 0, 200, choice=1))
+    await client.heard(1)
+    cluster.decode.tell(token(request, 1, 201, "length", choice=1))
+    await client.end()
+    assert (client.tokens(0), client.tokens(1)) == ([100], [200, 201])
+
+
+async def test_usage_comes_with_the_last_increment_alone(cluster: Cluster) -> None:
+    client, request = await cluster.admitted(n=2)
+    cluster.prefill.tell(dataclasses.replace(token(request, 0, 100), cached_tokens=2))
+    await client.heard(1)
+    cluster.decode.tell(token(request, 0, 200, "stop", choice=1))
+    cluster.decode.tell(token(request, 1, 101, "length"))
+    await client.end()
+    usages = [increment.usage for increment in client.increments]
+    assert usages[:-1] == [None] * (len(usages) - 1)
+    last = usages[-1]
+    assert last is not None
+    assert (last.prompt_tokens, last.completion_tokens, last.cached_tokens) == (3, 3, 2)
+
+
+async def test_prompt_logprobs_come_with_the_first_increment_alone(cluster: Cluster) -> None:
+    client, request = await cluster.admitted()
+    reported = (TokenLogprob(token_id=7, logprob=None), TokenLogprob(token_id=8, logprob=-1.0))
+    cluster.prefill.tell(dataclasses.replace(token(request, 0, 100), prompt_logprobs=reported))
+    await client.heard(1)
+    cluster.decode.tell(token(request, 1, 101, "length"))
+    await client.end()
+    assert [increment.prompt_logprobs for increment in client.increments] == [reported, ()]
+
+
+async def test_a_message_that_is_none_stops_no_stream(cluster: Cluster) -> None:
+    client, request = await cluster.admitted()
+    cluster.decode.mailbox.send(FRONTEND, KvAck(lease_id=LeaseId("x")))
+    cluster.decode.tell(token(request, 0, 100, "length"))
+    assert (await client.end()).tokens() == [100]
+
+
+# Eviction and failure.
+
+
+async def test_an_evicted_request_is_computed_again_from_what_was_committed(cluster: Cluster) -> None:
+    client, request = await cluster.admitted()
+    cluster.decode.tell(token(request, 0, 100), token(request, 1, 101), evicted(request))
+    again = await cluster.prefill.next_request()
+    assert (unpack_ids(again.token_ids), again.num_prompt_tokens) == ([*PROMPT, 100, 101], 3)
+    cluster.prefill.tell(token(request, 2, 1), token(again, 2, 102, "length"))
+    assert (await client.end()).tokens() == [100, 101, 102]
+
+
+async def test_only_the_evicted_choice_is_computed_again(cluster: Cluster) -> None:
+    client, request = await cluster.admitted(n=2)
+    cluster.prefill.tell(token(request, 0, 100), token(request, 0, 200, choice=1), evicted(request, choice=1))
+    again = await cluster.prefill.next_request()
+    assert (again.choices, unpack_ids(again.token_ids)) == ((1,), [*PROMPT, 200])
+    await client.leave()
+
+
+async def test_an_evicted_request_is_not_shed_by_a_full_frontend(cluster: Cluster) -> None:
+    clients = [cluster.ask(request_id=str(number)) for number in range(MAX_REQUESTS)]
+    request = await cluster.prefill.next_request()
+    cluster.decode.tell(evicted(request))
+    requests = [await cluster.prefill.next_request() for _ in range(MAX_REQUESTS)]
+    assert requests[-1].request_id == request.request_id
+    for client in clients:
+        await client.leave()
+
+
+async def test_a_failed_request_is_unavailable_with_the_reason(cluster: Cluster) -> None:
+    client, request = await cluster.admitted()
+    cluster.decode.tell(failed(request, "layer 3: no expert in slots [1]"))
+    with pytest.raises(UnavailableError, match="no expert in slots"):
+        await client.end()
+
+
+async def test_a_failure_of_a_stale_attempt_is_dropped(cluster: Cluster) -> None:
+    client, request = await cluster.admitted()
+    cluster.decode.tell(evicted(request), failed(request, "late"))
+    again = await cluster.prefill.next_request()
+    cluster.prefill.tell(token(again, 0, 100, "length"))
+    assert (await client.end()).tokens() == [100]
+
+
+async def test_when_one_choice_fails_the_work_of_the_others_is_freed(cluster: Cluster) -> None:
+    client, request = await cluster.admitted(n=2)
+    cluster.decode.tell(failed(request, "broken"))
+    with pytest.raises(UnavailableError):
+        await client.end()
+    assert await cluster.decode.next() == abort(request)
+
+
+# Endings.
+
+
+async def test_leaving_early_aborts_at_both_workers(cluster: Cluster) -> None:
+    client, request = await cluster.admitted()
+    cluster.prefill.tell(token(request, 0, 100))
+    await client.heard(1)
+    await client.leave()
+    assert await cluster.prefill.next() == await cluster.decode.next() == abort(request)
+
+
+async def test_a_finished_request_is_aborted_nowhere(cluster: Cluster) -> None:
+    client, request = await cluster.admitted()
+    cluster.decode.tell(token(request, 0, 100, "stop"))
+    await client.end()
+    following, request = await cluster.admitted(request_id="following")
+    await following.leave()
+    assert await cluster.decode.next() == abort(request)
+
+
+async def test_an_abort_ends_the_stream_with_its_reason(cluster: Cluster) -> None:
+    client, request = await cluster.admitted(n=2)
+    cluster.prefill.tell(token(request, 0, 100), token(request, 0, 200, "stop", choice=1))
+    await client.heard(1)
+    cluster.frontend.abort(request.request_id)
+    await client.end()
+    assert sorted(client.finish_reasons()) == ["aborted", "stop"]
+    assert await cluster.decode.next() == abort(request)
+
+
+async def test_an_abort_of_an_unknown_request_does_nothing(cluster: Cluster) -> None:
+    cluster.frontend.abort(RequestId("nobody"))
+    assert cluster.outcomes() == (0, 0, 0)
+
+
+async def test_a_stop_string_ends_the_choice_at_its_decode_worker(cluster: Cluster) -> None:
+    assert TOKENIZER is not None
+    client, request = await cluster.admitted(stop=("b",))
+    ids = [token_id for letter in "ab" for token_id in TOKENIZER.encode(letter)]
+    cluster.decode.tell(*(token(request, index, token_id) for index, token_id in enumerate(ids)))
+    await client.end()
+    assert (client.text(), client.finish_reasons()) == ("a", ["stop"])
+    assert await cluster.decode.next() == abort(request, 0)
+
+
+async def test_an_abort_that_overtook_the_hand_off_is_said_again(cluster: Cluster) -> None:
+    client, request = await cluster.admitted()
+    await client.leave()
+    assert await cluster.decode.next() == abort(request)
+    cluster.decode.tell(token(request, 1, 100))
+    assert await cluster.decode.next() == abort(request, 0)
+
+
+async def test_an_abort_of_a_choice_that_overtook_the_hand_off_is_said_again(cluster: Cluster) -> None:
+    assert TOKENIZER is not None
+    client, request = await cluster.admitted(n=2, stop=("b",))
+    cluster.prefill.tell(token(request, 0, TOKENIZER.encode("b")[0]))
+    assert await cluster.decode.next() == abort(request, 0)
+    cluster.decode.tell(token(request, 1, 100))
+    assert await cluster.decode.next() == abort(request, 0)
+    await client.leave()
+
+
+async def test_what_is_late_of_an_earlier_request_of_the_same_id_is_dropped(cluster: Cluster) -> None:
+    gone, before = await cluster.admitted()
+    await gone.leave()
+    assert await cluster.prefill.next() == abort(before)
+    client, request = await cluster.admitted()
+    cluster.decode.tell(token(before, 0, 1), evicted(before), failed(before, "late"), token(request, 0, 100, "length"))
+    assert (await client.end()).tokens() == [100]
+
+
+async def test_a_request_ends_at_its_deadline(cluster: Cluster) -> None:
+    client, request = await cluster.admitted(timeout_s=0.3)
+    cluster.prefill.tell(token(request, 0, 100))
+    with pytest.raises(DeadlineExceededError, match=r"within 0\.3 s"):
+        await client.end()
+    assert (client.tokens(), cluster.outcomes()) == ([100], (0, 0, 1))
+    assert await cluster.prefill.next() == await cluster.decode.next() == abort(request)
+
+
+# Admission.
+
+
+async def test_before_it_serves_it_is_unavailable() -> None:
+    frontend = Frontend(FRONTEND, PLAN, TOKENIZER, AsyncMailbox(HOST, PLAN.secret))
+    spec = parse_request(pb.GenerateRequest(token_ids=pb.TokenIds(ids=PROMPT)), frontend.limits, None)
+    client = Client(frontend.generate(spec))
+    with pytest.raises(UnavailableError, match="starting"):
+        await client.end()
+    frontend.close()
+
+
+async def test_one_request_too_many_is_shed(cluster: Cluster) -> None:
+    clients = [cluster.ask(request_id=str(number)) for number in range(MAX_REQUESTS)]
+    for _ in clients:
+        await cluster.prefill.next_request()
+    with pytest.raises(QueueFullError, match="limit"):
+        await cluster.ask(request_id="more").end()
+    for client in clients:
+        await client.leave()
+
+
+async def test_a_live_id_with_another_body_is_refused(cluster: Cluster) -> None:
+    client, _ = await cluster.admitted()
+    with pytest.raises(RequestExistsError, match="'r' belongs to a request with another body"):
+        await cluster.ask(n=2).end()
+    await client.leave()
+
+
+async def test_work_is_spread_over_the_workers(cluster: Cluster) -> None:
+    prefills = [cluster.prefill, cluster.new_worker("prefill-1")]
+    cluster.set_workers(prefills, [cluster.decode, cluster.new_worker("decode-1")])
+    clients = [cluster.ask(request_id=str(number)) for number in range(2)]
+    requests = [await worker.next_request() for worker in prefills]
+    assert {request.decode_worker for request in requests} == {"decode-0", "decode-1"}
+    for client in clients:
+        await client.leave()
+
+
+# Draining and the end of the cluster.
+
+
+async def test_a_drain_waits_for_what_is_live(cluster: Cluster) -> None:
+    client, request = await cluster.admitted()
+    cluster.frontend.stop_admitting("draining")
+    drain = asyncio.create_task(cluster.frontend.drain(PATIENT_S))
+    cluster.decode.tell(token(request, 0, 100, "length"))
+    await soon(drain)
+    assert (await client.end()).finish_reasons() == ["length"]
+
+
+async def test_a_drain_aborts_what_is_left_at_its_deadline(cluster: Cluster) -> None:
+    client, _ = await cluster.admitted()
+    await soon(cluster.frontend.drain(0.05))
+    assert (await client.end()).finish_reasons() == ["aborted"]
+
+
+async def test_a_draining_frontend_admits_nothing(cluster: Cluster) -> None:
+    cluster.frontend.stop_admitting("the cluster is draining")
+    with pytest.raises(UnavailableError, match="draining"):
+        await cluster.ask().end()
+
+
+async def test_when_the_cluster_fails_every_live_request_does(cluster: Cluster) -> None:
+    clients = [(await cluster.admitted(request_id=name, n=2))[0] for name in ("a", "b")]
+    cluster.frontend.fail("experts-1 is gone")
+    for client in clients:
+        with pytest.raises(UnavailableError, match="experts-1 is gone"):
+            await client.end()
+    with pytest.raises(UnavailableError, match="experts-1 is gone"):
+        await cluster.ask().end()
+
+
+# Accounts.
+
+
+async def test_every_accepted_request_is_counted_once(cluster: Cluster) -> None:
+    client, request = await cluster.admitted()
+    cluster.decode.tell(token(request, 0, 100, "stop"))
+    await client.end()
+    assert cluster.outcomes() == (1, 0, 0)
+
+    client, request = await cluster.admitted(request_id="failing")
+    with pytest.raises(RequestExistsError):
+        await cluster.ask(request_id="failing", n=2).end()
+    cluster.decode.tell(failed(request, "broken"))
+    with pytest.raises(UnavailableError):
+        await client.end()
+    assert cluster.outcomes() == (1, 1, 0)
+
+    client, _ = await cluster.admitted(request_id="left")
+    await client.leave()
+    assert cluster.outcomes() == (1, 1, 1)
+
+    client, _ = await cluster.admitted(request_id="aborted")
+    cluster.frontend.abort(RequestId("aborted"))
+    await client.end()
+    assert cluster.outcomes() == (1, 1, 2)
+
+    cluster.frontend.stop_admitting("draining")
+    with pytest.raises(UnavailableError):
+        await cluster.ask(request_id="late").end()
+    assert cluster.outcomes() == (1, 1, 2)
+
+
+async def test_only_committed_tokens_are_counted(cluster: Cluster) -> None:
+    client, request = await cluster.admitted()
+    cluster.decode.tell(token(request, 0, 100), token(request, 0, 100), token(request, 1, 101, "length"))
+    await client.end()
+    assert cluster.frontend.totals.tokens == 2
+
+
+async def test_nothing_is_live_after_every_ending(cluster: Cluster) -> None:
+    client, _ = await cluster.admitted()
+    assert cluster.frontend.num_live == 1
+    await client.leave()
+    assert cluster.frontend.num_live == 0

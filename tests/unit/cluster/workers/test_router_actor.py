@@ -1,0 +1,116 @@
+"""The router service without Ray: members are objects whose calls can be awaited."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable
+
+import numpy as np
+import pytest
+
+from cluster.planning import make_plan
+from cluster.workers.router_actor import Router
+from octet.config import load_config
+from octet.counters import FrameCounters
+from octet.ids import WorkerId
+from router.telemetry_samples import ShardSample
+
+PLAN = make_plan(load_config(overrides=["telemetry.step_s=0.2", "telemetry.silent_s=1"]))
+PLACEMENT = PLAN.routing.placement
+SHAPE = (len(PLACEMENT.layers), PLACEMENT.num_experts)
+
+
+class FakeShard:
+    """Serves one token more, with every expert, each time it is asked."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.asked = WorkerId(name), 0
+        self.may_answer = asyncio.Event()
+        self.may_answer.set()
+        self.telemetry = self
+
+    def remote(self) -> Awaitable[ShardSample]:
+        return self._answer()
+
+    async def _answer(self) -> ShardSample:
+        self.asked += 1
+        await self.may_answer.wait()
+        return ShardSample(
+            worker_id=self.name,
+            incarnation=1,
+            uptime_s=float(self.asked),
+            tokens_LE=np.full(SHAPE, self.asked),
+            activated=0,
+            frames=FrameCounters(),
+            lanes={},
+            waiting=0,
+        )
+
+
+@pytest.fixture
+async def router() -> AsyncIterator[Router]:
+    router = Router(PLAN)
+    yield router
+    await router.stop()
+
+
+def members(*shards: FakeShard) -> dict[WorkerId, FakeShard]:
+    return {shard.name: shard for shard in shards}
+
+
+async def test_members_are_read_step_by_step(router: Router) -> None:
+    shard = FakeShard("experts-0")
+    await router.watch(PLAN.routing, members(shard))
+    for _ in range(200):
+        if shard.asked >= 4:
+            break
+        await asyncio.sleep(0.05)
+    window = await router.telemetry()
+    assert window.total_LE.min() >= 3
+    assert [seen.worker_id for seen in window.shards] == ["experts-0"]
+
+
+async def test_fresh_telemetry_has_what_was_counted_until_now(router: Router) -> None:
+    shard = FakeShard("experts-0")
+    await router.watch(PLAN.routing, members(shard))
+    window = await router.telemetry(fresh=True)
+    assert (window.loads_LE == shard.asked).all()
+
+
+async def test_those_who_ask_at_once_share_a_reading_that_began_later(router: Router) -> None:
+    shard = FakeShard("experts-0")
+    shard.may_answer.clear()
+    await router.watch(PLAN.routing, members(shard))
+    asking = [asyncio.create_task(router.telemetry(fresh=True)) for _ in range(20)]
+    await asyncio.sleep(0.05)
+    shard.may_answer.set()
+    windows = await asyncio.gather(*asking)
+    assert shard.asked <= 3
+    assert all(window.total_LE.min() >= 1 for window in windows)
+    assert windows[-1].total_LE.min() >= 2
+
+
+async def test_a_silent_member_delays_a_step_by_its_deadline_at_most(router: Router) -> None:
+    silent, other = FakeShard("experts-0"), FakeShard("experts-1")
+    silent.may_answer.clear()
+    await router.watch(PLAN.routing, members(silent, other))
+    begun_s = time.monotonic()
+    while other.asked < 5:
+        await asyncio.sleep(0.02)
+        assert time.monotonic() - begun_s < 20
+    window = await router.telemetry()
+    assert [seen.worker_id for seen in window.shards] == ["experts-1"]
+    assert window.total_LE.min() >= 4
+
+
+async def test_what_a_leaving_member_counted_last_is_kept(router: Router) -> None:
+    leaving, staying = FakeShard("experts-0"), FakeShard("experts-1")
+    await router.watch(PLAN.routing, members(leaving, staying))
+    await router.telemetry(fresh=True)
+    asked = leaving.asked
+    await router.watch(PLAN.routing, members(staying))
+    window = await router.telemetry()
+    assert [seen.worker_id for seen in window.shards] == ["experts-1"]
+    assert leaving.asked == asked + 1
+    assert (window.total_LE == leaving.asked + staying.asked).all()
