@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "cluster": BELOW_CLUSTER,
     "ops": (*BELOW_CLUSTER, "cluster"),
 }
-CLUSTER_ROOMS = ("autoscaling", "workers", "frontend", "api", "control")
+CLUSTER_ROOMS: tuple[str, ...] = ("autoscaling", "workers", "frontend", "api", "control")
 """Of the largest package, each imports from those before it and from what they all share."""
 ENTRANCES = {"cluster.launch", "cluster.inventory"}
 """They stand beside the rooms, and none of these imports them."""
