@@ -48,7 +48,7 @@ def script(tmp_path: pathlib.Path) -> pathlib.Path:
 def serving(script: pathlib.Path, idle_s: float) -> Iterator[subprocess.Popen[bytes]]:
     """By one that has imported `colorsys`, which nothing else does."""
     path = fork_client.address(arguments(script))
-    program = "import pathlib, sys; from cluster.fork_server import run; "
+    program = "import pathlib, sys; from cluster.workers.fork_server import run; "
     program += "run(pathlib.Path(sys.argv[1]), ['colorsys'], float(sys.argv[2]))"
     with subprocess.Popen([sys.executable, "-c", program, str(path), str(idle_s)]) as process:
         wait_for(path)
@@ -179,7 +179,8 @@ def test_workers_of_which_ray_is_told_other_things_are_not_forks_of_one_process(
 
 
 def test_what_members_need_starts_no_thread() -> None:
-    program = "import pathlib, sys; from cluster.fork_server import run; run(pathlib.Path(sys.argv[1]), idle_s=0.0)"
+    program = "import pathlib, sys; from cluster.workers.fork_server import run; "
+    program += "run(pathlib.Path(sys.argv[1]), idle_s=0.0)"
     with tempfile.TemporaryDirectory() as scratch:
         env = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
         subprocess.run([sys.executable, "-c", program, f"{scratch}/fork"], env=env, timeout=120, check=True)
