@@ -24,14 +24,12 @@ from model.linear import PANEL, Matrix, PackedMatrix, linear, swiglu
 from model.linear_cpu import swiglu as swiglu_cpu
 from model.prefill_cpu import PrefillAttention
 from model.team_cpu import Team
-from model.threads import in_parts, num_threads
+from model.threads import in_parts, moving, num_threads
 from model.tiles_cpu import MAX_ROWS
 from model.weights import LayerWeights
 
 _Array = npt.NDArray[np.float32]
 _NOTHING: _Array = np.empty(0, np.float32)
-_MANY_ROWS, _PARTS, _FEW_PARTS = 512, 4, 2
-"""Of a prompt's rows, and what a thread takes of them."""
 
 
 class CompiledLayers:
@@ -192,7 +190,7 @@ class DecodePass:
         swiglu_cpu(self._h, *self._layers.layer(index, weights).mlp, self._shared)
 
     def add_experts(self, routed_TH: torch.Tensor) -> None:
-        layer_cpu.add_experts(self._x, routed_TH.numpy(), self._shared)
+        layer_cpu.add_experts(self._x, routed_TH.numpy(), self._shared, 0, len(self._x))
 
 
 class PrefillPass:
@@ -241,7 +239,8 @@ class PrefillPass:
         self._shared_TH = swiglu(self.h_TH, weights.mlp)
 
     def add_experts(self, routed_TH: torch.Tensor) -> None:
-        layer_cpu.add_experts(self._x, routed_TH.numpy(), self._shared_TH.numpy())
+        add = functools.partial(layer_cpu.add_experts, self._x, routed_TH.numpy(), self._shared_TH.numpy())
+        in_parts(add, len(self._x), moving(self._x.nbytes))
 
     def _attend_to_pages(self, index: int, layer: _LayerArrays) -> None:
         if (spans := self._batch.decode) is not None:
@@ -258,13 +257,12 @@ class PrefillPass:
 
 
 def _by_rows(work: functools.partial[None], num_rows: int, num_weights: int) -> None:
-    """Whole tiles of rows; each part reads all weights, so that few rows are few parts."""
+    """Whole tiles of rows."""
 
     def compute(first: int, last: int) -> None:
         work(first * MAX_ROWS, min(last * MAX_ROWS, num_rows))
 
-    parts = _PARTS if num_rows >= _MANY_ROWS else _FEW_PARTS
-    in_parts(compute, -(-num_rows // MAX_ROWS), 2 * num_rows * num_weights, parts)
+    in_parts(compute, -(-num_rows // MAX_ROWS), 2 * num_rows * num_weights)
 
 
 def _panels(matrix: Matrix) -> _Array:

@@ -205,9 +205,9 @@ def project(state: Any, turn: Any, leads: Any, x: Any, panels: Any, out: Any) ->
     leave(state, leads)
 
 
-@declare("void(f4[:,::1], f4[:,::1], f4[:,::1])")  # type: ignore[untyped-decorator]
-def add_experts(x: Any, routed: Any, shared: Any) -> None:
-    """`x += routed + shared`, `[T, H]` each."""
-    for row in range(x.shape[0]):
+@declare("void(f4[:,::1], f4[:,::1], f4[:,::1], i8, i8)")  # type: ignore[untyped-decorator]
+def add_experts(x: Any, routed: Any, shared: Any, first: Any, last: Any) -> None:
+    """`x += routed + shared`, `[T, H]` each, in the rows `first … last - 1`."""
+    for row in range(first, last):
         for i in range(x.shape[1]):
             x[row, i] += routed[row, i] + shared[row, i]

@@ -31,16 +31,19 @@ class ModelRunner:
         ping_pong_rows: int | None = None,
         mtp: MtpHead | None = None,
         graphs: StepGraphs | None = None,
+        takes_turns: Callable[[], bool] = lambda: True,
     ) -> None:
         """
         Args:
             ping_pong_rows: steps of at least so many tokens are computed as two micro-batches that take turns.
             mtp: what drafts, if anything does.
             graphs: for the steps that they take, on a GPU.
+            takes_turns: whether there are cores for both micro-batches now.
         """
         self.pool, self.cache = pool, cache
         self._transformer, self._routed, self._device = transformer, routed, device
         self._ping_pong_rows, self._mtp, self._graphs = ping_pong_rows, mtp, graphs
+        self._takes_turns = takes_turns
         self.between_layers: Callable[[], None] = lambda: None
         """Called in the midst of `run`, for what cannot wait for its end."""
         if device.type == "cpu":
@@ -60,7 +63,7 @@ class ModelRunner:
                 self._check([hidden_TH])
             return list(hidden_TH.split([len(span.token_ids) for span in spans]))
         num_tokens = sum(len(span.token_ids) for span in spans)
-        if self._ping_pong_rows is None or num_tokens < max(self._ping_pong_rows, 2):
+        if self._ping_pong_rows is None or num_tokens < max(self._ping_pong_rows, 2) or not self._takes_turns():
             return self._forward([spans])[0]
         first, second = halve(spans)
         hidden = self._forward([first, second])

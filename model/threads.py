@@ -19,7 +19,12 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 _PART_OPERATIONS = 2**24
-"""Worth a turn: 0.07 to 0.2 ms, more than it takes to wake a thread."""
+"""Worth a turn: 0.07 to 0.2 ms, more than it takes to wake a thread, or to begin a part."""
+
+_PER_BYTE = 16
+"""Operations that a byte counts as which is copied or added."""
+_SHARE = 2
+"""Each part is this fraction of an even share of what is left."""
 
 _own: int | None = None
 
@@ -41,27 +46,35 @@ def num_threads() -> int:
     return torch.get_num_threads() if _own is None else _own
 
 
-def in_parts(work: Callable[[int, int], object], count: int, num_operations: int, parts_per_thread: int = 4) -> None:
+def in_parts(
+    work: Callable[[int, int], object], count: int, num_operations: int, parts_per_thread: int | None = None
+) -> None:
     """Run `work(first, last)` over `range(count)`, on as many threads as it is worth.
 
     Args:
         num_operations: multiplications and additions of it all.
-        parts_per_thread: at most; fewer where each part costs something of its own.
+        parts_per_thread: at most, all alike, where each part costs something of its own. Otherwise they shrink.
     """
     threads = num_threads()
-    num_parts = min(parts_per_thread * threads, count, num_operations // _PART_OPERATIONS)
+    num_parts = min(count, num_operations // _PART_OPERATIONS)
     if threads == 1 or num_parts < 2:
         work(0, count)
         return
-    take = itertools.count().__next__
+    if parts_per_thread is None:
+        bounds = _shrinking(count, -(-count // num_parts), threads)
+    else:
+        num_parts = min(num_parts, parts_per_thread * threads)
+        bounds = tuple(part * count // num_parts for part in range(num_parts + 1))
+    take = iter(itertools.pairwise(bounds)).__next__
 
     def share() -> None:
-        while (part := take()) < num_parts:
-            work(part * count // num_parts, (part + 1) * count // num_parts)
+        with contextlib.suppress(StopIteration):
+            while True:
+                work(*take())
 
     pool, apart = _pool(threads - 1, _niceness())
     apart.from_caller()
-    others = [pool.submit(share) for _ in range(min(threads, num_parts) - 1)]
+    others = [pool.submit(share) for _ in range(min(threads, len(bounds) - 1) - 1)]
     try:
         share()
     finally:
@@ -69,6 +82,21 @@ def in_parts(work: Callable[[int, int], object], count: int, num_operations: int
         for other in others:
             if not other.cancel():
                 other.result()
+
+
+@functools.lru_cache(maxsize=256)
+def _shrinking(count: int, least: int, threads: int) -> tuple[int, ...]:
+    """Bounds of parts, each a share of what is left: long ones while there is much to do, and short ones in the end,
+    when the others wait for the last (Polychronopoulos and Kuck, Guided self-scheduling, 1987)."""
+    bounds = [0]
+    while (left := count - bounds[-1]) > 0:
+        bounds.append(bounds[-1] + min(left, max(left // (_SHARE * threads), least)))
+    return tuple(bounds)
+
+
+def moving(num_bytes: int) -> int:
+    """What copying so much, or adding it to something, counts as for `in_parts`: a mebibyte is worth a turn."""
+    return _PER_BYTE * num_bytes
 
 
 class Apart:

@@ -34,7 +34,7 @@ class RoutedLayer(Protocol[_Pending]):
     """The routed experts of every mixture-of-experts layer, wherever they are."""
 
     def dispatch(self, layer: int, x_TH: torch.Tensor) -> _Pending:
-        """Send the rows on their way and return at once."""
+        """Send the rows on their way; return when there is something to compute on meanwhile."""
 
     def combine(self, pending: _Pending) -> torch.Tensor:
         """Wait for the experts' weighted sum `[T, H]`; in the order of the dispatches. Raises: LaneError."""

@@ -63,6 +63,10 @@ class Exchange(Protocol):
     """Of the rows sent from now on; see `Call`. On GPUs nobody asks."""
 
     @property
+    def crowded(self) -> bool:
+        """Whether its shards keep every core of this machine at work, so that who has many rows had better wait."""
+
+    @property
     def num_shards(self) -> int: ...
 
     def send(self, layer: int, x_TH: torch.Tensor, plan: DispatchPlan) -> Ticket:
@@ -70,6 +74,9 @@ class Exchange(Protocol):
 
         `x_TH` may change afterwards. Raises: LaneError, RequestLimitError and then nothing was sent.
         """
+
+    def await_first(self, ticket: Ticket) -> None:
+        """Wait until a shard of the round may be done, and a core with it; not for long, and nothing is received."""
 
     def receive(self, ticket: Ticket, y_TH: torch.Tensor) -> None:
         """Add the weighted sums of each shard's experts, which come in the dtype of the rows, shard by shard.
@@ -139,7 +146,7 @@ class LocalExchange:
 
     def __init__(self, shards: Sequence[Serve]) -> None:
         self._shards = shards
-        self.gives_way = False
+        self.gives_way = self.crowded = False
 
     @property
     def num_shards(self) -> int:
@@ -148,6 +155,9 @@ class LocalExchange:
     def send(self, layer: int, x_TH: torch.Tensor, plan: DispatchPlan) -> Ticket:
         parts = [(serve, part) for shard, serve in enumerate(self._shards) if (part := plan.of(shard)) is not None]
         return _Answered(layer, [(part.rows_U, serve(layer, rows_of(x_TH, part))) for serve, part in parts])
+
+    def await_first(self, ticket: Ticket) -> None:
+        return
 
     def receive(self, ticket: Ticket, y_TH: torch.Tensor) -> None:
         assert isinstance(ticket, _Answered)

@@ -35,43 +35,41 @@ def call_bytes(num_rows: Any, width: Any, top_k: Any, flags: Any) -> Any:
     return HEADER_BYTES if flags & SHARED != 0 else HEADER_BYTES + 4 * num_rows * (width + 2 * top_k)
 
 
-@declare(  # type: ignore[untyped-decorator]
-    "i8(i4, i4[::1], i8, i8, i8, i8, i4[:,::1], i8[::1], i4[:,::1], f4[:,::1])"
-)
-def send_call(
-    fd: Any,
-    frame: Any,
-    epoch: Any,
-    number: Any,
-    layer: Any,
-    flags: Any,
-    x: Any,
-    rows: Any,
-    slots: Any,
-    weights: Any,
-) -> Any:
-    """Write a call into `frame`, and send as much of it as the system takes at once; if it is shared, the header.
+@declare("void(i4[::1], i4[:,::1], i8[::1], i4[:,::1], f4[:,::1], i8, i8)")  # type: ignore[untyped-decorator]
+def write_call(frame: Any, x: Any, rows: Any, slots: Any, weights: Any, first: Any, last: Any) -> None:
+    """Write rows `first … last - 1` of a call's payload into `frame`.
 
     Args:
-        flags: of the header.
         x: `[T, W]`.
         rows: `[U]`, which of `x` are sent.
         slots: `[U, K]`, likewise `weights`.
-
-    Returns: bytes sent, or `router.wire_cpu.LOST`.
     """
     num_rows, width, top_k = len(rows), x.shape[1], slots.shape[1]
-    size = call_bytes(num_rows, width, top_k, flags)
-    _write_header(frame, _CALL, epoch, number, layer, num_rows, size, flags)
     # What is copied as fp32 keeps its bits.
     payload, numbers, values = frame[_WORDS:], frame[_WORDS:].view(np.float32), x.view(np.float32)
     slots_at, weights_at = num_rows * width, num_rows * (width + top_k)
-    for u in range(num_rows):
+    for u in range(first, last):
         row = rows[u]
         copy_row(address(values, row * width), width, address(numbers, u * width))
         for k in range(top_k):
             payload[slots_at + u * top_k + k] = slots[u, k]
             numbers[weights_at + u * top_k + k] = weights[u, k]
+
+
+@declare("i8(i4, i4[::1], i8, i8, i8, i8, i8, i8, i8)")  # type: ignore[untyped-decorator]
+def send_call(
+    fd: Any, frame: Any, epoch: Any, number: Any, layer: Any, flags: Any, num_rows: Any, width: Any, top_k: Any
+) -> Any:
+    """Send as much as the system takes at once of a call whose payload is written; if it is shared, of its header.
+
+    Args:
+        flags: of the header.
+        width: words per row.
+
+    Returns: bytes sent, or `router.wire_cpu.LOST`.
+    """
+    size = call_bytes(num_rows, width, top_k, flags)
+    _write_header(frame, _CALL, epoch, number, layer, num_rows, size, flags)
     return send_now(fd, frame, 0, size)
 
 
@@ -84,14 +82,27 @@ def send_reply(
     return send_now(fd, frame, 0, size)
 
 
-@declare("b1(i4[::1], i4[::1], i8, i8, i8[::1], f4[:,::1])")  # type: ignore[untyped-decorator]
-def add_reply(frame: Any, shared: Any, epoch: Any, number: Any, rows: Any, y: Any) -> Any:
-    """Add an fp32 reply to the tokens it is for.
+@compiled  # type: ignore[untyped-decorator]
+def _at_least(rows: Any, token: Any) -> Any:
+    """How many of the rows, which ascend, are of tokens before this one."""
+    low, high = 0, len(rows)
+    while low < high:
+        middle = (low + high) // 2
+        if rows[middle] < token:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@declare("b1(i4[::1], i4[::1], i8, i8, i8[::1], f4[:,::1], i8, i8)")  # type: ignore[untyped-decorator]
+def add_reply(frame: Any, shared: Any, epoch: Any, number: Any, rows: Any, y: Any, first: Any, last: Any) -> Any:
+    """Add an fp32 reply to the tokens it is for, as far as they are among `first … last - 1`.
 
     Args:
         frame: as it was received.
         shared: the frame in shared memory that has its payload if that says so; empty where there is none.
-        rows: `[U]`.
+        rows: `[U]`, ascending.
         y: `[T, H]`.
 
     Returns: whether it is the reply to this call; else nothing was added.
@@ -108,6 +119,6 @@ def add_reply(frame: Any, shared: Any, epoch: Any, number: Any, rows: Any, y: An
         if header[6] != 4 * num_rows * hidden:
             return False
         payload = frame[_WORDS:].view(np.float32)
-    for u in range(num_rows):
+    for u in range(_at_least(rows, first), _at_least(rows, last)):
         add_row(address(payload, u * hidden), hidden, address(y, rows[u] * hidden))
     return True

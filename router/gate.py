@@ -11,14 +11,16 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from model.config import ModelConfig
 from model.linear import PackedMatrix, linear
+from model.threads import in_parts
 from model.weights import GateWeights
 
 FEW_TOKENS = 64
-"""Up to so many, scores and choice are one compiled call; with more, threads share the scores."""
+"""Up to so many, what a layer does about its rows is one compiled call for all of them; with more, threads share it."""
 
 CompiledGate = tuple[Any, ...]
 """What `router.gate_cpu.select` takes between the rows and the scores."""
@@ -57,13 +59,28 @@ class Gate:
         # In one compiled pass: a dozen small operators cost more than the choice itself.
         shape = len(x_TH), self.top_k
         ids_TK, weights_TK = np.empty(shape, np.int64), np.empty(shape, np.float32)
-        if self.compiled is not None and len(x_TH) <= FEW_TOKENS:
-            scores_TE = np.empty((len(x_TH), len(bias)), np.float32)
-            gate_cpu().select(x_TH.float().numpy(), *self.compiled, scores_TE, ids_TK, weights_TK)
-        else:
+        if self.compiled is None:
             scores_TE = linear(x_TH.float(), weight).numpy()
             gate_cpu().choose(scores_TE, *self._choice, ids_TK, weights_TK)
+        else:
+            self._select_in_parts(x_TH.float().numpy(), self.compiled, ids_TK, weights_TK)
         return torch.from_numpy(ids_TK), torch.from_numpy(weights_TK)
+
+    @staticmethod
+    def _select_in_parts(
+        x_TH: npt.NDArray[np.float32],
+        compiled: CompiledGate,
+        ids_TK: npt.NDArray[np.int64],
+        weights_TK: npt.NDArray[np.float32],
+    ) -> None:
+        num_tokens, panels = len(x_TH), compiled[0]
+        scores_TE = np.empty((num_tokens, len(compiled[1])), np.float32)
+
+        def select(first: int, last: int) -> None:
+            rows = slice(first, last)
+            gate_cpu().select(x_TH[rows], *compiled, scores_TE[rows], ids_TK[rows], weights_TK[rows])
+
+        in_parts(select, num_tokens, 2 * num_tokens * panels.size)
 
 
 def _choose(

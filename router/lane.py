@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+import select
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from model.threads import in_parts, moving
 from octet.errors import ExpertMissingError, LaneError
 from octet.ids import Epoch
 from router.exchange import Call, Ticket
 from router.frames import HEADER_BYTES, OPEN_ROUNDS, SHARED, FrameBuffer, FrameLayout, Header, Kind, new_frames
+from router.gate import FEW_TOKENS
 from router.handshake import GUEST_SIDE, HOST_SIDE
 from router.link import Link, frames_cpu, rounds_cpu, shared_frames
 from router.plan import DispatchPlan, StackedPlan
@@ -27,10 +31,10 @@ from router.wire import Wire, milliseconds, wire_cpu
 WORKER, SHARD = HOST_SIDE, GUEST_SIDE
 """Ranks of a link's wire."""
 
-_HEARTBEAT, _REPLY, _REFUSAL = Kind.HEARTBEAT.value, Kind.REPLY.value, Kind.REFUSAL.value
+_FIRST_MS = 1000
+"""Longer than a frame takes by far: what is waited for is a core, and what else there is to do can be done without."""
 
-_FEW_TOKENS = 64
-"""Up to so many, as decode steps have, all shards are sent to and waited for in compiled calls for all of them."""
+_HEARTBEAT, _REPLY, _REFUSAL = Kind.HEARTBEAT.value, Kind.REPLY.value, Kind.REFUSAL.value
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -41,8 +45,6 @@ class _Round:
     plan: StackedPlan
     numbers_X: npt.NDArray[np.int64]
     """Of the links' calls; -1 where there is none."""
-    few: bool
-    """Whether compiled calls for all shards may wait for it and add its replies."""
     broken: dict[int, LaneError]
     """Shards to which nothing could be sent."""
 
@@ -54,16 +56,20 @@ class LaneExchange:
     of the next epoch is made of them.
     """
 
-    def __init__(self, links: Sequence[Link]) -> None:
+    def __init__(self, links: Sequence[Link], crowded: bool = False) -> None:
         """
         Args:
             links: one per shard, in the order of the placement's.
+            crowded: see `Exchange`.
         """
-        self._links = tuple(links)
+        self._links, self.crowded = tuple(links), crowded
         self._addresses_X = np.array([link.fields.ctypes.data for link in self._links], np.int64)
         self._rounds_cpu, self._adds_compiled = rounds_cpu(), all(link.adds_compiled for link in self._links)
         self.gives_way = False
         self._open: collections.deque[_Round] = collections.deque()
+        self._replies = select.poll()
+        for link in self._links:
+            self._replies.register(link.fd, select.POLLIN)
 
     @property
     def num_shards(self) -> int:
@@ -72,20 +78,22 @@ class LaneExchange:
     def send(self, layer: int, x_TH: torch.Tensor, plan: DispatchPlan) -> Ticket:
         if len(self._open) == OPEN_ROUNDS:
             raise LaneError(f"{OPEN_ROUNDS} rounds are under way: receive one first")
-        few, x_TW = len(x_TH) <= _FEW_TOKENS, x_TH.view(torch.int32).numpy()
+        x_TW = x_TH.view(torch.int32).numpy()
         numbers_X, sent_X = np.empty((2, len(self._links)), np.int64)
-        started = _Round(layer, plan.stacked(), numbers_X, few and self._adds_compiled, {})
-        if not few:
-            numbers_X[:], sent_X[:] = -1, self._rounds_cpu.UNSENT
-        if not few or self._send_to_all(started, x_TW, sent_X) != 0:
+        started = _Round(layer, plan.stacked(), numbers_X, {})
+        if self._send_to_all(started, x_TW, sent_X) != 0:
             self._send_to_each(started, x_TW, sent_X)
         self._open.append(started)
         return started
 
     def _send_to_all(self, started: _Round, x_TW: npt.NDArray[np.int32], sent_X: npt.NDArray[np.int64]) -> int:
         """See `router.rounds_cpu.send`."""
-        args = self._addresses_X, started.layer, self.gives_way, x_TW, *started.plan, started.numbers_X, sent_X
-        num_left: int = self._rounds_cpu.send(*args)
+        written = len(x_TW) > FEW_TOKENS
+        if written:
+            write = functools.partial(self._rounds_cpu.write, self._addresses_X, x_TW, *started.plan)
+            in_parts(write, int(started.plan.counts_X.max(initial=0)), moving(len(self._links) * x_TW.nbytes))
+        args = self._addresses_X, started.layer, self.gives_way, written, x_TW, *started.plan
+        num_left: int = self._rounds_cpu.send(*args, started.numbers_X, sent_X)
         return num_left
 
     def _send_to_each(self, started: _Round, x_TW: npt.NDArray[np.int32], sent_X: npt.NDArray[np.int64]) -> None:
@@ -106,29 +114,54 @@ class LaneExchange:
             except LaneError as error:
                 started.broken[shard] = _anew(error)
 
+    def await_first(self, ticket: Ticket) -> None:
+        # Also when a connection breaks, which `receive` will say.
+        self._replies.poll(_FIRST_MS)
+
     def receive(self, ticket: Ticket, y_TH: torch.Tensor) -> None:
         assert self._open, "no round is under way"
         assert ticket is self._open[0], "rounds are received in the order in which they were sent"
         current = self._open.popleft()
         _raise_first(current.broken)
-        num_added = 0
-        if current.few:
-            self._wait_for_all(current.numbers_X)
-            num_added = self._rounds_cpu.add(
-                self._addresses_X, current.numbers_X, current.plan.counts_X, current.plan.rows_XT, y_TH.numpy()
-            )
+        num_added = self._add_compiled(current, y_TH.numpy()) if self._adds_compiled else 0
         if num_added < len(self._links):
             self._receive_from_each(current, y_TH, num_added)
 
-    def _wait_for_all(self, numbers_X: npt.NDArray[np.int64]) -> None:
+    def _add_compiled(self, current: _Round, y_TH: npt.NDArray[np.float32]) -> int:
+        """Wait for the replies and add them, up to one that is another than was expected.
+
+        Returns: how many shards' were added. Raises: LaneError.
+        """
+        num_shards = len(self._links)
+        # Many rows are added while the next shard still computes.
+        together = num_shards if len(y_TH) <= FEW_TOKENS else 1
+        for first in range(0, num_shards, together):
+            self._wait_for(current, range(first, first + together))
+            num_added = self._add(current, slice(first, first + together), y_TH)
+            if num_added < together:
+                return first + num_added
+        return num_shards
+
+    def _wait_for(self, current: _Round, shards: range) -> None:
         """Raises: LaneError."""
-        status_X = np.empty_like(numbers_X)
-        shard = self._rounds_cpu.wait(self._addresses_X, numbers_X, status_X)
-        if shard < len(self._links):
+        part, status_X = slice(shards.start, shards.stop), np.empty(len(shards), np.int64)
+        index = self._rounds_cpu.wait(self._addresses_X[part], current.numbers_X[part], status_X)
+        if index < len(shards):
             try:
-                self._links[shard].check_status(int(status_X[shard]))
+                self._links[shards[index]].check_status(int(status_X[index]))
             except LaneError as error:
-                _raise_first({shard: error})
+                _raise_first({shards[index]: error})
+
+    def _add(self, current: _Round, shards: slice, y_TH: npt.NDArray[np.float32]) -> int:
+        """See `router.rounds_cpu.add`."""
+        plan = current.plan
+        part = self._addresses_X[shards], current.numbers_X[shards], plan.counts_X[shards], plan.rows_XT[shards]
+        add: Callable[[int, int], int] = functools.partial(self._rounds_cpu.add, *part, y_TH)
+        if len(y_TH) <= FEW_TOKENS:
+            return add(0, len(y_TH))
+        found: list[int] = []
+        in_parts(lambda first, last: found.append(add(first, last)), len(y_TH), moving(y_TH.nbytes))
+        return min(found)
 
     def _receive_from_each(self, current: _Round, y_TH: torch.Tensor, first: int) -> None:
         """From the shards from this one on. Raises: as `receive`."""

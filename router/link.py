@@ -99,6 +99,16 @@ class Link:
         return fields
 
     @property
+    def fd(self) -> int:
+        """Of its connection."""
+        return self._wire.fd
+
+    @property
+    def within_host(self) -> bool:
+        """Whether the shard is on this machine."""
+        return self._wire.within_host
+
+    @property
     def adds_compiled(self) -> bool:
         """Whether compiled code can add its replies."""
         return self._layout.dtype == torch.float32
@@ -121,7 +131,9 @@ class Link:
             # Of a step that failed: nobody has received it, and its room is wanted.
             self._wait(number - OPEN_ROUNDS)
         frame = self._calls[number % OPEN_ROUNDS]
-        sent = self._frames_cpu.send_call(self._wire.fd, frame, self._epoch, number, layer, flags, x_TW, *part)
+        self._frames_cpu.write_call(frame, x_TW, *part, 0, len(part[0]))
+        shape = len(part[0]), x_TW.shape[1], part[1].shape[1]
+        sent = self._frames_cpu.send_call(self._wire.fd, frame, self._epoch, number, layer, flags, *shape)
         self._wire.check(sent, 0)
         self.fields[self._rounds_cpu.NUM_CALLS] += 1
         self.finish_later(number, len(part[0]), sent)
@@ -142,7 +154,7 @@ class Link:
         self._wait(number)
         frame, shared = self._inbox[number % OPEN_ROUNDS], self._shared_replies[number % OPEN_ROUNDS]
         if self._layout.dtype == torch.float32 and self._frames_cpu.add_reply(
-            frame, shared, self._epoch, number, rows_U, y_TH.numpy()
+            frame, shared, self._epoch, number, rows_U, y_TH.numpy(), 0, len(y_TH)
         ):
             return
         memory = frame.view(np.uint8).data

@@ -110,7 +110,7 @@ class NcclLaneExchange:
             wires: one per shard, in the order of the placement's.
         """
         self._wires, self._data = tuple(wires), data
-        self.gives_way = False
+        self.gives_way = self.crowded = False
         self._layout, self._epoch, self._device = layout, epoch, device
         self._open: collections.deque[_Round] = collections.deque()
         self._unsettled: collections.deque[_Round] = collections.deque()
@@ -138,6 +138,9 @@ class NcclLaneExchange:
         self._open.append(started)
         self._sequence += 1
         return started
+
+    def await_first(self, ticket: Ticket) -> None:
+        return
 
     def receive(self, ticket: Ticket, y_TH: torch.Tensor) -> None:
         assert self._open, "no round is under way"

@@ -1,7 +1,7 @@
-"""A round of a lane with few rows: to all shards, the wait for their replies, and the sums, one compiled call each.
+"""A round of a lane: to all shards, the wait for their replies, and the sums, one compiled call each.
 
 What the interpreter does for each shard takes as long as a small frame's way. So a link says in an array what compiled
-code has to know of it, and an exchange has the addresses of these.
+code has to know of it, and an exchange has the addresses of these. Of many rows, threads write and add parts.
 
 Shapes: `X` shards, `T` tokens, `K` experts per token, `W` 32-bit words per row, `H` hidden.
 """
@@ -16,7 +16,7 @@ from numba import types
 
 from model.vectors_cpu import compiled, declare, intrinsic_
 from router.frames import GIVES_WAY, OPEN_ROUNDS, SHARED
-from router.frames_cpu import add_reply, call_bytes, send_call
+from router.frames_cpu import add_reply, call_bytes, send_call, write_call
 from router.wire_cpu import COUNT, OK, STATE_FIELDS, receive
 
 FD, EPOCH, NUM_CALLS, MAX_ROWS, WITHIN_HOST, SHARES, BUSY, TIMEOUT_MS, FRAME_WORDS, INBOX, CALLS = range(
@@ -62,13 +62,38 @@ def _inbox(link: Any) -> Any:
     return _array_at(_words(link[INBOX]), (OPEN_ROUNDS, link[FRAME_WORDS]))
 
 
+@compiled  # type: ignore[untyped-decorator]
+def _next_frame(link: Any) -> Any:
+    """For the next call. Empty if the last one is not sent whole, or nobody has received the one that it holds."""
+    number = link[NUM_CALLS]
+    free = link[BUSY] == 0 and link[COUNT] > number - OPEN_ROUNDS
+    return _frame(link[CALLS + number % OPEN_ROUNDS], link[FRAME_WORDS] if free else 0)
+
+
 @declare(  # type: ignore[untyped-decorator]
-    "i8(i8[::1], i8, b1, i4[:,::1], i8[::1], i8[:,::1], i4[:,:,::1], f4[:,:,::1], i8[::1], i8[::1])"
+    "void(i8[::1], i4[:,::1], i8[::1], i8[:,::1], i4[:,:,::1], f4[:,:,::1], i8, i8)"
+)
+def write(links: Any, x: Any, counts: Any, rows: Any, slots: Any, weights: Any, first: Any, last: Any) -> None:
+    """Write the rows `first … last - 1` of what each shard is sent into the frames of the next call, where it fits.
+
+    Args: as for `send`.
+    """
+    for shard in range(len(links)):
+        link, count = _fields(links[shard]), counts[shard]
+        frame = _next_frame(link)
+        if count <= link[MAX_ROWS] and len(frame) > 0:
+            part = rows[shard, :count], slots[shard, :count], weights[shard, :count]
+            write_call(frame, x, *part, min(first, count), min(last, count))
+
+
+@declare(  # type: ignore[untyped-decorator]
+    "i8(i8[::1], i8, b1, b1, i4[:,::1], i8[::1], i8[:,::1], i4[:,:,::1], f4[:,:,::1], i8[::1], i8[::1])"
 )
 def send(
     links: Any,
     layer: Any,
     gives_way: Any,
+    written: Any,
     x: Any,
     counts: Any,
     rows: Any,
@@ -81,6 +106,7 @@ def send(
 
     Args:
         links: `[X]`, addresses of the links' fields.
+        written: whether all rows were given to `write`.
         x: `[T, W]`.
         counts: `[X]`; see `router.plan.StackedPlan`, likewise `rows`, `slots` and `weights`.
         numbers: `[X]`, written: of the calls, -1 where there is none.
@@ -98,19 +124,18 @@ def send(
         if count == 0:
             continue
         link = _fields(links[shard])
-        number = link[NUM_CALLS]
-        if link[BUSY] != 0 or link[COUNT] <= number - OPEN_ROUNDS:
+        number, frame = link[NUM_CALLS], _next_frame(link)
+        if len(frame) == 0:
             num_left += 1
             continue
+        if not written:
+            write_call(frame, x, rows[shard, :count], slots[shard, :count], weights[shard, :count], 0, count)
         flags = SHARED * link[SHARES] + GIVES_WAY * (gives_way and link[WITHIN_HOST] != 0)
-        frame = _frame(link[CALLS + number % OPEN_ROUNDS], link[FRAME_WORDS])
-        rows_, slots_, weights_ = rows[shard, :count], slots[shard, :count], weights[shard, :count]
-        sent[shard] = send_call(
-            types.int32(link[FD]), frame, link[EPOCH], number, layer, flags, x, rows_, slots_, weights_
-        )
+        shape = count, x.shape[1], slots.shape[2]
+        sent[shard] = send_call(types.int32(link[FD]), frame, link[EPOCH], number, layer, flags, *shape)
         if sent[shard] >= 0:
             numbers[shard], link[NUM_CALLS] = number, number + 1
-        if sent[shard] < call_bytes(count, x.shape[1], slots.shape[2], flags):
+        if sent[shard] < call_bytes(*shape, flags):
             num_left += 1
     return num_left
 
@@ -133,9 +158,9 @@ def wait(links: Any, numbers: Any, status: Any) -> Any:
     return len(links)
 
 
-@declare("i8(i8[::1], i8[::1], i8[::1], i8[:,::1], f4[:,::1])")  # type: ignore[untyped-decorator]
-def add(links: Any, numbers: Any, counts: Any, rows: Any, y: Any) -> Any:
-    """Add fp32 replies, all of which have come, to `y` `[T, H]`, shard by shard.
+@declare("i8(i8[::1], i8[::1], i8[::1], i8[:,::1], f4[:,::1], i8, i8)")  # type: ignore[untyped-decorator]
+def add(links: Any, numbers: Any, counts: Any, rows: Any, y: Any, first: Any, last: Any) -> Any:
+    """Add fp32 replies, all of which have come, to the tokens `first … last - 1` of `y` `[T, H]`, shard by shard.
 
     Returns: the first shard whose reply is another than was expected, and which was not added, or `X`.
     """
@@ -147,6 +172,6 @@ def add(links: Any, numbers: Any, counts: Any, rows: Any, y: Any) -> Any:
         frame = _inbox(link)[number % OPEN_ROUNDS]
         address = link[REPLIES + number % OPEN_ROUNDS]
         shared = _frame(address, link[FRAME_WORDS] if address != 0 else 0)
-        if not add_reply(frame, shared, link[EPOCH], number, rows[shard, : counts[shard]], y):
+        if not add_reply(frame, shared, link[EPOCH], number, rows[shard, : counts[shard]], y, first, last):
             return shard
     return len(links)

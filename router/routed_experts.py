@@ -19,7 +19,7 @@ from model.weights import GateWeights
 from octet.errors import LaneError
 from octet.faults import reach
 from router.exchange import Exchange, Ticket
-from router.gate import Gate
+from router.gate import FEW_TOKENS, Gate
 from router.plan import DispatchPlan, Planner
 
 
@@ -53,7 +53,7 @@ class RoutedExperts:
         self._planner, self._exchange = planner, exchange
 
     def dispatch(self, layer: int, x_TH: torch.Tensor) -> Dispatched:
-        """Raises: LaneError."""
+        """Returns when there is a core for what the caller computes meanwhile. Raises: LaneError."""
         return self.send(layer, x_TH, self.plan(layer, x_TH), _zeros(x_TH))
 
     def plan(self, layer: int, x_TH: torch.Tensor, real_T: torch.Tensor | None = None) -> DispatchPlan:
@@ -72,7 +72,17 @@ class RoutedExperts:
         reach("dispatch")
         dispatched = Dispatched(self._exchange.send(layer, x_TH, plan), y_TH)
         self._under_way.append(dispatched)
+        if self._exchange.crowded and len(x_TH) > FEW_TOKENS:
+            begun_s = time.perf_counter()
+            self._exchange.await_first(dispatched.ticket)
+            self.combine_s += time.perf_counter() - begun_s
         return dispatched
+
+    @property
+    def crowded(self) -> bool:
+        """See `Exchange.crowded`."""
+        assert self._exchange is not None, "adopt comes first"
+        return self._exchange.crowded
 
     def combine(self, dispatched: Dispatched) -> torch.Tensor:
         """The sum over shards, `[T, H]` in fp32. Raises: LaneError."""

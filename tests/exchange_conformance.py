@@ -24,6 +24,7 @@ from typing import ClassVar, NoReturn, Protocol
 import pytest
 import torch
 
+from model import threads
 from octet.errors import (
     ExpertMissingError,
     LaneError,
@@ -348,6 +349,40 @@ class ExchangeConformance:
         with self.implementation.serve(shards, layout) as exchange:
             assert_answered(exchange.receive(exchange.send(3, sent)), shards, 3, sent)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_threads_share_a_round_of_many_tokens(self, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(threads, "_own", 3)
+        layout, device = layout_of(dtype, max_rows=5000), self.implementation.device
+        shards: list[Serve] = [Scale(0), Lacks(4, Scale(1)), Scale(2)]
+        with self.implementation.serve(shards, layout) as exchange:
+            for layer in (3, 4, 5):
+                rows = self.rows(6000, layout)
+                parts = []
+                for size in (100, 5000, 3000):
+                    rows_U = torch.randperm(6000)[:size].sort().values.to(device)
+                    part = ShardPlan(rows_U=rows_U, slots_UK=rows.slots_UK[rows_U], weights_UK=rows.weights_UK[rows_U])
+                    parts.append(part)
+                y_TH = torch.randn(rows.x_UH.shape, device=device)
+                before_TH = y_TH.clone()
+
+                def round_of(
+                    exchange: Exchange, layer: int, x_TH: torch.Tensor, plan: PlanByShard, y_TH: torch.Tensor
+                ) -> None:
+                    ticket = exchange.send(layer, x_TH, plan)
+                    exchange.await_first(ticket)
+                    exchange.receive(ticket, y_TH)
+                    exchange.settle()
+
+                the_round = exchange.exchange, layer, rows.x_UH, PlanByShard(tuple(parts)), y_TH
+                if layer == 4:
+                    with pytest.raises(ExpertMissingError, match=r"layer 4: no expert in slots \[3\]"):
+                        round_of(*the_round)
+                else:
+                    round_of(*the_round)
+                    for shard, part in zip(shards, parts, strict=True):
+                        before_TH[part.rows_U] += shard(layer, rows_of(rows.x_UH, part)).float()
+                    torch.testing.assert_close(y_TH, before_TH, rtol=0, atol=0)
+
     def test_it_tells_how_many_shards_it_reaches(self) -> None:
         with self.implementation.serve([Scale(0), Scale(1)], layout_of()) as exchange:
             assert exchange.num_shards == 2
@@ -425,11 +460,12 @@ class ExchangeConformance:
         ):
             lane.exchange.send(0, [self.rows(9)])
 
-    def test_an_exchange_goes_on_after_a_frame_over_the_limit(self) -> None:
-        layout = layout_of(max_rows=8)
+    @pytest.mark.parametrize("limit", [8, 4000])
+    def test_an_exchange_goes_on_after_a_frame_over_the_limit(self, limit: int) -> None:
+        layout = layout_of(max_rows=limit)
         with self.implementation.open(LaneSettings(layout=layout)) as lane:
             with pytest.raises(RequestLimitError):
-                lane.exchange.send(1, [self.rows(2), self.rows(9)])
+                lane.exchange.send(1, [self.rows(2), self.rows(limit + 1)])
             sent = [self.rows(3), self.rows(4)]
             ticket = lane.exchange.send(2, sent)
             shards = [Scale(0), Scale(1)]

@@ -275,6 +275,7 @@ class AttentionWorker:
             plan.config.lane.ping_pong_rows,
             MtpHead(transformer, mtp, plan.model.num_hidden_layers) if mtp is not None else None,
             graphs,
+            takes_turns=lambda: not routed.crowded,
         )
         pool = plan.config.pools.prefill
         leases, receiver = LeaseTable(plan.config.handoff.lease_s), None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -58,7 +59,13 @@ class WireLanes:
             self._links[shard] = Link(wire, layout, epoch)
 
     def exchange(self, shards: Sequence[WorkerId]) -> Exchange:
-        return LaneExchange([self._links[shard] for shard in shards])
+        return LaneExchange([self._links[shard] for shard in shards], self._crowded(shards))
+
+    def _crowded(self, shards: Sequence[WorkerId]) -> bool:
+        """See `Exchange.crowded`. Steps of decode workers are too short to wait for a core."""
+        num_threads = len(shards) * self._plan.threads["experts"]
+        within_host = all(self._links[shard].within_host for shard in shards)
+        return self._role == "prefill" and within_host and num_threads >= len(os.sched_getaffinity(0))
 
     def give_up(self, shards: Sequence[WorkerId]) -> None:
         for shard, link in [*self._replaced, *self._links.items()]:

@@ -108,7 +108,9 @@ class StepTimes:
     def _layers(self, own_s: Floats, tokens: Ints, prefill: Flags, behind: Flags) -> _Layers:
         frames = np.ones_like(tokens)
         if self._ping_pong is not None:
-            frames[tokens >= self._ping_pong] = 2
+            # Shards have a thread each: see `Exchange.crowded`.
+            crowded = prefill & (0 < self._costs.cores <= self._experts.num_shards)
+            frames[(tokens >= self._ping_pong) & ~crowded] = 2
         per_frame = np.maximum(tokens // frames, 1)
         times = self._experts.times
         num_bytes = 2 * self._shape.hidden_bytes * times.rows_sent[per_frame]

@@ -185,6 +185,13 @@ class _RecordedExchange:
     def gives_way(self, gives_way: bool) -> None:
         self._exchange.gives_way = gives_way
 
+    @property
+    def crowded(self) -> bool:
+        return self._exchange.crowded
+
+    def await_first(self, ticket: Ticket) -> None:
+        self._exchange.await_first(ticket)
+
     def send(self, layer: int, x_TH: torch.Tensor, plan: DispatchPlan) -> Ticket:
         sent_s = time.perf_counter()
         ticket = self._send(layer, x_TH, plan)

@@ -38,16 +38,17 @@ def test_one_that_is_held_up_leaves_the_rest_to_the_others() -> None:
 
     def work(first: int, last: int) -> None:
         with lock:
-            done.setdefault(threading.get_ident(), []).append(first)
+            is_first = threading.get_ident() not in done
+            done.setdefault(threading.get_ident(), []).extend(range(first, last))
             num_done = sum(map(len, done.values()))
         if num_done == 12:
             rest_done.set()
-        if threading.get_ident() != caller and len(done[threading.get_ident()]) == 1:
+        if threading.get_ident() != caller and is_first:
             rest_done.wait(30)
         time.sleep(0.001)
 
     in_parts(work, 12, 2**40)
-    assert len(done[caller]) >= 12 - 2
+    assert len(done[caller]) >= 12 - 2 - 1, "all but what each of two others began with"
     assert sorted(first for parts in done.values() for first in parts) == list(range(12))
 
 
@@ -55,6 +56,19 @@ def test_what_is_too_little_to_be_shared_is_one_part() -> None:
     parts = []
     in_parts(lambda first, last: parts.append((first, last)), 100, 1000)
     assert parts == [(0, 100)]
+
+
+@pytest.mark.parametrize(("count", "least"), [(1000, 1), (1000, 40), (30, 3)])
+def test_parts_shrink_to_the_least_that_is_worth_a_turn(count: int, least: int) -> None:
+    parts: list[tuple[int, int]] = []
+    in_parts(lambda first, last: parts.append((first, last)), count, threads._PART_OPERATIONS * count // least)
+    parts.sort()
+    assert [first for first, _ in parts] == [0, *(last for _, last in parts[:-1])]
+    sizes = [last - first for first, last in parts]
+    assert sizes[0] == max(count // 6, least)
+    assert sizes == sorted(sizes, reverse=True)
+    assert all(size >= least for size in sizes[:-1])
+    assert sizes[-1] <= 2 * least
 
 
 def test_parts_may_be_fewer() -> None:

@@ -18,6 +18,7 @@ import torch
 
 from octet.errors import LaneError, LaneTimeoutError, PeerLostError, WrongEpochError
 from octet.ids import Epoch
+from router import lane
 from router.frames import FrameLayout
 from router.group_store import GroupStore
 from router.lane import WORKER, LaneExchange, LanePort
@@ -107,6 +108,35 @@ def test_the_link_to_a_shard_that_stays_is_used_again_after_a_step_that_lost_ano
         following.close()
         for future in served:
             future.result(PATIENT_S)
+
+
+def test_the_first_that_is_done_is_awaited_but_not_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = layout_of()
+    pairs = [form_pair(PATIENT_S) for _ in range(2)]
+    exchange = LaneExchange([Link(worker, layout, EPOCH) for worker, _ in pairs])
+    ports = [LanePort(shard, layout, EPOCH, PATIENT_S) for _, shard in pairs]
+    asked, sent = ByShard(exchange), [random_rows(2, layout) for _ in range(2)]
+    ticket = asked.send(0, sent)
+    with within(MARGIN_S):
+        exchange.await_first(ticket.ticket)
+    calls = [next_call(port) for port in ports]
+    monkeypatch.setattr(lane, "_FIRST_MS", 60_000)
+
+    def answer(shard: int) -> float:
+        time.sleep(0.2)
+        done_s = time.monotonic()
+        ports[shard].reply(calls[shard], Scale(shard)(calls[shard].layer, calls[shard].rows))
+        return done_s
+
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(answer, 1)
+        exchange.await_first(ticket.ticket)
+        assert time.monotonic() >= first.result()
+        answer(0)
+    assert_answered(asked.receive(ticket), [Scale(0), Scale(1)], 0, sent)
+    pairs[0][1].abort()
+    with within(MARGIN_S):
+        exchange.await_first(asked.send(1, sent).ticket)
 
 
 @contextlib.contextmanager

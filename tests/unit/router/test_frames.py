@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import socket
 from collections.abc import Iterator
 
@@ -14,7 +15,7 @@ from octet.errors import LaneError, RequestLimitError, WrongEpochError
 from octet.ids import Epoch
 from router.exchange import ExpertRows
 from router.frames import GIVES_WAY, HEADER_BYTES, SHARED, FrameBuffer, FrameLayout, Header, Kind, new_frames
-from router.frames_cpu import add_reply, send_call, send_reply
+from router.frames_cpu import add_reply, send_call, send_reply, write_call
 
 EPOCH = Epoch(3)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -112,10 +113,14 @@ def test_a_call_is_read_as_it_was_sent(
     num_rows = data.draw(st.integers(1, layout.max_rows))
     rows, chosen = rows_of(num_rows, layout), torch.randperm(num_rows)
     x_TW = rows.x_UH[chosen.argsort()].view(torch.int32)
-    arrays = (part.numpy() for part in (x_TW, chosen, rows.slots_UK, rows.weights_UK))
+    arrays = [part.numpy() for part in (x_TW, chosen, rows.slots_UK, rows.weights_UK)]
     gives_way, shared = data.draw(st.booleans()), data.draw(st.booleans())
     flags, (frame,) = GIVES_WAY * gives_way + SHARED * shared, new_frames(layout, 1)
-    sent = send_call(wire[0].fileno(), frame, EPOCH, 5, 2, flags, *arrays)
+    cut = data.draw(st.integers(0, num_rows))
+    for part in [(cut, num_rows), (0, cut)]:
+        write_call(frame, *arrays, *part)
+    shape = num_rows, arrays[0].shape[1], layout.experts_per_token
+    sent = send_call(wire[0].fileno(), frame, EPOCH, 5, 2, flags, *shape)
     assert sent == (HEADER_BYTES if shared else layout.call_bytes(num_rows))
     buffer = received(wire, sent, layout)
     assert Header.read(buffer.memory, EPOCH) == Header(
@@ -160,18 +165,21 @@ _NOTHING = np.empty(0, np.int32)
 _layout = FrameLayout(hidden_size=8, experts_per_token=2, max_rows=16, dtype=torch.float32)
 
 
-@given(num_rows=st.integers(0, 9), shared=st.booleans())
-def test_a_reply_is_added_to_its_tokens(wire: tuple[socket.socket, socket.socket], num_rows: int, shared: bool) -> None:
+@given(num_rows=st.integers(0, 9), shared=st.booleans(), cuts=st.lists(st.integers(0, 12), max_size=3))
+def test_a_reply_is_added_to_its_tokens(
+    wire: tuple[socket.socket, socket.socket], num_rows: int, shared: bool, cuts: list[int]
+) -> None:
     (words,) = new_frames(_layout, 1)
     reply_UH, y_TH = torch.randn(num_rows, 8), torch.randn(12, 8)
     FrameBuffer(_layout, words).reply(num_rows).copy_(reply_UH)
     size = HEADER_BYTES if shared else _layout.reply_bytes(num_rows)
     sent = send_reply(wire[0].fileno(), words, Kind.REPLY.value, EPOCH, 5, 2, num_rows, size, SHARED * shared)
-    rows_U = torch.randperm(12)[:num_rows]
+    rows_U = torch.randperm(12)[:num_rows].sort().values
     expected_TH = y_TH.index_add(0, rows_U, reply_UH)
     (arrived,) = new_frames(_layout, 1)
     assert wire[1].recv_into(arrived.view(np.uint8).data, sent, socket.MSG_WAITALL) == sent == size
-    assert add_reply(arrived, words if shared else _NOTHING, EPOCH, 5, rows_U.numpy(), y_TH.numpy())
+    for tokens in itertools.pairwise([0, *sorted(cuts), 12]):
+        assert add_reply(arrived, words if shared else _NOTHING, EPOCH, 5, rows_U.numpy(), y_TH.numpy(), *tokens)
     assert torch.equal(y_TH, expected_TH)
 
 
@@ -183,10 +191,10 @@ def test_nothing_is_added_of_what_is_no_reply_to_the_call(field: str) -> None:
     wrong = {"kind": Kind.REFUSAL}.get(field, getattr(reply, field) + 1)
     memory, y_TH, rows_U = FrameBuffer(_layout, words).memory, torch.zeros(4, 8), torch.arange(3)
     reply._replace(**{field: wrong}).write(memory)
-    assert not add_reply(words, _NOTHING, EPOCH, 5, rows_U.numpy(), y_TH.numpy())
+    assert not add_reply(words, _NOTHING, EPOCH, 5, rows_U.numpy(), y_TH.numpy(), 0, 4)
     assert not y_TH.any()
     reply.write(memory)
-    assert add_reply(words, _NOTHING, EPOCH, 5, rows_U.numpy(), y_TH.numpy())
+    assert add_reply(words, _NOTHING, EPOCH, 5, rows_U.numpy(), y_TH.numpy(), 0, 4)
 
 
 @pytest.mark.parametrize(("payload_bytes", "room"), [(3 * 8 * 4, 1000), (0, 0), (0, 16 + 3 * 8 - 1)])
@@ -195,7 +203,7 @@ def test_nothing_is_added_of_a_reply_that_is_not_where_it_says(payload_bytes: in
     reply = Header(kind=Kind.REPLY, epoch=EPOCH, sequence=5, num_rows=3, payload_bytes=payload_bytes, shared=True)
     reply.write(FrameBuffer(_layout, words).memory)
     y_TH, rows_U = torch.zeros(4, 8), torch.arange(3)
-    assert not add_reply(words, np.ones(room, np.int32), EPOCH, 5, rows_U.numpy(), y_TH.numpy())
+    assert not add_reply(words, np.ones(room, np.int32), EPOCH, 5, rows_U.numpy(), y_TH.numpy(), 0, 4)
     assert not y_TH.any()
 
 
