@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import random
+import statistics
 import tempfile
 import time
 from collections import defaultdict
@@ -29,6 +30,9 @@ from ops.bench.spread import Spread, spread
 SCHEMA = "octet.peers/2"
 _REST_S = 2.0
 """Between two contestants: threads spin for a while after their work, vLLM's worker for a second of a whole core."""
+_LEAST_PROMPTS = 8
+"""Of a round: a run of a few prompts takes some hundredths of a second, and is repeated with others until there are so
+many. Its time is the median."""
 OURS = (ClusterContestant.name, WholeAnswers.name)
 _KINDS = ("decode", "prefill", "whole")
 
@@ -114,7 +118,10 @@ def run_rounds(
     trials: dict[tuple[str, int], list[Trial]] = defaultdict(list)
     for number in range(options.rounds + 1):
         for streams in options.streams:
-            first, second = (_prompts(streams, options.prompt_tokens, vocab_size) for _ in range(2))
+            repeats = -(-_LEAST_PROMPTS // streams)
+            first, second = (
+                [_prompts(streams, options.prompt_tokens, vocab_size) for _ in range(repeats)] for _ in range(2)
+            )
             turn = number % len(contestants)
             for contestant in (*contestants[turn:], *contestants[:turn]):
                 report(f"round {number} of {options.rounds}: {contestant.name}, {streams} streams")
@@ -123,8 +130,8 @@ def run_rounds(
                     streams=streams,
                     prompt_tokens=options.prompt_tokens,
                     new_tokens=options.new_tokens,
-                    first_s=contestant.run(first, 1),
-                    all_s=contestant.run(second, options.new_tokens + 1),
+                    first_s=statistics.median(contestant.run(prompts, 1) for prompts in first),
+                    all_s=statistics.median(contestant.run(prompts, options.new_tokens + 1) for prompts in second),
                 )
                 if number:
                     trials[contestant.name, streams].append(trial)

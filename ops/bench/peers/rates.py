@@ -1,7 +1,8 @@
 """One definition of a rate for every contestant, medians over rounds, and ratios against the goals. Pure.
 
 A trial submits `N` prompts of `P` tokens at once, greedy, and waits for the last token of the last one. Two trials with
-new prompts follow each other: one token each takes `T1` seconds, `M + 1` tokens each take `T2`.
+new prompts follow each other: one token each takes `T1` seconds, `M + 1` tokens each take `T2`, medians of several
+with different prompts where `N` is small.
 
     prefill rate = N · P / T1            prompt tokens per second until every prompt has its first token
     decode rate  = N · M / (T2 − T1)     what `M` more tokens each cost, whatever overlaps with what
@@ -18,7 +19,7 @@ from ops.bench.spread import Spread, spread
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """One contestant's two runs in one round."""
+    """One contestant's two kinds of run in one round."""
 
     streams: int
     prompt_tokens: int

@@ -45,8 +45,8 @@ def test_contestants_take_turns_and_begin_by_turns(options: PeersOptions) -> Non
     trials = run_rounds([ours, theirs], options, vocab_size=100)
     a, b = "octet", "vllm"
     orders = [[name for name, streams, tokens in log if (streams, tokens) == (4, 11)]]
-    assert orders == [[a, b, b, a, a, b]]
-    assert len(log) == 3 * 2 * 2 * 2
+    assert orders == [[a, a, b, b, b, b, a, a, a, a, b, b]]
+    assert len(log) == 3 * 2 * 2 * (8 + 2)
     assert [len(of_pair) for of_pair in trials.values()] == [2] * 4
     assert trials["octet", 4][0].decode_rate == pytest.approx(10.0)
 
