@@ -60,9 +60,10 @@ def test_a_full_queue_sheds_with_resource_exhausted(tight: RunningCluster) -> No
 def test_a_killed_frontend_is_replaced_on_its_port_and_its_requests_are_freed(tight: RunningCluster) -> None:
     with Client(tight.address, timeout_s=120) as client:
         expected = client.generate("on and on", max_new_tokens=80, ignore_eos=True).choices[0].token_ids
+        pid = pid_of(tight.plan.config.ray.namespace, "frontend-0")
         stream = client.stream("on and on", max_new_tokens=80, ignore_eos=True)
         found = list(next(stream).token_ids)
-        os.kill(pid_of(tight.plan.config.ray.namespace, "frontend-0"), signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
         for chunk in stream:
             assert chunk.offset == len(found)
             found += chunk.token_ids
