@@ -87,7 +87,7 @@ class KvConfig(ConfigNode):
 class PrefillConfig(ConfigNode):
     chunk_tokens: int = pydantic.Field(2048, ge=1)
     """Tokens computed in one step, over all packed requests: what comes meanwhile waits for its end. With few prompts,
-    while a worker steps back for running streams (`pools.prefill`), half as many."""
+    while a worker steps back for running streams (`pools.prefill`), a quarter of them."""
     gather_s: float = pydantic.Field(0.001, ge=0, le=0.1)
     """How long a worker that has nothing to do waits, after each prompt that does not fill a chunk, for the next one
     of a burst: together they are computed faster. 0 starts with whoever comes first."""

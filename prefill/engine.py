@@ -33,7 +33,7 @@ from octet.messages import (
     WorkerLoad,
 )
 from prefill.prefix_cache import PrefixCache
-from prefill.queue import Chunk, PrefillQueue, Task
+from prefill.queue import STEPPED_BACK, Chunk, PrefillQueue, Task
 from router.kv_sender import KvSender
 from router.leases import LeaseTable
 
@@ -276,8 +276,8 @@ class PrefillEngine:
 
     @property
     def _budget(self) -> int:
-        """Tokens of the next chunk: half as many where others wait for its frames to pass."""
-        return max(1, self._chunk_tokens // 2) if self.gives_way else self._chunk_tokens
+        """Tokens of the next chunk: fewer where others wait for its frames, and for its parts of a layer, to pass."""
+        return max(1, self._chunk_tokens // STEPPED_BACK) if self.gives_way else self._chunk_tokens
 
     def _note_prompt_logprobs(self, chunk: Chunk, hidden_TH: torch.Tensor) -> None:
         """Row t predicts token t + 1; the first token of a prompt has no prediction."""

@@ -8,6 +8,10 @@ from collections.abc import Sequence
 from octet.ids import RequestId
 from octet.messages import PrefillRequest, TokenLogprob, unpack_ids
 
+STEPPED_BACK = 4
+"""A worker that steps back for running streams takes this fraction of a chunk: with half of one, the longest gap of a
+stream beside prompts of 2,000 tokens was half again as long, and their first tokens came hardly sooner."""
+
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class Task:

@@ -6,6 +6,7 @@ import collections
 import dataclasses
 
 from ops.simulate.load import BLOCK_TOKENS, Request
+from prefill.queue import STEPPED_BACK
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -73,11 +74,11 @@ class PrefillWorker:
         self.waiting.append(task)
         self.queued_tokens += task.expected
 
-    def next_chunk(self, budget: int, halved: bool = False) -> Chunk | None:
+    def next_chunk(self, budget: int, steps_back: bool = False) -> Chunk | None:
         """Admit what fits, and pack up to `budget` tokens. None if there is nothing to compute.
 
         Args:
-            halved: take half of the budget while few requests are here, as beside a decode worker.
+            steps_back: take less than the budget while few requests are here, as beside a decode worker.
         """
         while self.waiting and len(self.running) < self._max_running:
             task = self.waiting[0]
@@ -89,8 +90,8 @@ class PrefillWorker:
             task.done = min(self.cached_blocks(task.request.blocks) * BLOCK_TOKENS, task.request.prompt_tokens - 1)
             self.running.append(task)
         behind = len(self.running) + len(self.waiting) <= self._few_requests
-        if behind and halved:
-            budget = max(1, budget // 2)
+        if behind and steps_back:
+            budget = max(1, budget // STEPPED_BACK)
         parts, tokens, attended = [], 0, 0.0
         for task in self.running:
             take = min(budget - tokens, task.request.prompt_tokens - task.done)

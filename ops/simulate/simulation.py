@@ -265,7 +265,7 @@ class Simulation:
         """Compute what comes next, unless it computes something."""
         if worker.chunk is not None:
             return
-        chunk = worker.next_chunk(self._config.prefill.chunk_tokens, halved=self._shared)
+        chunk = worker.next_chunk(self._config.prefill.chunk_tokens, steps_back=self._shared)
         if chunk is not None:
             worker.computed += chunk.tokens
             self._settle()

@@ -208,8 +208,8 @@ def test_no_step_computes_more_than_its_budget(model: Model) -> None:
     assert prefill.routed.rows[1] == [5, 5, 5, 1]
 
 
-@pytest.mark.parametrize(("beside", "sizes"), [([DECODE], [8, 4, 4, 4, 2]), ([], [8, 8, 6])])
-def test_chunks_of_few_requests_are_half_as_long_beside_a_decode_worker(
+@pytest.mark.parametrize(("beside", "sizes"), [([DECODE], [8, *[2] * 7]), ([], [8, 8, 6])])
+def test_chunks_of_few_requests_are_shorter_beside_a_decode_worker(
     model: Model, beside: list[WorkerId], sizes: list[int]
 ) -> None:
     prefill = Prefill(model, chunk_tokens=8, beside=beside, few_requests=2)
