@@ -164,7 +164,7 @@ def _cells(breakdown: Breakdown, parts: Sequence[str]) -> list[str]:
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """See docs/benchmarks.md. Times are seconds."""
+    """See docs/benchmarks/breakdown.md. Times are seconds."""
     return {
         "schema": SCHEMA,
         "machine": dataclasses.asdict(report.machine),
