@@ -11,7 +11,7 @@ import collections
 import dataclasses
 import functools
 import select
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -132,36 +132,44 @@ class LaneExchange:
 
         Returns: how many shards' were added. Raises: LaneError.
         """
-        num_shards = len(self._links)
-        # Many rows are added while the next shard still computes.
-        together = num_shards if len(y_TH) <= FEW_TOKENS else 1
-        for first in range(0, num_shards, together):
-            self._wait_for(current, range(first, first + together))
-            num_added = self._add(current, slice(first, first + together), y_TH)
-            if num_added < together:
-                return first + num_added
-        return num_shards
-
-    def _wait_for(self, current: _Round, shards: range) -> None:
-        """Raises: LaneError."""
-        part, status_X = slice(shards.start, shards.stop), np.empty(len(shards), np.int64)
-        index = self._rounds_cpu.wait(self._addresses_X[part], current.numbers_X[part], status_X)
-        if index < len(shards):
-            try:
-                self._links[shards[index]].check_status(int(status_X[index]))
-            except LaneError as error:
-                _raise_first({shards[index]: error})
-
-    def _add(self, current: _Round, shards: slice, y_TH: npt.NDArray[np.float32]) -> int:
-        """See `router.rounds_cpu.add`."""
-        plan = current.plan
-        part = self._addresses_X[shards], current.numbers_X[shards], plan.counts_X[shards], plan.rows_XT[shards]
-        add: Callable[[int, int], int] = functools.partial(self._rounds_cpu.add, *part, y_TH)
         if len(y_TH) <= FEW_TOKENS:
-            return add(0, len(y_TH))
-        found: list[int] = []
-        in_parts(lambda first, last: found.append(add(first, last)), len(y_TH), moving(y_TH.nbytes))
-        return min(found)
+            return self._add_few(current, y_TH)
+        for shard in range(len(self._links)):
+            # While the next ones still compute.
+            self._wait_for(shard, current)
+            if not self._add_many(shard, current, y_TH):
+                return shard
+        return len(self._links)
+
+    def _add_few(self, current: _Round, y_TH: npt.NDArray[np.float32]) -> int:
+        plan, status_X = current.plan, np.empty_like(current.numbers_X)
+        num_added: int = self._rounds_cpu.wait_and_add(
+            self._addresses_X, current.numbers_X, status_X, plan.counts_X, plan.rows_XT, y_TH
+        )
+        if num_added < len(self._links):
+            self._check_status(num_added, int(status_X[num_added]))
+        return num_added
+
+    def _add_many(self, shard: int, current: _Round, y_TH: npt.NDArray[np.float32]) -> bool:
+        """Whether the reply is the one that was expected. Threads share its rows."""
+        one, plan, found = slice(shard, shard + 1), current.plan, list[bool]()
+        part = self._addresses_X[one], current.numbers_X[one], plan.counts_X[one], plan.rows_XT[one]
+        add = functools.partial(self._rounds_cpu.add, *part, y_TH)
+        in_parts(lambda first, last: found.append(add(first, last) == 1), len(y_TH), moving(y_TH.nbytes))
+        return all(found)
+
+    def _wait_for(self, shard: int, current: _Round) -> None:
+        """Raises: LaneError."""
+        one, status_1 = slice(shard, shard + 1), np.empty(1, np.int64)
+        self._rounds_cpu.wait(self._addresses_X[one], current.numbers_X[one], status_1)
+        self._check_status(shard, int(status_1[0]))
+
+    def _check_status(self, shard: int, status: int) -> None:
+        """Raises: LaneError for what the wait for a reply ended with."""
+        try:
+            self._links[shard].check_status(status)
+        except LaneError as error:
+            _raise_first({shard: error})
 
     def _receive_from_each(self, current: _Round, y_TH: torch.Tensor, first: int) -> None:
         """From the shards from this one on. Raises: as `receive`."""

@@ -145,10 +145,11 @@ def wait(links: Any, numbers: Any, status: Any) -> Any:
     """Until the replies to these calls have come.
 
     Args:
-        status: `[X]`, written for the shard that is returned: what its wait ended with.
+        status: `[X]`, written: what each wait ended with, OK where there was none.
 
     Returns: the first shard of which none came, or `X`.
     """
+    status[:] = OK
     for shard in range(len(links)):
         if numbers[shard] >= 0:
             link = _fields(links[shard])
@@ -175,3 +176,12 @@ def add(links: Any, numbers: Any, counts: Any, rows: Any, y: Any, first: Any, la
         if not add_reply(frame, shared, link[EPOCH], number, rows[shard, : counts[shard]], y, first, last):
             return shard
     return len(links)
+
+
+@declare("i8(i8[::1], i8[::1], i8[::1], i8[::1], i8[:,::1], f4[:,::1])")  # type: ignore[untyped-decorator]
+def wait_and_add(links: Any, numbers: Any, status: Any, counts: Any, rows: Any, y: Any) -> Any:
+    """Both, for all tokens. Returns: the first shard whose reply was not added, or `X`; `status` tells which it was."""
+    shard = wait(links, numbers, status)
+    if shard < len(links):
+        return shard
+    return add(links, numbers, counts, rows, y, 0, len(y))

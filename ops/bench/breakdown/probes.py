@@ -60,6 +60,7 @@ PROBES = (
     Probe("router.link:Link", "send", "pack"),
     Probe("router.lane:LaneExchange", "_send_to_all", "pack"),
     Probe("router.link:Link", "_wait", "exchange_wait"),
+    Probe("router.lane:LaneExchange", "_add_few", "exchange_wait"),
     Probe("router.lane:LaneExchange", "_wait_for", "exchange_wait"),
     Probe("router.lane:LaneExchange", "await_first", "exchange_wait"),
     Probe("router.routed_experts:RoutedExperts", "combine", "combine"),
@@ -167,6 +168,8 @@ class _RecordedExchange:
     def __init__(self, exchange: Exchange, rounds: Callable[[], list[Round]]) -> None:
         self._exchange, self._rounds = exchange, rounds
         self._open: collections.deque[tuple[int, float]] = collections.deque()
+        self._wait_s = 0.0
+        """Since when the first reply of the oldest round was awaited; 0 if it was not."""
         self.probe(None)
 
     def probe(self, stopwatch: Stopwatch | None) -> None:
@@ -191,6 +194,7 @@ class _RecordedExchange:
         return self._exchange.crowded
 
     def await_first(self, ticket: Ticket) -> None:
+        self._wait_s = time.perf_counter()
         self._exchange.await_first(ticket)
 
     def send(self, layer: int, x_TH: torch.Tensor, plan: DispatchPlan) -> Ticket:
@@ -201,7 +205,8 @@ class _RecordedExchange:
         return ticket
 
     def receive(self, ticket: Ticket, y_TH: torch.Tensor) -> None:
-        wait_s = time.perf_counter()
+        wait_s = self._wait_s or time.perf_counter()
+        self._wait_s = 0.0
         self._receive(ticket, y_TH)
         num_bytes, sent_s = self._open.popleft()
         received_s = time.perf_counter()
