@@ -24,7 +24,7 @@ _PART_OPERATIONS = 2**24
 _PER_BYTE = 16
 """Operations that a byte counts as which is copied or added."""
 _SHARE = 2
-"""Each part is this fraction of an even share of what is left."""
+"""A part is an even share of what is left, divided by this."""
 
 _own: int | None = None
 
@@ -65,12 +65,12 @@ def in_parts(
     else:
         num_parts = min(num_parts, parts_per_thread * threads)
         bounds = tuple(part * count // num_parts for part in range(num_parts + 1))
-    take = iter(itertools.pairwise(bounds)).__next__
+    parts = itertools.pairwise(bounds)
 
     def share() -> None:
-        with contextlib.suppress(StopIteration):
-            while True:
-                work(*take())
+        # Of one iterator: whoever asks first takes the next part.
+        for first, last in parts:
+            work(first, last)
 
     pool, apart = _pool(threads - 1, _niceness())
     apart.from_caller()
