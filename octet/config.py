@@ -133,7 +133,7 @@ class LaneConfig(ConfigNode):
     ping_pong_rows: int | None = pydantic.Field(256, ge=2)
     """Steps of at least this many tokens are computed as two micro-batches that take turns, so that attention goes on
     while experts do; null never. Small steps lose by it: each half reads all weights. A prefill worker whose shards
-    keep every core of its machine at work computes its steps as a whole."""
+    keep every core of its machine at work, beside one decode worker at most, computes its steps as a whole."""
     shared_memory: bool = True
     """Rows for a shard on the same machine lie in memory that both processes map, where they can; else, and to other
     machines, they go through the connection. On CPUs."""

@@ -63,6 +63,11 @@ class KvSender:
         peer.thread.start()
 
     @property
+    def peers(self) -> list[WorkerId]:
+        """Decode workers to which there is a channel. Any thread may ask."""
+        return list(self._peers)
+
+    @property
     def severed(self) -> list[WorkerId]:
         """Workers whose channels have broken."""
         return [worker_id for worker_id, peer in list(self._peers.items()) if peer.broken]

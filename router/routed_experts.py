@@ -9,7 +9,7 @@ import collections
 import contextlib
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -35,8 +35,18 @@ class Dispatched:
 class RoutedExperts:
     """gate → plan → dispatch, then combine. Between the two the caller computes what does not need the experts."""
 
-    def __init__(self, config: ModelConfig, gates: Mapping[int, GateWeights]) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        gates: Mapping[int, GateWeights],
+        competes: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """
+        Args:
+            competes: whether cores that are left to shards would go to others than these.
+        """
         self._gates = {layer: Gate(weights, config) for layer, weights in gates.items()}
+        self._competes = competes
         self._planner: Planner | None = None
         self._exchange: Exchange | None = None
         self._under_way: collections.deque[Dispatched] = collections.deque()
@@ -72,7 +82,7 @@ class RoutedExperts:
         reach("dispatch")
         dispatched = Dispatched(self._exchange.send(layer, x_TH, plan), y_TH)
         self._under_way.append(dispatched)
-        if self._exchange.crowded and len(x_TH) > FEW_TOKENS:
+        if len(x_TH) > FEW_TOKENS and self.crowded and not self._exchange.gives_way:
             begun_s = time.perf_counter()
             self._exchange.await_first(dispatched.ticket)
             self.combine_s += time.perf_counter() - begun_s
@@ -80,9 +90,9 @@ class RoutedExperts:
 
     @property
     def crowded(self) -> bool:
-        """See `Exchange.crowded`."""
+        """Whether to leave the cores to the shards; see `Exchange.crowded`."""
         assert self._exchange is not None, "adopt comes first"
-        return self._exchange.crowded
+        return self._exchange.crowded and not self._competes()
 
     def combine(self, dispatched: Dispatched) -> torch.Tensor:
         """The sum over shards, `[T, H]` in fp32. Raises: LaneError."""

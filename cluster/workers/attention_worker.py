@@ -262,7 +262,7 @@ class AttentionWorker:
         num_pages = plan.prefill_pages if self._role == "prefill" else plan.decode_pages
         cache = KvCache(plan.model, num_pages, page_size, self._dtype, self._device, speculation.num_draft_layers)
         transformer = Transformer(plan.model, weights, cache, plan.max_model_len)
-        routed = RoutedExperts(plan.model, gates_of(weights, mtp))
+        routed = RoutedExperts(plan.model, gates_of(weights, mtp), self._competes)
         pages, graphs = PagePool(num_pages, page_size), None
         if self._role == "decode":
             graphs = step_graphs(transformer, routed, pages, cache, plan.config.decode, speculation, plan.max_model_len)
@@ -320,6 +320,11 @@ class AttentionWorker:
 
     def _is_beside(self, peer: WorkerId) -> bool:
         return self._device.type == "cpu" and self._hosts.get(peer) == _host(self._mailbox.address)
+
+    def _competes(self) -> bool:
+        """Whether several decode workers compute on these cores: they would take those that a prefill worker leaves,
+        and a prompt beside them waits for cores thrice as long if only one of its frames is ever under way."""
+        return self._parts is not None and sum(map(self._is_beside, self._parts.sender.peers)) > 1
 
     def _ask(self, to: WorkerId, pull: KvPull) -> None:
         self._mailbox.send(to, pull)

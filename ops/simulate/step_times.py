@@ -54,12 +54,15 @@ class StepTimes:
         self._weight_behind = weight_behind
         self._decode, self._experts = decode, experts
         self._num_layers = max(1, len(shape.moe_layers))
+        self._num_decoding = 0
+        """Decode workers that run something."""
         self.contention = ALONE
         self.wait_share = {"prefill": 0.0, "decode": 0.0}
         """Of steps, by pool, the share that does not go by with the worker's own computing."""
 
     def update(self, rows: Ints, chunks: Iterable[Chunk]) -> None:
         """Work the waits out anew for the decode workers in `rows` and the prefill workers that compute `chunks`."""
+        self._num_decoding = len(rows)
         decode, prefill = self._decode_layers(rows), self._prefill_layers(list(chunks))
         together = _Layers(*(np.concatenate(pair) for pair in zip(decode, prefill, strict=True)))
         self.contention = contend(
@@ -108,8 +111,8 @@ class StepTimes:
     def _layers(self, own_s: Floats, tokens: Ints, prefill: Flags, behind: Flags) -> _Layers:
         frames = np.ones_like(tokens)
         if self._ping_pong is not None:
-            # Shards have a thread each: see `Exchange.crowded`.
-            crowded = prefill & (0 < self._costs.cores <= self._experts.num_shards)
+            # Shards have a thread each: see `RoutedExperts.crowded`.
+            crowded = prefill & (self._num_decoding <= 1 and 0 < self._costs.cores <= self._experts.num_shards)
             frames[(tokens >= self._ping_pong) & ~crowded] = 2
         per_frame = np.maximum(tokens // frames, 1)
         times = self._experts.times

@@ -93,8 +93,10 @@ def test_pulls_that_come_before_their_channel_are_answered_once_it_is_there(sour
 def test_what_a_worker_that_is_gone_has_asked_for_is_forgotten(source: Source) -> None:
     source.pull(0, channel=5)
     source.sender.disconnect(DECODE)
+    assert source.sender.peers == []
     channel = Channel()
     source.sender.connect(DECODE, channel, number=5)
+    assert source.sender.peers == [DECODE]
     source.pull(1, channel=5)
     assert taken(channel) == 1
 

@@ -19,7 +19,7 @@ from model.config import read_config
 from model.linear import Packer
 from model.weights import GateWeights
 from octet.errors import ExpertMissingError
-from router.exchange import LocalExchange
+from router.exchange import LocalExchange, Ticket
 from router.gate import FEW_TOKENS, Gate
 from router.placement import EMPTY, Placement, from_physical, place_evenly
 from router.plan import Planner
@@ -204,3 +204,40 @@ def test_time_spent_waiting_for_sums_is_counted(
     monkeypatch.setattr("time.perf_counter", lambda: next(readings_s))
     routed.combine(dispatched)
     assert routed.combine_s == 0.25
+
+
+class Crowded(LocalExchange):
+    """Shards that keep every core at work, as far as this one says."""
+
+    def __init__(self) -> None:
+        super().__init__([lambda layer, rows: torch.zeros_like(rows.x_UH)])
+        self.crowded = True
+        self.num_awaited = 0
+
+    def await_first(self, ticket: Ticket) -> None:
+        self.num_awaited += 1
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "gives_way", "competes", "awaits"),
+    [
+        (FEW_TOKENS + 1, False, False, True),
+        (FEW_TOKENS, False, False, False),
+        (FEW_TOKENS + 1, True, False, False),
+        (FEW_TOKENS + 1, False, True, False),
+    ],
+)
+def test_many_rows_leave_the_cores_to_shards_but_not_to_others(
+    checkpoint: Checkpoint,
+    gates: dict[int, GateWeights],
+    num_tokens: int,
+    gives_way: bool,
+    competes: bool,
+    awaits: bool,
+) -> None:
+    exchange, routed = Crowded(), RoutedExperts(checkpoint.config, gates, lambda: competes)
+    exchange.gives_way = gives_way
+    routed.adopt(Planner(place_evenly(LAYERS, NUM_EXPERTS, 1), CPU), exchange)
+    assert routed.crowded == (not competes)
+    routed.combine(routed.dispatch(1, torch.randn(num_tokens, HIDDEN_SIZE)))
+    assert exchange.num_awaited == int(awaits)
