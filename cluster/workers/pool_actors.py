@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import ray
 import ray.util
@@ -23,15 +23,57 @@ from octet.ids import Epoch, WorkerId
 from router.routing import Routing
 
 if TYPE_CHECKING:
+    from cluster.workers.attention_worker import AttentionWorker
+    from cluster.workers.shard_worker import ShardWorker
     from model.load_progress import LoadSnapshot
     from router.telemetry_samples import ShardSample, WorkerSample
     from router.transition import SlotFill
 
 
-class _AttentionActor(FaultCalls):
-    """See `AttentionWorker`, to which every method goes."""
+class _Process(Protocol):
+    """What members have in common."""
+
+    def endpoint(self) -> Endpoint: ...
+    def progress(self) -> LoadSnapshot: ...
+    def forget(self, peers: Sequence[WorkerId]) -> None: ...
+    def status(self) -> MemberStatus: ...
+    def stop(self) -> None: ...
+
+
+class _MemberActor(FaultCalls):
+    """A member's process, to which every method goes."""
+
+    _worker: _Process
+
+    def __init__(self, worker_id: WorkerId, controller: Any) -> None:
+        self._lifeline, self._tether = _Lifeline(), Tether(controller, worker_id)
+
+    def lifeline(self) -> None:
+        self._lifeline.hold()
+
+    def endpoint(self) -> Endpoint:
+        return self._worker.endpoint()
+
+    def progress(self) -> LoadSnapshot:
+        return self._worker.progress()
+
+    def forget(self, peers: Sequence[WorkerId]) -> None:
+        self._worker.forget(peers)
+
+    def status(self) -> MemberStatus:
+        return self._worker.status()
+
+    def stop(self) -> None:
+        self._lifeline.let_go()
+        self._worker.stop()
+        give_way()
+
+
+class _AttentionActor(_MemberActor):
+    """See `AttentionWorker`."""
 
     _role: Role
+    _worker: AttentionWorker
 
     def __init__(self, worker_id: WorkerId, plan: ServingPlan, controller: Any) -> None:
         from cluster.workers.attention_worker import AttentionWorker
@@ -43,16 +85,7 @@ class _AttentionActor(FaultCalls):
 
         host = ray.util.get_node_ip_address()
         self._worker = AttentionWorker(worker_id, self._role, plan, host, node_id(), report)
-        self._lifeline, self._tether = _Lifeline(), Tether(controller, worker_id)
-
-    def lifeline(self) -> None:
-        self._lifeline.hold()
-
-    def endpoint(self) -> Endpoint:
-        return self._worker.endpoint()
-
-    def progress(self) -> LoadSnapshot:
-        return self._worker.progress()
+        super().__init__(worker_id, controller)
 
     def load(self) -> None:
         self._worker.load()
@@ -69,9 +102,6 @@ class _AttentionActor(FaultCalls):
     def receive_from(self, peer: Endpoint, attempt: int) -> None:
         self._worker.receive_from(peer, attempt)
 
-    def forget(self, peers: Sequence[WorkerId]) -> None:
-        self._worker.forget(peers)
-
     def give_up(self, shards: Sequence[WorkerId]) -> None:
         self._worker.give_up(shards)
 
@@ -81,16 +111,8 @@ class _AttentionActor(FaultCalls):
     def adopt(self, routing: Routing) -> None:
         self._worker.adopt(routing)
 
-    def status(self) -> MemberStatus:
-        return self._worker.status()
-
     def telemetry(self) -> WorkerSample | None:
         return self._worker.telemetry()
-
-    def stop(self) -> None:
-        self._lifeline.let_go()
-        self._worker.stop()
-        give_way()
 
 
 class PrefillWorker(_AttentionActor):
@@ -104,24 +126,17 @@ class DecodeWorker(_AttentionActor):
         self._worker.hand_over_to(heirs)
 
 
-class ExpertShard(FaultCalls):
-    """See `ShardWorker`, to which every method goes."""
+class ExpertShard(_MemberActor):
+    """See `ShardWorker`."""
+
+    _worker: ShardWorker
 
     def __init__(self, worker_id: WorkerId, plan: ServingPlan, controller: Any) -> None:
         from cluster.workers.shard_worker import ShardWorker
 
         faults.allow(plan.config.chaos.enabled)
         self._worker = ShardWorker(worker_id, plan, ray.util.get_node_ip_address(), node_id())
-        self._lifeline, self._tether = _Lifeline(), Tether(controller, worker_id)
-
-    def lifeline(self) -> None:
-        self._lifeline.hold()
-
-    def endpoint(self) -> Endpoint:
-        return self._worker.endpoint()
-
-    def progress(self) -> LoadSnapshot:
-        return self._worker.progress()
+        super().__init__(worker_id, controller)
 
     def load(self, held: Mapping[int, Sequence[int]]) -> None:
         self._worker.load(held)
@@ -138,19 +153,8 @@ class ExpertShard(FaultCalls):
     def retire(self, held: Mapping[int, Sequence[int]]) -> None:
         self._worker.retire(held)
 
-    def forget(self, peers: Sequence[WorkerId]) -> None:
-        self._worker.forget(peers)
-
     def telemetry(self) -> ShardSample | None:
         return self._worker.telemetry()
-
-    def status(self) -> MemberStatus:
-        return self._worker.status()
-
-    def stop(self) -> None:
-        self._lifeline.let_go()
-        self._worker.stop()
-        give_way()
 
 
 class _Lifeline:

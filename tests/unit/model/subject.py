@@ -46,6 +46,17 @@ class Scaled:
         return
 
 
+class Counting(Scaled):
+    """Notes how many rows each layer's experts are asked for."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, int]] = []
+
+    def dispatch(self, layer: int, x_TH: torch.Tensor) -> torch.Tensor:
+        self.rows.append((layer, len(x_TH)))
+        return super().dispatch(layer, x_TH)
+
+
 @dataclasses.dataclass(frozen=True)
 class Subject:
     transformer: Transformer

@@ -11,20 +11,9 @@ import torch
 
 from model.batch import Span, Wanted, build_batch
 from model.pages import PagePool
-from tests.unit.model.subject import CPU, MODELS, NUM_PAGES, PAGE, Scaled, Subject, build
+from tests.unit.model.subject import CPU, MODELS, NUM_PAGES, PAGE, Counting, Subject, build
 
 _LAST_LAYER = 2
-
-
-class Counting(Scaled):
-    """Notes how many rows each layer's experts are asked for."""
-
-    def __init__(self) -> None:
-        self.rows: list[tuple[int, int]] = []
-
-    def dispatch(self, layer: int, x_TH: torch.Tensor) -> torch.Tensor:
-        self.rows.append((layer, len(x_TH)))
-        return super().dispatch(layer, x_TH)
 
 
 def spans_of(pool: PagePool, *lengths: tuple[int, int]) -> list[Span]:

@@ -63,7 +63,8 @@ async def test_a_pool_without_room_holds_up_neither_other_pools_nor_the_next_los
     assert cluster.sizes == cluster.wanted
 
 
-async def test_a_pool_that_shall_be_smaller_is_waited_for_no_more() -> None:
+async def waited_until_less_was_wanted() -> Cluster:
+    """It had no room for a decode worker, and then was to have one less."""
     cluster = Cluster(no_room={"decode"})
     cluster.lose("decode", "decode-0")
     running = asyncio.create_task(cluster.recovery.run())
@@ -71,6 +72,11 @@ async def test_a_pool_that_shall_be_smaller_is_waited_for_no_more() -> None:
     cluster.wanted["decode"] = 1
     cluster.lose("experts", "experts-1")
     await asyncio.wait_for(running, 10)
+    return cluster
+
+
+async def test_a_pool_that_shall_be_smaller_is_waited_for_no_more() -> None:
+    cluster = await waited_until_less_was_wanted()
     assert cluster.sizes == cluster.wanted
 
 
@@ -83,13 +89,7 @@ async def test_what_fails_is_tried_again() -> None:
 
 
 async def test_the_next_loss_is_made_up_for_though_the_last_one_was_given_up_half_way() -> None:
-    cluster = Cluster(no_room={"decode"})
-    cluster.lose("decode", "decode-0")
-    running = asyncio.create_task(cluster.recovery.run())
-    await until(cluster, {"prefill": 2, "decode": 1, "experts": 2})
-    cluster.wanted["decode"] = 1
-    cluster.lose("experts", "experts-1")
-    await asyncio.wait_for(running, 10)
+    cluster = await waited_until_less_was_wanted()
     await asyncio.sleep(0)
     cluster.lose("prefill", "prefill-1")
     await asyncio.wait_for(cluster.recovery.run(), 10)
