@@ -171,8 +171,7 @@ class Pools:
 
     async def _reserve(self, pool: Pool, count: int, together: int) -> list[Berth]:
         """Bundles that members left behind, then new ones."""
-        free = self._free[pool]
-        berths = [free.pop() for _ in range(min(count, len(free)))]
+        berths = self._take_free(pool, count)
         missing = count - len(berths)
         config = self._config(pool)
         bundle = _bundle(config)
@@ -183,20 +182,25 @@ class Pools:
             groups += await self._ask_for(sizes, bundle, config.strategy)
             # Ray places a bundle again whose node is gone: one that is free may be waiting for another node.
             for group in {*groups, *(berth.group for berth in berths)}:
-                # `ready()` would start a process to find out.
-                while not await asyncio.to_thread(group.wait, _WAIT_S):
-                    pass
+                await _placed(group)
         except BaseException:
             for group in groups:
                 self._keeper.give_back(group)
-            free += berths
+            for berth in berths:
+                self._free_berth(pool, berth)
             raise
         finally:
             self._waiting[pool] -= count
         for group, size in zip(groups, sizes, strict=True):
-            self._groups[group] = 0
+            self._groups[group] = size
             self._noted[group] = NotedGroup(group=group.id.hex(), pool=pool, size=size)
             berths += [Berth(group, index) for index in range(size)]
+        return berths
+
+    def _take_free(self, pool: Pool, most: int) -> list[Berth]:
+        """In use from here on, so that a group stays whose last member ends while somebody waits for a berth of it."""
+        free = self._free[pool]
+        berths = [free.pop() for _ in range(min(most, len(free)))]
         for berth in berths:
             self._groups[berth.group] += 1
         return berths
@@ -264,6 +268,17 @@ class Pools:
     def _config(self, pool: Pool) -> PoolConfig:
         config: PoolConfig = getattr(self._plan.config.pools, pool)
         return config
+
+
+async def _placed(group: PlacementGroup) -> None:
+    """Wait until Ray has placed all of it. Raises: StartupError if there is no such group any more."""
+    try:
+        # `ready()` would start a process to find out.
+        while not await asyncio.to_thread(group.wait, _WAIT_S):
+            pass
+    except Exception as error:
+        # Of a group that somebody has removed Ray says so with an error that has no class of its own.
+        raise StartupError(f"Ray does not place {group.id.hex()}: {error}") from error
 
 
 async def _in_thread(work: Callable[[], None], undo: Callable[[], None]) -> None:

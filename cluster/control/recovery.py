@@ -43,6 +43,10 @@ class Recovery:
         self._more = asyncio.Event()
         self._replacing: dict[Pool, asyncio.Task[None]] = {}
 
+    def __contains__(self, worker_id: object) -> bool:
+        """Whether it is to be done without."""
+        return worker_id in self._lost
+
     @property
     def reason(self) -> str:
         """Who is to be done without, and why."""
@@ -73,8 +77,8 @@ class Recovery:
         lost = dict(self._lost)
         try:
             await self._mender.recover(lost)
-        except OctetError as error:
-            _log.warning("no recovery yet: %s", error)
+        except Exception as error:
+            _say("no recovery yet", error)
             await asyncio.sleep(self._retry_s)
             return
         self._lost = {worker_id: why for worker_id, why in self._lost.items() if worker_id not in lost}
@@ -90,6 +94,11 @@ class Recovery:
         for pool in [pool for pool, task in self._replacing.items() if task.done()]:
             try:
                 self._replacing.pop(pool).result()
-            except OctetError as error:
-                _log.warning("the %s pool is not complete yet: %s", pool, error)
+            except Exception as error:
+                _say(f"the {pool} pool is not complete yet", error)
                 await asyncio.sleep(self._retry_s)
+
+
+def _say(what: str, error: Exception) -> None:
+    """Whatever it is, recovery goes on: without it, no later loss would be dealt with either."""
+    _log.warning("%s: %s", what, error, exc_info=None if isinstance(error, OctetError) else error)

@@ -141,10 +141,72 @@ async def test_a_place_that_is_free_is_waited_for_where_its_node_is_gone(
     with pytest.raises(StartupError, match="no node had room"):
         await starting
     assert pools.waiting_for == ""
+    assert pools.groups == (), "nobody is in that group"
     starting = asyncio.create_task(pools.start("decode", 1, WAIT_S))
-    await until(lambda: pools.waiting_for != "")
-    assert groups == [], "it is free again"
+    await until(lambda: len(groups) == 1)
     starting.cancel()
+
+
+async def two_together(groups: list[Group], monkeypatch: pytest.MonkeyPatch) -> tuple[Pools, list[Member]]:
+    """Two members that share a group, of which nothing has room any more once they are there."""
+
+    def start_in(self: Pools, berth: Berth, pool: Pool, number: int) -> Member:
+        return Member(worker_id=WorkerId(f"{pool}-{number}"), pool=pool, actor=f"{pool}-{number}", berth=berth)
+
+    monkeypatch.setattr(Pools, "_start_in", start_in)
+    monkeypatch.setattr(cluster.control.pools, "kill", lambda actor: None)
+    pools = Pools(make_plan(load_config()), None)
+    starting = asyncio.create_task(pools.start("decode", 2, 5.0, together=2))
+    await until(lambda: len(groups) == 1)
+    groups[0].room = True
+    members = await starting
+    groups[0].room = False
+    return pools, members
+
+
+async def test_a_group_stays_whose_last_member_ends_while_a_place_in_it_is_waited_for(
+    groups: list[Group], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pools, (first, second) = await two_together(groups, monkeypatch)
+    pools.end(first)
+    starting = asyncio.create_task(pools.start("decode", 1))
+    await until(lambda: pools.waiting_for != "")
+    pools.end(second)
+    assert len(groups) == 1
+    groups[0].room = True
+    (third,) = await asyncio.wait_for(starting, 5.0)
+    assert (third.berth.group, len(groups)) == (first.berth.group, 1)
+    pools.end(third)
+    assert groups == []
+
+
+async def test_a_place_that_becomes_free_while_another_is_waited_for_in_vain_is_used_again(
+    groups: list[Group], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pools, (first, second) = await two_together(groups, monkeypatch)
+    pools.end(first)
+    with pytest.raises(StartupError, match="no node had room"):
+        await pools.start("decode", 1, 0.05)
+    groups[0].room = True
+    (third,) = await pools.start("decode", 1, 5.0)
+    assert (third.berth.group, len(groups)) == (first.berth.group, 1)
+    pools.end(second)
+    (fourth,) = await pools.start("decode", 1, 5.0)
+    assert {third.berth.index, fourth.berth.index} == {0, 1}
+
+
+async def test_a_group_that_somebody_has_removed_is_an_error_of_the_start(
+    groups: list[Group], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pools = Pools(make_plan(load_config()), None)
+
+    def wait(self: Group, timeout_s: float) -> bool:
+        raise Exception("Placement group does not exist.")
+
+    monkeypatch.setattr(Group, "wait", wait)
+    with pytest.raises(StartupError, match="does not exist"):
+        await pools.start("decode", 1, 5.0)
+    assert groups == []
 
 
 @pytest.mark.parametrize("given_up", [False, True])

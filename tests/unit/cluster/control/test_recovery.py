@@ -3,6 +3,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 
+import pytest
+
 from cluster.control.recovery import Recovery
 from cluster.members import Pool
 from octet.errors import UnavailableError
@@ -16,6 +18,8 @@ class Cluster:
         self.sizes: dict[Pool, int] = {"prefill": 2, "decode": 2, "experts": 2}
         self.wanted = dict(self.sizes)
         self.no_room, self.refusals = no_room, 0
+        self.bugs: list[str] = []
+        """Steps that fail once, with an error of no kind."""
         self.room = asyncio.Event()
         self.recovery = Recovery(self, self.short, retry_s=0.0)
 
@@ -26,6 +30,7 @@ class Cluster:
         self.recovery.add(WorkerId(name), "killed")
 
     async def recover(self, lost: Mapping[WorkerId, str]) -> None:
+        self._step("recover")
         if self.refusals:
             self.refusals -= 1
             raise UnavailableError("not yet")
@@ -34,9 +39,15 @@ class Cluster:
 
     async def replenish(self, pool: Pool, size: int, reason: str) -> None:
         assert reason.startswith("to replace ")
+        self._step("replenish")
         if pool in self.no_room:
             await self.room.wait()
         self.sizes[pool] = size
+
+    def _step(self, name: str) -> None:
+        if name in self.bugs:
+            self.bugs.remove(name)
+            raise RuntimeError(name)
 
 
 async def until(cluster: Cluster, sizes: dict[Pool, int]) -> None:
@@ -94,3 +105,14 @@ async def test_the_next_loss_is_made_up_for_though_the_last_one_was_given_up_hal
     cluster.lose("prefill", "prefill-1")
     await asyncio.wait_for(cluster.recovery.run(), 10)
     assert cluster.sizes == cluster.wanted
+
+
+async def test_recovery_goes_on_whatever_a_step_fails_with(caplog: pytest.LogCaptureFixture) -> None:
+    cluster = Cluster(no_room=set())
+    cluster.bugs = ["recover", "replenish"]
+    cluster.lose("decode", "decode-0")
+    await asyncio.wait_for(cluster.recovery.run(), 10)
+    assert cluster.sizes == cluster.wanted
+    assert cluster.bugs == []
+    for step in ("recover", "replenish"):
+        assert f"RuntimeError: {step}" in caplog.text, "it is not hidden"
