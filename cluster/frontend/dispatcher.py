@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from cluster.frontend.live_requests import LiveRequest, LiveRequests
 from cluster.frontend.prefix_index import PrefixIndex
@@ -61,7 +62,7 @@ class Dispatcher:
             lost = [choice for choice, stage in live.stages.items() if any(stage.depends_on(worker) for worker in gone)]
             if lost:
                 self._again(live, lost, f"{', '.join(sorted(gone))} left the cluster")
-        self.start_waiting()
+        self._start_again(self._waiting)
 
     def report(self, worker_id: WorkerId, load: WorkerLoad) -> bool:
         """Note a worker's load. Returns: whether it is one of ours."""
@@ -70,21 +71,21 @@ class Dispatcher:
             self._workload.report(worker_id, load)
         return known
 
-    def start(self, live: LiveRequest, request: PrefillRequest, avoid: Collection[WorkerId] = ()) -> bool:
-        """Send choices of a request on their way, or keep them until somebody may take them. Returns: whether sent."""
+    def start(self, live: LiveRequest, request: PrefillRequest, avoid: Collection[WorkerId] = ()) -> None:
+        """Send choices of a request on their way, or keep them until somebody may take them."""
         token_ids = unpack_ids(request.token_ids)
         cached_tokens = self._prefixes.cached_tokens(token_ids)
         decision = schedule(self._workload.prefill_views(cached_tokens), self._workload.decode_views(), avoid)
         if isinstance(decision, Wait):
-            self._waiting.append(_Waiting(live=live, request=request, reason=decision.reason))
-            return False
+            due_s = self._try_later(live, request) if avoid else math.inf
+            self._waiting.append(_Waiting(live=live, request=request, reason=decision.reason, due_s=due_s))
+            return
         self._prefixes.sent(decision.prefill, token_ids)
         self._sent(len(token_ids), cached_tokens[decision.prefill])
         live.stages |= self._workload.assign(
             request.choices, request.attempt, len(token_ids), cached_tokens[decision.prefill], decision
         )
         self._send(decision.prefill, dataclasses.replace(request, decode_worker=decision.decode))
-        return True
 
     def note_token(self, live: LiveRequest, event: TokenEvent, worker_id: WorkerId) -> None:
         """A token of the live attempt was committed. A worker that does not know that the choice is over is told."""
@@ -107,16 +108,6 @@ class Dispatcher:
         """Compute a choice of the live attempt again, elsewhere if there is another worker, and otherwise later."""
         live.failed_on.setdefault(event.choice, set()).add(worker_id)
         self._again(live, [event.choice], event.reason)
-
-    def start_waiting(self) -> None:
-        """Try what waits: the workers have changed, or it has waited long enough for one that failed it."""
-        waiting, self._waiting = self._waiting, []
-        for each in sorted(waiting, key=lambda each: (each.request.priority, each.request.arrival_s)):
-            wanted = tuple(
-                choice for choice in each.request.choices if each.live.journal.is_live(choice, each.request.attempt)
-            )
-            if each.live.record.outcome is None and wanted:
-                self._start_avoiding(each.live, dataclasses.replace(each.request, choices=wanted))
 
     def waits_for(self, live: LiveRequest) -> str:
         """Why nobody computes a request's choices, or an empty string."""
@@ -158,13 +149,34 @@ class Dispatcher:
 
     def _start_avoiding(self, live: LiveRequest, request: PrefillRequest) -> None:
         avoid = set[WorkerId]().union(*(live.failed_on.get(choice, ()) for choice in request.choices))
-        if not self.start(live, request, avoid) and avoid:
-            # Nobody else is there. It may have been a passing fault; if not, `set_workers` will say so.
-            for choice in request.choices:
-                live.failed_on.pop(choice, None)
-            most = max(live.num_restarts.get(choice, 0) for choice in request.choices)
-            delay_s = min(_FIRST_RETRY_S * 2 ** max(0, most - 1), _LAST_RETRY_S)
-            asyncio.get_running_loop().call_later(delay_s, self.start_waiting)
+        self.start(live, request, avoid)
+
+    def _try_later(self, live: LiveRequest, request: PrefillRequest) -> float:
+        """Nobody is there but who has failed it. It may have been a passing fault; if not, `set_workers` will say so.
+
+        Returns: when it is tried again.
+        """
+        for choice in request.choices:
+            live.failed_on.pop(choice, None)
+        most = max(live.num_restarts.get(choice, 0) for choice in request.choices)
+        loop = asyncio.get_running_loop()
+        due_s: float = loop.time() + min(_FIRST_RETRY_S * 2 ** max(0, most - 1), _LAST_RETRY_S)
+        loop.call_at(due_s, self._start_due, due_s)
+        return due_s
+
+    def _start_due(self, now_s: float) -> None:
+        self._start_again([each for each in self._waiting if each.due_s <= now_s])
+
+    def _start_again(self, waiting: Sequence[_Waiting]) -> None:
+        """Try some of what waits: the workers have changed, or it has waited long enough for one that failed it."""
+        tried = {id(each) for each in waiting}
+        self._waiting = [each for each in self._waiting if id(each) not in tried]
+        for each in sorted(waiting, key=lambda each: (each.request.priority, each.request.arrival_s)):
+            wanted = tuple(
+                choice for choice in each.request.choices if each.live.journal.is_live(choice, each.request.attempt)
+            )
+            if each.live.record.outcome is None and wanted:
+                self._start_avoiding(each.live, dataclasses.replace(each.request, choices=wanted))
 
     def _leave_stages(self, live: LiveRequest, choices: Iterable[int]) -> None:
         """Let nobody go on with the attempts of these choices; a prompt that others share goes on for them."""
@@ -193,3 +205,5 @@ class _Waiting:
     live: LiveRequest
     request: PrefillRequest
     reason: str
+    due_s: float
+    """When it is tried again, by the event loop's clock; infinite if only other workers can help."""

@@ -191,6 +191,19 @@ async def test_when_one_choice_fails_the_work_of_the_others_is_freed(cluster: Cl
     assert await cluster.decode.next() == abort(request)
 
 
+async def test_a_request_that_waits_for_its_next_try_is_not_tried_with_anothers(cluster: Cluster) -> None:
+    clients = [cluster.ask(request_id="first")]
+    for _ in range(3):
+        # It waits for twice as long each time.
+        cluster.decode.tell(failed(await cluster.prefill.next_request(), "broken", retryable=True))
+    client, request = await cluster.admitted(request_id="second")
+    cluster.decode.tell(failed(request, "broken", retryable=True))
+    again = [(await cluster.prefill.next_request()).request_id for _ in range(2)]
+    assert again == ["second", "first"]
+    for each in (*clients, client):
+        await each.leave()
+
+
 # Endings.
 
 
