@@ -1,23 +1,26 @@
 """`octet bench simulator`: one closed loop on real clusters of this machine and on simulated ones, at three sizes.
 
 What members cost is measured of plain processes (`ops.bench.breakdown`), right before and after each cluster: the speed
-of a machine moves, and a ratio is of one time. What all other processes take of the shared cores (frontend, Ray, the
-bench as a client) is measured of each cluster with half the streams, as processor time.
+of a machine moves, and a ratio is of one time. As many shards compute there at once as can in the cluster: one that has
+the memory for itself reads an expert faster than two do. What all other processes take of the shared cores (frontend,
+Ray, the bench as a client) is measured of each cluster with half the streams, as processor time.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
-import itertools
 import json
 import pathlib
 import tempfile
 import uuid
+from collections.abc import Mapping
 
 from cluster.planning import make_plan
 from octet.config import OctetConfig, load_config
 from ops.bench.breakdown.calibration import BreakdownOptions, Samples, make_prompts, overrides, run, samples
+from ops.bench.breakdown.costs import Costs
 from ops.bench.breakdown.processes import Pools
 from ops.bench.checkpoints import BENCH, write_checkpoint
 from ops.bench.machine import Machine, describe
@@ -49,14 +52,14 @@ class SimulatorOptions:
             new_tokens=self.new_tokens,
         )
 
-    @property
-    def breakdown(self) -> BreakdownOptions:
+    def breakdown(self, shards: int) -> BreakdownOptions:
         """Batches and contexts of about the sizes that the loop has."""
         return BreakdownOptions(
             streams=tuple(sorted({1, max(1, self.streams // 2), self.streams})),
             prompt_tokens=self.prompt_tokens,
             long_prompt_tokens=4 * self.prompt_tokens,
             rounds=2,
+            shards=shards,
         )
 
 
@@ -64,7 +67,7 @@ class _Calibrator:
     """Pools of plain processes that stay for all rounds, and wait while clusters run. Close it."""
 
     def __init__(self, model_dir: str, options: BreakdownOptions) -> None:
-        self._options = options
+        self.shards, self._options = options.shards, options
         self._plan = make_plan(load_config(overrides=overrides(model_dir, options)))
         self.worker_threads = self._plan.threads["decode"]
         self._pools = Pools(self._plan)
@@ -80,34 +83,42 @@ class _Calibrator:
 def bench_simulator(options: SimulatorOptions, json_file: pathlib.Path | None) -> None:
     """Print the ratios; with `json_file`, write them and what they are of there. Raises: OctetError."""
     machine = describe()
-    with tempfile.TemporaryDirectory() as model_dir:
+    with tempfile.TemporaryDirectory() as model_dir, contextlib.ExitStack() as stack:
         write_checkpoint(pathlib.Path(model_dir), BENCH)
-        calibrator = _Calibrator(model_dir, options.breakdown)
-        try:
-            rounds = [_round(calibrator, model_dir, machine, options) for _ in range(options.rounds)]
-        finally:
-            calibrator.close()
+        calibrators: dict[int, _Calibrator] = {}
+        for shards in sorted({_at_once(sizes, machine) for sizes in _SIZES}):
+            calibrators[shards] = _Calibrator(model_dir, options.breakdown(shards))
+            stack.callback(calibrators[shards].close)
+        rounds = [_round(calibrators, model_dir, machine, options) for _ in range(options.rounds)]
     print_report(machine, rounds)
     if json_file is not None:
         json_file.write_text(json.dumps(as_json(machine, dataclasses.asdict(options), rounds), indent=2) + "\n")
 
 
-def _round(calibrator: _Calibrator, model_dir: str, machine: Machine, options: SimulatorOptions) -> Round:
+def _at_once(sizes: Sizes, machine: Machine) -> int:
+    """Shards that compute at the same time at most: each has one thread."""
+    return min(sizes[2], machine.cores)
+
+
+def _round(
+    calibrators: Mapping[int, _Calibrator], model_dir: str, machine: Machine, options: SimulatorOptions
+) -> Round:
     """All that is measured first, so that simulating disturbs none of it."""
-    configs = {sizes: _config(model_dir, sizes, calibrator.worker_threads) for sizes in _SIZES}
-    turn, taken, seen = turn_s(), [calibrator.samples()], list[Seen]()
-    for config in configs.values():
-        seen.append(asyncio.run(_measured(config, options.loop)))
-        taken.append(calibrator.samples())
+    turn, seen = turn_s(), dict[Sizes, tuple[OctetConfig, _Calibrator, Costs, Seen]]()
+    for sizes in _SIZES:
+        calibrator = calibrators[_at_once(sizes, machine)]
+        config = _config(model_dir, sizes, calibrator.worker_threads)
+        before = calibrator.samples()
+        real = asyncio.run(_measured(config, options.loop))
+        seen[sizes] = config, calibrator, (before + calibrator.samples()).costs(), real
     shape = shape_of(model_dir, _ELEMENT_BYTES)
     alone = from_rates(CPU, shape, shape.num_experts, machine.cores)
     compared = []
-    for (before, after), (sizes, config), real in zip(itertools.pairwise(taken), configs.items(), seen, strict=True):
-        measured = (before + after).costs()
+    for sizes, (config, calibrator, measured, real) in seen.items():
         calibration = Calibration(
             costs=dataclasses.asdict(measured),
             worker_threads=calibrator.worker_threads,
-            num_shards=options.breakdown.shards,
+            num_shards=calibrator.shards,
             turn_s=turn,
         )
         costs = dataclasses.replace(
