@@ -10,15 +10,16 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from functools import partial
+from typing import Any, TypeVar
 
 from cluster.actors import answer_of, call
 from cluster.control.change_log import ChangeLog
 from cluster.control.membership import Membership
 from cluster.control.pools import Member, Pools
 from cluster.control.preparation import Preparation
-from cluster.control.services import FRONTEND, Services
+from cluster.control.services import FRONTEND, ROUTER, Services
 from cluster.control.standby import Standby
 from cluster.members import MemberStatus, Pool
 from cluster.plan import ServingPlan
@@ -28,6 +29,7 @@ from router.proposal import Proposal
 from router.transition import Transition
 
 _log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 _PROPOSE_S = 60.0
 _ANSWER_S = 10.0
@@ -56,7 +58,9 @@ class Changes:
         self._preparation = Preparation(pools, self._standby)
         self._services = services
         self._draining: set[WorkerId] = set()
-        self._joining: set[asyncio.Task[None]] = set()
+        self._going_through: set[asyncio.Task[Any]] = set()
+        self._untold: set[WorkerId] = set()
+        """Services that did not answer when they were told who serves."""
         self.log = ChangeLog()
         self.num_redundant = plan.config.pools.experts.redundant_experts
         """Slots per layer beyond one for each expert, over all shards."""
@@ -80,6 +84,9 @@ class Changes:
 
         Raises: OctetError, and then it is as it was.
         """
+        await self._through(self._set_redundancy(num_redundant, reason))
+
+    async def _set_redundancy(self, num_redundant: int, reason: str) -> None:
         before, self.num_redundant = self.num_redundant, num_redundant
         try:
             await self.rebalance(dry_run=False, reason=reason)
@@ -101,6 +108,9 @@ class Changes:
         proposal = await self._propose(self._membership.routing.epoch)
         if not proposal.transition.fills or proposal.relative_gain < min_gain:
             return proposal
+        return await self._through(self._move(reason))
+
+    async def _move(self, reason: str) -> Proposal:
         async with self.log.change("rebalance", reason) as record:
             proposals: list[Proposal] = []
 
@@ -153,10 +163,14 @@ class Changes:
                 ready = await self._preparation.members(pool, size - before)
                 if pool != "experts":
                     await self._wait_for_shards(ready)
-        joining = asyncio.create_task(self._join(pool, size, reason, shrinks, ready, begun_s))
-        self._joining.add(joining)
-        joining.add_done_callback(self._joining.discard)
-        await asyncio.shield(joining)
+        await self._through(self._join(pool, size, reason, shrinks, ready, begun_s))
+
+    async def _through(self, change: Coroutine[Any, Any, _T]) -> _T:
+        """To its end, also where whoever asked for it waits no longer: of half a change nobody could say what holds."""
+        task = asyncio.create_task(change)
+        self._going_through.add(task)
+        task.add_done_callback(self._going_through.discard)
+        return await asyncio.shield(task)
 
     async def _wait_for_shards(self, ready: Sequence[Member]) -> None:
         """Workers that come when no shard serves join after the first one. Raises: UnavailableError, and they end."""
@@ -235,9 +249,7 @@ class Changes:
                 self._pools.end(shard)
                 record.append(f"{shard.worker_id} is ended")
         await self.tell_frontend()
-        with contextlib.suppress(UnavailableError):
-            # A router service that is gone is replaced, and the next one told all of it.
-            await self.tell_router()
+        await self.tell_router()
 
     async def relink(self, worker_id: WorkerId, reason: str) -> None:
         """Give a worker another lane in place of a broken one. Raises: OctetError."""
@@ -279,26 +291,51 @@ class Changes:
         async with self.log.attempt("recovery", reason) as record:
             await self._membership.meet_frontend(FRONTEND, await self._services.replace_frontend())
             mailboxes = self._membership.mailboxes
-            await self._services.serve(mailboxes("prefill"), mailboxes("decode"), self.draining)
+            try:
+                await self._services.serve(mailboxes("prefill"), mailboxes("decode"), self.draining)
+            except OctetError:
+                # It would answer, and refuse every request: the next one may be luckier.
+                self._services.give_up_frontend()
+                raise
             record.append(f"another one serves on port {self._services.port}")
 
     async def tell_frontend(self) -> None:
-        """Who serves, and who is given nothing new. One that is gone is replaced, and the next one told all of it."""
-        prefill, decode = self._membership.mailboxes("prefill"), self._membership.mailboxes("decode")
-        frontend, draining = self._services.frontend, sorted(self._draining)
-        try:
-            # Who is told twice knows no more; who is not told sends requests to workers that have left.
-            told = answer_of(lambda: frontend.set_workers.remote(prefill, decode, draining))
-            await call("the frontend", told, _ANSWER_S)
-        except UnavailableError as error:
-            _log.warning("who serves was not told: %s", error)
+        """Who serves, and who is given nothing new."""
+
+        def set_workers() -> Awaitable[None]:
+            prefill, decode = self._membership.mailboxes("prefill"), self._membership.mailboxes("decode")
+            told: Awaitable[None] = self._services.frontend.set_workers.remote(prefill, decode, sorted(self._draining))
+            return told
+
+        await self._tell(FRONTEND, set_workers)
 
     async def tell_router(self) -> None:
         """Who serves, and by what routing."""
         self._on_members(self._membership.all())
-        actors = {member.worker_id: member.actor for member in self._membership.all()}
-        router, routing = self._services.router, self._membership.routing
-        await call("the router", answer_of(lambda: router.watch.remote(routing, actors)), _ANSWER_S)
+
+        def watch() -> Awaitable[None]:
+            actors = {member.worker_id: member.actor for member in self._membership.all()}
+            told: Awaitable[None] = self._services.router.watch.remote(self._membership.routing, actors)
+            return told
+
+        await self._tell(ROUTER, watch)
+
+    async def tell_again(self) -> None:
+        """Services that did not answer the last time."""
+        if FRONTEND in self._untold:
+            await self.tell_frontend()
+        if ROUTER in self._untold:
+            await self.tell_router()
+
+    async def _tell(self, service: WorkerId, ask: Callable[[], Awaitable[None]]) -> None:
+        """What is so already, and no less so for a service that does not hear it: one that is gone is replaced and the
+        next one told all of it, any other is told again. Who is told twice knows no more."""
+        self._untold.discard(service)
+        try:
+            await call(service, answer_of(ask), _ANSWER_S)
+        except UnavailableError as error:
+            self._untold.add(service)
+            _log.warning("%s was not told who serves: %s", service, error)
 
     async def _grow(self, pool: Pool, members: Sequence[Member]) -> None:
         try:
@@ -353,10 +390,10 @@ class Changes:
         await self.tell_frontend()
 
     async def _idle(self, members: Sequence[Member]) -> bool:
-        statuses: list[MemberStatus] = await asyncio.gather(
-            *(call(m.worker_id, answer_of(partial(m.actor.status.remote)), _ANSWER_S) for m in members)
-        )
-        loads = [status.load for status in statuses if status.load is not None]
+        """Whether none has anything left to end. One that does not answer will not."""
+        asked = (call(m.worker_id, answer_of(partial(m.actor.status.remote)), _ANSWER_S) for m in members)
+        statuses: list[MemberStatus | BaseException] = await asyncio.gather(*asked, return_exceptions=True)
+        loads = [found.load for found in statuses if isinstance(found, MemberStatus) and found.load is not None]
         return all(load.running == load.waiting == load.leases == 0 for load in loads)
 
     async def _go_on_without(self, shards: Collection[WorkerId]) -> None:

@@ -238,9 +238,13 @@ class Controller(FaultCalls):
         known = self._membership.all() if self._membership is not None else []
         waiting = self._changes.standby.all() if self._changes is not None else []
         parted = self._membership.unless_parted if self._membership is not None else None
-        answers = await asyncio.gather(*(member_status(member, parted) for member in (*known, *waiting)))
+        asked = asyncio.gather(*(member_status(member, parted) for member in (*known, *waiting)))
+        # At the same time: each may take as long as it has.
+        answers, telemetry = await asyncio.gather(asked, self._telemetry(window_s))
         for number, (member, status) in enumerate(zip((*known, *waiting), answers, strict=True)):
-            shown = status if number < len(known) else dataclasses.replace(status, state="STANDBY")
+            shown = status
+            if number >= len(known) and status.state not in ("FAILED", "SILENT"):
+                shown = dataclasses.replace(status, state="STANDBY")
             if self._slow is not None and (why := self._slow.slow.get(member.worker_id)):
                 shown = dataclasses.replace(shown, state="SLOW", reason=why)
             members[member.pool].append(shown)
@@ -252,7 +256,7 @@ class Controller(FaultCalls):
             state=self._state,
             reason=reason,
             members=members,
-            telemetry=await self._telemetry(window_s),
+            telemetry=telemetry,
             epoch=routing.epoch,
             placement_version=routing.placement.version,
             changes=self._changes.log.records if self._changes is not None else (),
@@ -362,6 +366,8 @@ class Controller(FaultCalls):
             _log.error("what should have gone on has ended", exc_info=error)
 
     def _on_lost(self, worker_id: WorkerId, reason: str) -> None:
+        if self._is_dealt_with(worker_id):
+            return
         _log.error("%s is lost: %s", worker_id, reason)
         if self._state not in ("READY", "DEGRADED"):
             return
@@ -371,6 +377,12 @@ class Controller(FaultCalls):
         if self._state == "READY":
             self._spawn(self._recover(self._recovery))
         self._state, self._reason = "DEGRADED", self._recovery.reason
+
+    def _is_dealt_with(self, worker_id: WorkerId) -> bool:
+        """Whoever is evicted is killed for it, which the watch sees as well: that must not interrupt what follows."""
+        if self._recovery is None or self._membership is None:
+            return False
+        return worker_id in self._recovery or worker_id not in self._membership
 
     async def _recover(self, recovery: Recovery) -> None:
         await recovery.run()
@@ -414,6 +426,7 @@ class Controller(FaultCalls):
                 if await is_gone(services.router):
                     _log.warning("the router service is gone: another one takes its place")
                     await changes.replace_router()
+                await changes.tell_again()
             except OctetError as error:
                 # Whoever did not answer is looked at again at the next turn.
                 _log.warning("the services were not looked after: %s", error)

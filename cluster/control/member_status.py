@@ -13,7 +13,8 @@ from cluster.members import MemberStatus
 from octet.errors import UnavailableError
 from octet.ids import WorkerId
 
-_ANSWER_S = 10.0
+_ANSWER_S = 5.0
+"""Whoever asks for the status of all waits for the last of them."""
 _Waiting = Callable[[WorkerId, Awaitable[MemberStatus]], Awaitable[MemberStatus]]
 
 

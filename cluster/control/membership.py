@@ -250,7 +250,7 @@ class Membership:
         Returns: what was done.
         Raises: OctetError, and then everything is as it was, less the shards that were lost meanwhile.
         """
-        before, epoch = self.routing, self._epoch()
+        before, epoch, attempt = self.routing, self._epoch(), ""
         newcomers = {member.worker_id: member for member in joining}
         shards = {member.worker_id: member for member in self.pool("experts")} | newcomers
         present = {worker_id: member for worker_id, member in shards.items() if worker_id not in lost}
@@ -261,12 +261,13 @@ class Membership:
             await self._unless_lost(self._link(self._attention(), joining, epoch))
             reach("change.linked")
             step = await self._unless_lost(propose(epoch))
-            await self._unless_lost(self._prepare(step.fills, present, f"{epoch}.{step.target.placement.version}"))
+            attempt = f"{epoch}.{step.target.placement.version}"
+            await self._unless_lost(self._prepare(step.fills, present, attempt))
             reach("change.prepared")
         except OctetError:
             # Lanes to those that were to join end with their next adoption; what was filled is emptied.
             survivors = [member for worker_id, member in present.items() if worker_id in before.shards]
-            await self._retire(survivors, before)
+            await self._retire(survivors, before, given_up=attempt)
             raise
         self.adopting = (step.target, tuple(joining))
         self.note()
@@ -418,8 +419,13 @@ class Membership:
                     continue
                 self._on_astray(worker.worker_id, f"it did not adopt placement {routing.placement.version}: {outcome}")
 
-    async def _retire(self, shards: Sequence[Member], routing: Routing) -> None:
-        calls = [self._ask(m, m.actor.retire.remote(routing.held_by(m.worker_id)), self._lane_s) for m in shards]
+    async def _retire(self, shards: Sequence[Member], routing: Routing, given_up: str = "") -> None:
+        """
+        Args:
+            given_up: the attempt that shards may still prepare for.
+        """
+        retires = [(m, m.actor.retire.remote(routing.held_by(m.worker_id), given_up)) for m in shards]
+        calls = [self._ask(member, retire, self._lane_s) for member, retire in retires]
         for shard, outcome in zip(shards, await asyncio.gather(*calls, return_exceptions=True), strict=True):
             if isinstance(outcome, BaseException):
                 _log.warning("%s keeps slots that nobody asks for: %s", shard.worker_id, outcome)
@@ -432,10 +438,12 @@ class Membership:
         """Raises: UnavailableError as soon as a member is lost."""
         working = asyncio.ensure_future(work)
         lost = asyncio.ensure_future(self._lost.wait())
-        await asyncio.wait((working, lost), return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
+        try:
+            await asyncio.wait((working, lost), return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                return working.result()
+        finally:
+            working.cancel()
             lost.cancel()
-            return working.result()
-        working.cancel()
         await asyncio.gather(working, return_exceptions=True)
         raise UnavailableError("a member was lost meanwhile")

@@ -62,8 +62,7 @@ class Services:
             return None
         if found is None:
             # Whoever started it did not come to the end of it.
-            self._bury(self.frontend)
-            self.frontend = Gone()
+            self.give_up_frontend()
         return found
 
     async def replace_frontend(self) -> str:
@@ -80,6 +79,11 @@ class Services:
             raise
         self.frontend = frontend
         return listening[0]
+
+    def give_up_frontend(self) -> None:
+        """Kill one that cannot serve: it is lost from here on."""
+        self._bury(self.frontend)
+        self.frontend = Gone()
 
     async def serve(
         self, prefill: Mapping[WorkerId, str], decode: Mapping[WorkerId, str], draining: frozenset[WorkerId]

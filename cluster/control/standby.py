@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 
 from cluster.actors import call
+from cluster.control.member_status import member_status
 from cluster.control.membership import Membership
 from cluster.control.pools import Member, Pools
 from cluster.members import POOLS, Pool
@@ -39,6 +40,7 @@ class Standby:
     async def fill(self) -> None:
         """Start as many as each pool's config asks for. Where Ray has no room for them, there are fewer."""
         async with self._filling:
+            await self._end_lost()
             for pool in POOLS:
                 wanted: int = getattr(self._plan.config.pools, pool).standby
                 if missing := wanted - len(self._ready[pool]):
@@ -47,6 +49,17 @@ class Standby:
                         self.note()
                     except OctetError as error:
                         _log.warning("no %s process on standby: %s", pool, error)
+
+    async def _end_lost(self) -> None:
+        """Nobody watches these, and one that is lost would be missed only when it was needed."""
+        members = self.all()
+        found = await asyncio.gather(*(member_status(member) for member in members))
+        for member, status in zip(members, found, strict=True):
+            if status.state == "FAILED" and member in self._ready[member.pool]:
+                _log.warning("a process on standby is lost: %s", status.reason)
+                self._ready[member.pool].remove(member)
+                self._pools.end(member)
+                self.note()
 
     async def take(self, pool: Pool, count: int) -> list[Member]:
         """Up to so many that live."""

@@ -150,8 +150,8 @@ class ExpertShard(_MemberActor):
     def lend(self, to: WorkerId, experts: Sequence[tuple[int, int]], attempt: str) -> None:
         self._worker.lend(to, experts, attempt)
 
-    def retire(self, held: Mapping[int, Sequence[int]]) -> None:
-        self._worker.retire(held)
+    def retire(self, held: Mapping[int, Sequence[int]], given_up: str = "") -> None:
+        self._worker.retire(held, given_up)
 
     def telemetry(self) -> ShardSample | None:
         return self._worker.telemetry()

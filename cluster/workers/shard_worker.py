@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import logging
 import os
 import pathlib
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -18,7 +18,7 @@ from cluster.plan import ServingPlan
 from cluster.workers.lanes import open_port, serving_dtype
 from cluster.workers.process import resident_bytes
 from cluster.workers.stores import Stores
-from cluster.workers.weight_transfer import Expert, borrow, lend
+from cluster.workers.weight_transfer import Expert, borrow, lend, parts_of
 from experts.loop import DECODE_FIRST, PREFILL_AFTER, ShardLoop
 from experts.shard import ExpertShard
 from experts.slots import EMPTY, ExpertSlots, Fill
@@ -27,7 +27,7 @@ from model.host_memory import keep_freed_memory
 from model.linear import packs
 from model.load_progress import LoadProgress, LoadSnapshot
 from model.threads import set_num_threads
-from octet.errors import LaneError
+from octet.errors import LaneError, UnavailableError
 from octet.faults import reach
 from octet.ids import Epoch, WorkerId
 from octet.pulse import Pulse
@@ -43,6 +43,10 @@ _log = logging.getLogger(__name__)
 _LENDER, _BORROWER = HOST_SIDE, GUEST_SIDE
 _TRANSFER_CONNECT_S = 10.0
 """A lender that does not come within this time is done without: there is the checkpoint."""
+_READ_BYTES = 2**28
+"""Of the checkpoint, between two looks at whether anybody still waits for it."""
+_ATTEMPTS_KEPT = 16
+"""They come one after the other: a call of one that was given up before the last few is not on its way any more."""
 
 
 class ShardWorker:
@@ -63,6 +67,9 @@ class ShardWorker:
         self._store = GroupStore.host(host, plan.config.lane.connect_s, plan.secret)
         self._peer_stores = Stores(plan.config.lane.connect_s, plan.secret)
         self._changing = threading.Lock()
+        self._given_up: collections.deque[str] = collections.deque(maxlen=_ATTEMPTS_KEPT)
+        """Attempts that nobody prepares for any more."""
+        self._borrowing: WireChannel | None = None
         self._slots: ExpertSlots | None = None
         self._shard: ExpertShard | None = None
         self._loop: ShardLoop | None = None
@@ -114,23 +121,30 @@ class ShardWorker:
             attempt: names this transfer among all.
 
         Returns: bytes that came from lenders.
-        Raises: CheckpointError.
+        Raises: CheckpointError; UnavailableError if the attempt was given up, by `retire`.
         """
         assert self._slots is not None, "load comes before prepare"
         reach("prepare")
-        by_source: dict[WorkerId | None, list[Fill]] = defaultdict(list)
+        by_source: dict[WorkerId | None, list[Fill]] = collections.defaultdict(list)
         for fill in fills:
             by_source[fill.source].append(Fill(layer=fill.layer, slot=fill.slot, expert=fill.expert))
         unread, num_bytes = by_source.pop(None, []), 0
         with self._changing:
             for source, wanted in by_source.items():
                 assert source is not None
+                self._go_on_with(attempt)
                 missing = self._borrow(lenders[source], wanted, attempt)
                 num_bytes += (len(wanted) - len(missing)) * self._slots.expert_bytes
                 unread += missing
-            if unread:
-                self._slots.fill(unread)
+            for part in parts_of(unread, max(1, _READ_BYTES // self._slots.expert_bytes)):
+                self._go_on_with(attempt)
+                self._slots.fill(part)
         return num_bytes
+
+    def _go_on_with(self, attempt: str) -> None:
+        """Raises: UnavailableError."""
+        if attempt in self._given_up:
+            raise UnavailableError(f"the change that attempt {attempt} prepares for was given up")
 
     def lend(self, to: WorkerId, experts: Sequence[Expert], attempt: str) -> None:
         """Send experts to another shard while it prepares. Raises: LaneError."""
@@ -143,11 +157,20 @@ class ShardWorker:
         finally:
             channel.close()
 
-    def retire(self, held: Mapping[int, Sequence[int]]) -> None:
-        """Empty every slot that is EMPTY here. No attention worker may route to one of them."""
+    def retire(self, held: Mapping[int, Sequence[int]], given_up: str = "") -> None:
+        """Empty every slot that is EMPTY here. No attention worker may route to one of them.
+
+        Args:
+            given_up: an attempt whose `prepare` is to end, within one expert's time, rather than be waited for.
+        """
         assert self._slots is not None, "load comes before retire"
         reach("retire")
         assert self._shard is not None
+        if given_up:
+            self._given_up.append(given_up)
+            if (channel := self._borrowing) is not None:
+                # Its lender may be who is lost, and cut off.
+                channel.close()
         with self._changing:
             for layer, experts in held.items():
                 for slot, (kept, now) in enumerate(zip(experts, self._slots.held(layer), strict=True)):
@@ -204,9 +227,12 @@ class ShardWorker:
         except LaneError as error:
             _log.warning("%s lends nothing: %s", lender.worker_id, error)
             return list(fills)
+        self._borrowing = channel
         try:
-            return borrow(self._slots, fills, channel)
+            # Given up before `retire` could see the channel, or from now on by its being closed.
+            return list(fills) if attempt in self._given_up else borrow(self._slots, fills, channel)
         finally:
+            self._borrowing = None
             channel.close()
 
     def _channel(self, store: GroupStore, rank: int, lender: WorkerId, borrower: WorkerId, attempt: str) -> WireChannel:

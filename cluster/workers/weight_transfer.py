@@ -51,3 +51,12 @@ def borrow(
         slots.adopt(fill, weights[: gate_up.numel()], weights[gate_up.numel() : gate_up.numel() + down.numel()])
         note(slots.expert_bytes)
     return missing
+
+
+def parts_of(fills: Sequence[Fill], most: int) -> list[list[Fill]]:
+    """Parts of so many experts at most, each with all slots of an expert, which is read once for them."""
+    by_expert: dict[Expert, list[Fill]] = {}
+    for fill in fills:
+        by_expert.setdefault((fill.layer, fill.expert), []).append(fill)
+    slots = list(by_expert.values())
+    return [[fill for each in slots[i : i + most] for fill in each] for i in range(0, len(slots), most)]

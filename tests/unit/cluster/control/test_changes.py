@@ -1,0 +1,166 @@
+"""Changes of a cluster whose members and services are played: what becomes of them when somebody does not answer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cluster.control.changes import Changes
+from cluster.control.membership import Membership
+from cluster.control.pools import Member
+from cluster.control.services import FRONTEND
+from octet.errors import UnavailableError
+from octet.ids import Epoch, WorkerId
+from router.proposal import Proposal, make_proposal
+from router.routing import Routing
+from tests.unit.cluster.played import PATIENT_S, PLAN, soon
+from tests.unit.cluster.played_actors import Played, member, serving
+
+
+class Pools:
+    """Says whose processes were ended."""
+
+    def __init__(self) -> None:
+        self.ended: list[WorkerId] = []
+
+    def end(self, one: Member) -> None:
+        self.ended.append(one.worker_id)
+
+
+class Router(Played):
+    """Proposes that experts of the hottest shard change places with others."""
+
+    async def _answer(self, method: str, *args: Any) -> Any:
+        if method != "propose":
+            return await super()._answer(method, *args)
+        current, epoch = args[0], args[1]
+        return proposed(current, epoch)
+
+
+def proposed(current: Routing, epoch: Epoch) -> Proposal:
+    """Some experts move."""
+    loads = np.ones((len(current.placement.layers), PLAN.model.n_routed_experts))
+    loads[:, :4] = 100.0
+    return make_proposal(current, epoch, loads, PLAN.config.balancing, num_redundant=0, expert_bytes=1)
+
+
+class Services:
+    def __init__(self, router: Played, frontend: Played) -> None:
+        self.router, self.frontend, self.port = router, frontend, 1
+        self.given_up = 0
+
+    async def replace_frontend(self) -> str:
+        return "tcp://h:9"
+
+    async def serve(self, *args: object) -> None:
+        await self.frontend.serve.remote(*args)
+
+    def give_up_frontend(self) -> None:
+        self.given_up += 1
+
+
+class Cluster:
+    """Two members of each pool, and what ends and tells them."""
+
+    def __init__(self, actors: dict[str, Played], membership: Membership, services: Services) -> None:
+        self.actors, self.membership, self.services = actors, membership, services
+        self.pools, self.watched = Pools(), list[WorkerId]()
+        any_pools: Any = self.pools
+        any_services: Any = services
+        self.changes = Changes(PLAN, any_pools, membership, any_services, self._watch)
+
+    def _watch(self, members: Sequence[Member]) -> None:
+        self.watched = [one.worker_id for one in members]
+
+
+async def cluster_of(*special: Played, router: Played | None = None, frontend: Played | None = None) -> Cluster:
+    names = ["prefill-0", "prefill-1", "decode-0", "decode-1", *PLAN.routing.shards]
+    actors = {name: Played(name) for name in names} | {actor.worker_id: actor for actor in special}
+    membership = await serving(*(member(name.partition("-")[0], actors[name]) for name in names))  # type: ignore[arg-type]
+    services = Services(router or Router("router"), frontend or Played("frontend-0"))
+    return Cluster(actors, membership, services)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No process of this machine is killed for a played one."""
+    monkeypatch.setattr("cluster.control.membership.node_id", lambda: "another")
+
+
+async def test_a_pool_shrinks_also_where_one_that_leaves_is_lost_while_it_drains() -> None:
+    cluster = await cluster_of(Played("decode-1", refuses=("status",)))
+    await soon(cluster.changes.scale("decode", 1, "for a test"))
+    assert "decode-1" not in cluster.membership
+    assert cluster.pools.ended == ["decode-1"]
+    assert cluster.changes.draining == frozenset()
+
+
+async def test_who_has_left_is_ended_where_the_router_service_does_not_hear_of_it() -> None:
+    router = Router("router", refuses=("watch",))
+    cluster = await cluster_of(router=router)
+    await soon(cluster.changes.scale("prefill", 1, "for a test"))
+    assert cluster.pools.ended == ["prefill-1"]
+    assert "stop" in cluster.actors["prefill-1"].calls
+    assert "prefill-1" not in cluster.watched
+    router.refuses = ()
+    router.calls.clear()
+    await soon(cluster.changes.tell_again())
+    await soon(cluster.changes.tell_again())
+    assert router.calls == ["watch"], "once it hears, it is told no more"
+
+
+async def test_a_frontend_that_was_not_told_is_told_again_who_serves_by_then() -> None:
+    frontend = Played("frontend-0", refuses=("set_workers",))
+    cluster = await cluster_of(frontend=frontend)
+    await soon(cluster.changes.scale("prefill", 1, "for a test"))
+    frontend.refuses = ()
+    frontend.calls.clear()
+    await soon(cluster.changes.tell_again())
+    assert frontend.calls == ["set_workers"]
+    await soon(cluster.changes.tell_again())
+    assert frontend.calls == ["set_workers"]
+
+
+async def test_a_frontend_that_does_not_hear_that_it_is_to_serve_makes_way_for_another() -> None:
+    cluster = await cluster_of(frontend=Played("frontend-0", refuses=("serve",)))
+    with pytest.raises(UnavailableError):
+        await soon(cluster.changes.replace_frontend("for a test"))
+    assert cluster.services.given_up == 1
+    assert cluster.membership.frontends[FRONTEND] == "tcp://h:9"
+
+
+async def test_experts_that_move_arrive_also_where_nobody_waits_for_it_any_more() -> None:
+    slow = Played("decode-0", hangs_at=("adopt",))
+    cluster = await cluster_of(slow)
+    before = cluster.membership.routing
+    asking = asyncio.create_task(cluster.changes.rebalance(dry_run=False, reason="for a test"))
+    await asyncio.wait_for(slow.asked_in_vain.wait(), PATIENT_S)
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    slow.may_go_on.set()
+    for _ in range(100):
+        if not cluster.changes.log.busy:
+            break
+        await asyncio.sleep(0.01)
+    assert cluster.membership.adopting is None
+    assert cluster.membership.routing.placement.version > before.placement.version
+    assert all("retire" in cluster.actors[shard].calls for shard in cluster.membership.routing.shards)
+
+
+async def test_what_is_prepared_for_a_change_that_is_given_up_is_given_up_by_name() -> None:
+    first, second = PLAN.routing.shards[:2]
+    slow = Played(first, hangs_at=("prepare",))
+    cluster = await cluster_of(slow, Played(second, hangs_at=("prepare",)))
+    asking = asyncio.create_task(cluster.changes.rebalance(dry_run=False, reason="for a test"))
+    await asyncio.wait_for(slow.asked_in_vain.wait(), PATIENT_S)
+    cluster.changes.interrupt(WorkerId("prefill-0"))
+    with pytest.raises(UnavailableError, match="lost meanwhile"):
+        await soon(asking)
+    (attempt,) = (args[2] for method, args in slow.asked if method == "prepare")
+    (given_up,) = (args[1] for method, args in slow.asked if method == "retire")
+    assert given_up == attempt != ""
