@@ -173,3 +173,15 @@ def test_a_misspelt_key_is_refused_with_the_nearest_name(name: str, tmp_path: pa
     altered.write_text((DEPLOY / name).read_text().replace("\n  prefill:\n", "\n  prefil:\n"))
     with pytest.raises(ConfigError, match=r"did you mean 'pools\.prefill'"):
         load_config(altered)
+
+
+@pytest.mark.parametrize("name", RAY_UP_FILES)
+def test_whatever_a_node_installs_beside_octet_is_pinned_as_well(name: str) -> None:
+    """Another version may ask for what the constraints exclude, and then nothing is installed."""
+    lines = (DEPLOY.parent / "constraints.txt").read_text().splitlines()
+    pinned = {line.partition("==")[0] for line in lines if "==" in line}
+    installs = [command for command in ray_up_file(name)["setup_commands"] if "pip install --constraint" in command]
+    assert installs
+    for command in installs:
+        packages = command.partition("constraints.txt")[2].split()
+        assert set(packages) - {"~/octet"} <= pinned
