@@ -4,15 +4,18 @@ Every call carries a deadline. A prompt is a string, a sequence of token ids, or
 Options are the fields of `Sampling`, `Stopping` and `Output` in octet.proto, by name.
 
 Generation goes on after a lost connection, without a gap or a repeat, up to the call's deadline: see
-`octet.resumption`. Whoever leaves a stream, or interrupts a call, has its request aborted.
+`octet.resumption`. Whoever leaves a stream, interrupts a call, or closes the client has the requests aborted that are
+under way.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import reprlib
+import threading
 import time
-from collections.abc import AsyncGenerator, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import grpc
@@ -28,8 +31,9 @@ Prompt: TypeAlias = str | Sequence[int] | Sequence[tuple[str, str]]
 _SECTIONS: dict[str, Any] = {"sampling": pb.Sampling, "stopping": pb.Stopping, "output": pb.Output}
 _OPTIONS = {field.name: section for section, cls in _SECTIONS.items() for field in cls.DESCRIPTOR.fields}
 _CHANNEL_OPTIONS = (
-    ("grpc.max_receive_message_length", 16 * 2**20),
-    ("grpc.max_send_message_length", 16 * 2**20),
+    # The server says how long messages may be (`frontend.max_message_mib`).
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.initial_reconnect_backoff_ms", 100),
@@ -37,6 +41,7 @@ _CHANNEL_OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 1_000),
 )
 _ABORT_S = 2.0
+_CLOSED = "this client was closed"
 
 __all__ = ["AsyncClient", "CallError", "Client", "make_request"]
 
@@ -62,6 +67,7 @@ class Client:
         self._generation = rpc.GenerationStub(self._channel)
         self._cluster = rpc.ClusterStub(self._channel)
         self._timeout_s, self._resume = timeout_s, resume
+        self._under_way, self._closed, self._lock = set[Resumption](), False, threading.Lock()
 
     def __enter__(self) -> Client:
         return self
@@ -70,6 +76,14 @@ class Client:
         self.close()
 
     def close(self) -> None:
+        """Abort what is under way: whoever waits for it in another thread hears CANCELLED. Idempotent."""
+        with self._lock:
+            left, self._closed = () if self._closed else tuple(self._under_way), True
+            self._under_way.clear()
+        aborts = [pb.AbortRequest(request_id=asked.request_id) for asked in left if asked.runs_on]
+        for call in [self._generation.Abort.future(abort, timeout=_ABORT_S) for abort in aborts]:
+            # One that cannot be told ends the request by itself, after a while.
+            call.exception()
         self._channel.close()
 
     def generate(self, prompt: Prompt, *, timeout_s: float | None = None, **options: Any) -> pb.GenerateResponse:
@@ -77,7 +91,7 @@ class Client:
         asked = self._ask(prompt, timeout_s, options)
         try:
             while True:
-                call = self._generation.Generate.future(asked.next_request(), timeout=asked.time_left_s)
+                call = self._begin(self._generation.Generate.future, asked)
                 try:
                     asked.note_metadata(call.initial_metadata())
                     response: pb.GenerateResponse = call.result()
@@ -97,7 +111,7 @@ class Client:
         asked = self._ask(prompt, timeout_s, options)
         try:
             while True:
-                call = self._generation.GenerateStream(asked.next_request(), timeout=asked.time_left_s)
+                call = self._begin(self._generation.GenerateStream, asked)
                 try:
                     asked.note_metadata(call.initial_metadata())
                     for chunk in call:
@@ -144,12 +158,30 @@ class Client:
 
     def scale(self, *, timeout_s: float | None = None, **sizes: int) -> pb.ScaleResponse:
         """Bring pools to other sizes, `experts=4`; answers when it is so. Raises: CallError."""
-        request = pb.ScaleRequest(sizes=[pb.PoolSize(pool=pool, size=size) for pool, size in sizes.items()])
+        request = make_scale_request(sizes)
         response: pb.ScaleResponse = self._call(self._cluster.Scale, request, timeout_s)
         return response
 
     def _ask(self, prompt: Prompt, timeout_s: float | None, options: dict[str, Any]) -> Resumption:
-        return Resumption(make_request(prompt, **options), timeout_s or self._timeout_s, resume=self._resume)
+        asked = Resumption(make_request(prompt, **options), timeout_s or self._timeout_s, resume=self._resume)
+        with self._lock:
+            if self._closed:
+                raise CallError(grpc.StatusCode.CANCELLED, _CLOSED)
+            self._under_way.add(asked)
+        return asked
+
+    def _begin(self, method: Any, asked: Resumption) -> Any:
+        """The next call. Raises: CallError if the client was closed."""
+        return self._unless_closed(lambda: method(asked.next_request(), timeout=asked.time_left_s))
+
+    def _unless_closed(self, call: Callable[[], Any]) -> Any:
+        """Of a channel that is closed gRPC says so in an error without a status. Raises: CallError."""
+        try:
+            return call()
+        except ValueError:
+            if not self._closed:
+                raise
+            raise CallError(grpc.StatusCode.CANCELLED, _CLOSED) from None
 
     def _wait(self, asked: Resumption, error: grpc.RpcError) -> None:
         """Until it is time for the next call. Raises: CallError if there shall be none."""
@@ -159,13 +191,17 @@ class Client:
         time.sleep(delay_s)
 
     def _leave(self, asked: Resumption) -> None:
-        if asked.runs_on:
+        with self._lock:
+            # What `close` has found there is aborted by it.
+            left = asked in self._under_way and asked.runs_on
+            self._under_way.discard(asked)
+        if left:
             with contextlib.suppress(CallError):
                 self.abort(asked.request_id, timeout_s=_ABORT_S)
 
     def _call(self, method: Any, request: Any, timeout_s: float | None) -> Any:
         try:
-            return method(request, timeout=timeout_s or self._timeout_s)
+            return self._unless_closed(lambda: method(request, timeout=timeout_s or self._timeout_s))
         except grpc.RpcError as error:
             raise typed(error) from None
 
@@ -183,6 +219,7 @@ class AsyncClient:
         self._generation: Any = rpc.GenerationStub(self._channel)
         self._cluster: Any = rpc.ClusterStub(self._channel)
         self._timeout_s, self._resume = timeout_s, resume
+        self._under_way, self._closed = set[Resumption](), False
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -191,6 +228,12 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
+        """As `Client.close`; also for streams whose iteration was left and not closed."""
+        left, self._closed = () if self._closed else tuple(self._under_way), True
+        self._under_way.clear()
+        aborts = [self.abort(asked.request_id, timeout_s=_ABORT_S) for asked in left if asked.runs_on]
+        # One that cannot be told ends the request by itself, after a while.
+        await asyncio.gather(*aborts, return_exceptions=True)
         await self._channel.close()
 
     async def generate(self, prompt: Prompt, *, timeout_s: float | None = None, **options: Any) -> pb.GenerateResponse:
@@ -198,16 +241,17 @@ class AsyncClient:
         asked = self._ask(prompt, timeout_s, options)
         try:
             while True:
-                call = self._generation.Generate(asked.next_request(), timeout=asked.time_left_s)
-                try:
-                    asked.note_metadata(await call.initial_metadata())
-                    response: pb.GenerateResponse = await call
-                    asked.note_end()
-                    return response
-                except grpc.RpcError as error:
-                    await self._wait(asked, error)
-                finally:
-                    call.cancel()
+                with self._unless_closed():
+                    call = self._generation.Generate(asked.next_request(), timeout=asked.time_left_s)
+                    try:
+                        asked.note_metadata(await call.initial_metadata())
+                        response: pb.GenerateResponse = await call
+                        asked.note_end()
+                        return response
+                    except grpc.RpcError as error:
+                        await self._wait(asked, error)
+                    finally:
+                        call.cancel()
         finally:
             await self._leave(asked)
 
@@ -218,20 +262,21 @@ class AsyncClient:
         asked = self._ask(prompt, timeout_s, options)
         try:
             while True:
-                call = self._generation.GenerateStream(asked.next_request(), timeout=asked.time_left_s)
-                try:
-                    asked.note_metadata(await call.initial_metadata())
-                    async for chunk in call:
-                        if asked.take(chunk):
-                            yield chunk
-                    asked.note_end()
-                    return
-                except grpc.RpcError as error:
-                    if asked.complete:
+                with self._unless_closed():
+                    call = self._generation.GenerateStream(asked.next_request(), timeout=asked.time_left_s)
+                    try:
+                        asked.note_metadata(await call.initial_metadata())
+                        async for chunk in call:
+                            if asked.take(chunk):
+                                yield chunk
+                        asked.note_end()
                         return
-                    await self._wait(asked, error)
-                finally:
-                    call.cancel()
+                    except grpc.RpcError as error:
+                        if asked.complete:
+                            return
+                        await self._wait(asked, error)
+                    finally:
+                        call.cancel()
         finally:
             await self._leave(asked)
 
@@ -268,12 +313,30 @@ class AsyncClient:
 
     async def scale(self, *, timeout_s: float | None = None, **sizes: int) -> pb.ScaleResponse:
         """Bring pools to other sizes, `experts=4`; answers when it is so. Raises: CallError."""
-        request = pb.ScaleRequest(sizes=[pb.PoolSize(pool=pool, size=size) for pool, size in sizes.items()])
+        request = make_scale_request(sizes)
         response: pb.ScaleResponse = await self._call(self._cluster.Scale, request, timeout_s)
         return response
 
     def _ask(self, prompt: Prompt, timeout_s: float | None, options: dict[str, Any]) -> Resumption:
-        return Resumption(make_request(prompt, **options), timeout_s or self._timeout_s, resume=self._resume)
+        asked = Resumption(make_request(prompt, **options), timeout_s or self._timeout_s, resume=self._resume)
+        if self._closed:
+            raise CallError(grpc.StatusCode.CANCELLED, _CLOSED)
+        self._under_way.add(asked)
+        return asked
+
+    @contextlib.contextmanager
+    def _unless_closed(self) -> Iterator[None]:
+        """Where a channel is closed, gRPC cancels whoever waits for a call of it, and says it without a status.
+
+        Raises: CallError.
+        """
+        try:
+            yield
+        except (asyncio.CancelledError, grpc.aio.UsageError):
+            task = asyncio.current_task()
+            if not self._closed or (task is not None and task.cancelling() > 0):
+                raise
+            raise CallError(grpc.StatusCode.CANCELLED, _CLOSED) from None
 
     async def _wait(self, asked: Resumption, error: grpc.RpcError) -> None:
         """Until it is time for the next call. Raises: CallError if there shall be none."""
@@ -283,27 +346,40 @@ class AsyncClient:
         await asyncio.sleep(delay_s)
 
     async def _leave(self, asked: Resumption) -> None:
-        if asked.runs_on:
+        # What `close` has found there is aborted by it.
+        left = asked in self._under_way and asked.runs_on
+        self._under_way.discard(asked)
+        if left:
             with contextlib.suppress(CallError):
                 await self.abort(asked.request_id, timeout_s=_ABORT_S)
 
     async def _call(self, method: Any, request: Any, timeout_s: float | None) -> Any:
         try:
-            return await method(request, timeout=timeout_s or self._timeout_s)
+            with self._unless_closed():
+                return await method(request, timeout=timeout_s or self._timeout_s)
         except grpc.RpcError as error:
             raise typed(error) from None
 
 
 def make_request(prompt: Prompt, *, request_id: str = "", priority: int = 0, **options: Any) -> pb.GenerateRequest:
-    """The request of a prompt and options. Raises: RequestError for an option that does not exist."""
-    request = pb.GenerateRequest(request_id=request_id, priority=priority)
-    if isinstance(prompt, str):
-        request.text = prompt
-    elif prompt and isinstance(prompt[0], tuple):
-        request.chat.CopyFrom(_chat(prompt))
-    else:
-        request.token_ids.ids.extend(prompt)  # type: ignore[arg-type]
-        request.token_ids.SetInParent()
+    """The request of a prompt and options. Raises: RequestError for an option that is none, or has another type."""
+    request = pb.GenerateRequest()
+    try:
+        request.request_id, request.priority = request_id, priority
+    except (TypeError, ValueError) as error:
+        found = f"{request_id!r}, {priority!r}"
+        raise RequestError("request_id, priority", found, "a string, and a number of 32 bits", str(error)) from error
+    try:
+        if isinstance(prompt, str):
+            request.text = prompt
+        elif prompt and isinstance(prompt[0], tuple):
+            request.chat.CopyFrom(_chat(prompt))
+        else:
+            request.token_ids.ids.extend(prompt)  # type: ignore[arg-type]
+            request.token_ids.SetInParent()
+    except (TypeError, ValueError) as error:
+        expected = "a text, token ids of 32 bits, or pairs (role, text)"
+        raise RequestError("prompt", reprlib.repr(prompt), expected, str(error)) from error
     sections: dict[str, dict[str, Any]] = {section: {} for section in _SECTIONS}
     for name, value in options.items():
         if name not in _OPTIONS:
@@ -319,7 +395,19 @@ def make_request(prompt: Prompt, *, request_id: str = "", priority: int = 0, **o
 
 
 def make_tokenize_request(prompt: str | Sequence[tuple[str, str]]) -> pb.TokenizeRequest:
-    return pb.TokenizeRequest(text=prompt) if isinstance(prompt, str) else pb.TokenizeRequest(chat=_chat(prompt))
+    """Raises: RequestError."""
+    try:
+        return pb.TokenizeRequest(text=prompt) if isinstance(prompt, str) else pb.TokenizeRequest(chat=_chat(prompt))
+    except (TypeError, ValueError) as error:
+        raise RequestError("prompt", reprlib.repr(prompt), "a text, or pairs (role, text)", str(error)) from error
+
+
+def make_scale_request(sizes: Mapping[str, int]) -> pb.ScaleRequest:
+    """Raises: RequestError."""
+    try:
+        return pb.ScaleRequest(sizes=[pb.PoolSize(pool=pool, size=size) for pool, size in sizes.items()])
+    except (TypeError, ValueError) as error:
+        raise RequestError("sizes", dict(sizes), "numbers of members, by pool", str(error)) from error
 
 
 def _chat(messages: Any) -> pb.Chat:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
-import secrets
 import time
 import uuid
 from typing import Any
@@ -35,7 +35,8 @@ class Resumption:
     """One request of a client, over as many calls as it takes.
 
     The request has an id and a seed, whoever gave them, and every call names the tokens that have come: so the server
-    that knows it goes on where it was, and one that does not computes the very rest of the answer.
+    that knows it goes on where it was, and one that does not computes the very rest of the answer. A seed that nobody
+    gave follows from the id: who asks the same with the same id asks the same.
     """
 
     def __init__(self, request: pb.GenerateRequest, timeout_s: float, *, resume: bool) -> None:
@@ -48,6 +49,8 @@ class Resumption:
         self._request, self._resume = request, resume
         self._deadline_s = time.monotonic() + timeout_s
         self._num_errors = 0
+        self._begun = False
+        """Whether a call is under way of which the server has not said anything yet."""
         self._accepted, self.complete = False, False
         """Whether all of the answer has come, which the usage in its last chunk tells: what becomes of the connection
         behind it is no loss."""
@@ -56,7 +59,7 @@ class Resumption:
             request.resumable = True
             request.request_id = request.request_id or uuid.uuid4().hex
             if not request.sampling.HasField("seed"):
-                request.sampling.seed = secrets.randbits(63)
+                request.sampling.seed = _seed_of(request.request_id)
 
     @property
     def request_id(self) -> str:
@@ -69,10 +72,11 @@ class Resumption:
     @property
     def runs_on(self) -> bool:
         """Whether the server may go on with the request though no call is left: it has to be aborted."""
-        return self._resume and self._accepted and not self.complete
+        return self._resume and (self._accepted or self._begun) and not self.complete
 
     def next_request(self) -> pb.GenerateRequest:
         """For the next call."""
+        self._begun = True
         return self._request
 
     def note_metadata(self, metadata: Any) -> None:
@@ -113,6 +117,7 @@ class Resumption:
         Going on takes a request that was accepted: a server that was never reached, or refused it, is the caller's to
         deal with. What a server says of a request that failed for good is final, too.
         """
+        self._begun = False
         code, pushback_s = error.code(), retry_after_s(error)
         lost = code == grpc.StatusCode.UNAVAILABLE and not _failed_for_good(error)
         refused = code == grpc.StatusCode.RESOURCE_EXHAUSTED and pushback_s is not None
@@ -122,6 +127,11 @@ class Resumption:
         self._num_errors += 1
         delay_s = max(delay_s, pushback_s or 0.0)
         return delay_s if delay_s < self.time_left_s else None
+
+
+def _seed_of(request_id: str) -> int:
+    """63 bits."""
+    return int.from_bytes(hashlib.blake2b(request_id.encode(), digest_size=8).digest()) >> 1
 
 
 def typed(error: Any) -> CallError:

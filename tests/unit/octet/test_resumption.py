@@ -155,3 +155,20 @@ def test_a_request_runs_on_from_its_acceptance_to_its_end() -> None:
     states.append(resumption.runs_on)
     resumption.take(chunk(0, 0, 10, finish=pb.STOP, usage=True))
     assert [*states, resumption.runs_on] == [False, True, False]
+
+
+def test_who_asks_the_same_with_the_same_id_asks_the_same() -> None:
+    first, second = (asked(accepted=False, request_id="order-17", text="hi") for _ in range(2))
+    assert first.next_request() == second.next_request()
+    others = {asked(accepted=False, text="hi").next_request().sampling.seed for _ in range(20)}
+    assert len({*others, first.next_request().sampling.seed}) == 21, "without an id, each is another"
+    assert asked(accepted=False, request_id="order-17", sampling=pb.Sampling(seed=5)).next_request().sampling.seed == 5
+
+
+def test_a_request_may_run_on_from_its_call_until_it_is_refused_or_complete() -> None:
+    request = asked(accepted=False)
+    assert not request.runs_on
+    request.next_request()
+    assert request.runs_on, "nobody has said anything yet"
+    assert request.delay_s(REFUSED) is None
+    assert not request.runs_on
