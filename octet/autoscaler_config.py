@@ -11,13 +11,13 @@ class PoolScalingConfig(ConfigNode):
     """When a pool grows and shrinks. Names are those of Ray Serve's autoscaling where the meaning is the same."""
 
     min_replicas: int = pydantic.Field(1, ge=0)
-    """0 lets the pool go when nothing is asked for; requests that come then wait for it to start. So far in the
-    simulator only: a running cluster refuses to give its last member up."""
+    """0 lets the pool go when nothing is asked for; requests that come then wait for it to start."""
     max_replicas: int = pydantic.Field(8, ge=1)
     upscale_delay_s: float = pydantic.Field(30.0, ge=0)
     """The pool grows to what was wanted throughout this time."""
     downscale_delay_s: float = pydantic.Field(600.0, ge=0)
-    """It shrinks to the most that was wanted at any moment of this time."""
+    """It shrinks to the most that was wanted lastingly within this time, or within what is left of
+    `reversal_cooldown_s` after it has turned, if that is longer."""
     upscaling_factor: float = pydantic.Field(1.0, gt=0)
     """What part of a wanted change is made at once; more than 1 overshoots."""
     downscaling_factor: float = pydantic.Field(1.0, gt=0, le=1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import pydantic
@@ -240,7 +240,8 @@ class FrontendConfig(ConfigNode):
     max_stop_strings: int = pydantic.Field(16, ge=0)
     default_max_new_tokens: int = pydantic.Field(256, ge=1)
     """Where neither the request nor generation_config.json says."""
-    max_message_mib: int = pydantic.Field(16, ge=1)
+    max_message_mib: int = pydantic.Field(16, ge=1, le=2047)
+    """Of a request or an answer; gRPC counts in 32 bits."""
     drain_s: float = pydantic.Field(30.0, ge=0)
     """How long live requests may go on after a stop is asked for."""
 
@@ -322,6 +323,11 @@ class OctetConfig(ConfigNode):
                 f"health.beat_s ({health.beat_s}) must be at most a quarter of health.silent_s ({health.silent_s}), "
                 f"and that at most health.timeout_s ({health.timeout_s}), or living members are taken for lost"
             )
+        if health.period_s * 2 > health.silent_s:
+            raise ValueError(
+                f"health.period_s ({health.period_s}) must be at most half of health.silent_s ({health.silent_s}), or "
+                "members that are not asked meanwhile are taken for lost"
+            )
         return self
 
     @pydantic.model_validator(mode="after")
@@ -358,8 +364,13 @@ class OctetConfig(ConfigNode):
         return self
 
 
-def load_config(file: pathlib.Path | None = None, overrides: Sequence[str] = ()) -> OctetConfig:
+def load_config(
+    file: pathlib.Path | None = None, overrides: Sequence[str] = (), values: Mapping[str, object] | None = None
+) -> OctetConfig:
     """Build the tree from defaults, then `file` (YAML), then `overrides` (`a.b=value`, value in YAML).
+
+    Args:
+        values: by field `a.b`, after all of these, and taken as they are: a directory may be called `null`.
 
     Raises: ConfigError naming the field, what was found and the nearest valid name.
     """
@@ -367,7 +378,9 @@ def load_config(file: pathlib.Path | None = None, overrides: Sequence[str] = ())
     if file is not None:
         tree = _read_yaml(file)
     for override in overrides:
-        _set(tree, override)
+        _set(tree, *_parsed(override))
+    for path, value in (values or {}).items():
+        _set(tree, path, value)
     _reject_unknown_keys(tree, OctetConfig, "")
     try:
         return OctetConfig.model_validate(tree)
@@ -394,10 +407,17 @@ def _read_yaml(file: pathlib.Path) -> dict[str, Any]:
     return tree
 
 
-def _set(tree: dict[str, Any], override: str) -> None:
+def _parsed(override: str) -> tuple[str, object]:
     path, separator, text = override.partition("=")
     if not separator or not all(path.split(".")):
         raise ConfigError("--set", repr(override), "section.field=value")
+    try:
+        return path, load_yaml(text)
+    except YamlError as error:
+        raise ConfigError(path, repr(text), "a YAML value") from error
+
+
+def _set(tree: dict[str, Any], path: str, value: object) -> None:
     *parents, leaf = path.split(".")
     node = tree
     for parent in parents:
@@ -406,10 +426,7 @@ def _set(tree: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise ConfigError(path, f"a value at '{parent}'", "a section there")
         node = child
-    try:
-        node[leaf] = load_yaml(text)
-    except YamlError as error:
-        raise ConfigError(path, repr(text), "a YAML value") from error
+    node[leaf] = value
 
 
 def _reject_unknown_keys(tree: dict[str, Any], cls: type[pydantic.BaseModel], prefix: str) -> None:

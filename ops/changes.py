@@ -7,8 +7,10 @@ import datetime
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from cluster.members import POOLS
 from octet.errors import RequestError
 from octet.v1 import octet_pb2 as pb
 
@@ -20,8 +22,8 @@ def parse_sizes(texts: Sequence[str]) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for text in texts:
         pool, _, size = text.partition("=")
-        if not size.isdigit() or pool in sizes:
-            raise RequestError("sizes", repr(text), "POOL=SIZE, once for each pool")
+        if pool not in POOLS or pool in sizes or not (size.isascii() and size.isdecimal()):
+            raise RequestError("sizes", repr(text), f"POOL=SIZE, once for each of {', '.join(POOLS)} at most")
         sizes[pool] = int(size)
     return sizes
 
@@ -30,7 +32,7 @@ def print_rebalance(answer: pb.RebalanceResponse, *, dry_run: bool, console: Con
     """The moves, by the shards they go to, and what they are worth."""
     console = console or Console(highlight=False)
     if not answer.moves:
-        console.print(f"nothing to move: {answer.reason}")
+        console.print(f"nothing to move: {escape(answer.reason)}")
         return
     verb = "would move" if dry_run else "moved"
     console.print(
@@ -52,10 +54,11 @@ def print_rebalance(answer: pb.RebalanceResponse, *, dry_run: bool, console: Con
 def print_changes(status: pb.GetStatusResponse, console: Console) -> None:
     """The last changes, newest first."""
     if status.change_under_way:
-        console.print(f"under way: {status.change_under_way}")
+        console.print(f"under way: {escape(status.change_under_way)}")
     if status.waiting_for:
-        console.print(f"waiting for nodes with room for {status.waiting_for}", highlight=False)
+        console.print(f"waiting for nodes with room for {escape(status.waiting_for)}", highlight=False)
     for change in list(reversed(status.changes))[:_SHOWN]:
         at = datetime.datetime.fromtimestamp(change.at_s, tz=datetime.UTC).astimezone().strftime("%H:%M:%S")
         outcome = change.outcome if change.succeeded else f"failed: {change.outcome}"
-        console.print(f"{at} {change.kind} ({change.reason}) in {change.duration_s:.1f} s: {outcome}", highlight=False)
+        line = f"{at} {change.kind} ({change.reason}) in {change.duration_s:.1f} s: {outcome}"
+        console.print(escape(line), highlight=False)

@@ -254,8 +254,7 @@ def demo(
 
 def _config(file: pathlib.Path | None, overrides: list[str] | None, flags: Mapping[str, object]) -> OctetConfig:
     """Defaults, then the file, then --set, then the flags of their own."""
-    given = [f"{field}={value}" for field, value in flags.items() if value is not None]
-    return load_config(file, [*(overrides or []), *given])
+    return load_config(file, overrides or [], {field: value for field, value in flags.items() if value is not None})
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 
 from rich.console import Console
+from rich.markup import escape
 
 from cluster.launch import RunningCluster, launch
 from octet.config import OctetConfig
@@ -31,7 +32,7 @@ def serve(config: OctetConfig) -> int:
             print(f"octet: ready grpc={cluster.address} {_describe(cluster)}", flush=True)
             reason = _wait(cluster, stop)
             if reason:
-                console.print(f"[bold red]octet:[/] the cluster has failed: {reason}", highlight=False)
+                console.print(f"[bold red]octet:[/] the cluster has failed: {escape(reason)}", highlight=False)
             else:
                 console.print("octet: draining; live requests may end", highlight=False)
             cluster.stop(drain=not reason)

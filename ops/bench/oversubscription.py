@@ -35,7 +35,7 @@ def bench_oversubscription(streams: int, factor: int, repeats: int) -> None:
         write_checkpoint(pathlib.Path(scratch), BENCH)
         sizes = {"model.path": scratch, "kv.page_size": _PAGE_SIZE, "kv.prefill_pages": pages, "kv.decode_pages": pages}
         names = {"ray.namespace": f"octet-{uuid.uuid4().hex[:8]}", "frontend.port": 0}
-        cluster = launch(load_config(overrides=[f"{field}={value}" for field, value in (sizes | names).items()]))
+        cluster = launch(load_config(values=sizes | names))
         try:
             rates, preemptions = asyncio.run(_run(cluster.address, (streams, streams * factor), repeats))
         finally:

@@ -227,14 +227,14 @@ class _Cost(NamedTuple):
 
 def _cluster_cost(model_dir: pathlib.Path, reading_s: float) -> _Cost:
     fields = {
-        "model.path": model_dir,
+        "model.path": str(model_dir),
         "pools.experts.size": _SHARDS,
         "telemetry.step_s": reading_s,
         "telemetry.silent_s": 1000,
         "ray.namespace": f"octet-{uuid.uuid4().hex[:8]}",
         "frontend.port": 0,
     }
-    cluster = launch(load_config(overrides=[f"{field}={value}" for field, value in fields.items()]))
+    cluster = launch(load_config(values=fields))
     try:
         asyncio.run(_ask(cluster.address, _NEW_TOKENS // 4))
         seen = [_decode_worker(cluster.address)]

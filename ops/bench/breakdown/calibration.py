@@ -74,18 +74,18 @@ class Samples:
         return fit_costs(self.decode, self.calls, self.prefill, self.handoffs)
 
 
-def overrides(model_dir: str, options: BreakdownOptions) -> list[str]:
+def values(model_dir: str, options: BreakdownOptions) -> dict[str, object]:
     """Of the configuration: pools of one worker each, with pages for all of the load."""
     longest = max(options.prompt_tokens, options.long_prompt_tokens) + options.new_tokens
     sequences = max(*options.streams, _LONG_SEQUENCES)
     pages = 2 * sequences * -(-longest // _PAGE_SIZE)
-    return [
-        f"model.path={model_dir}",
-        f"pools.experts.size={options.shards}",
-        f"kv.page_size={_PAGE_SIZE}",
-        f"kv.prefill_pages={pages}",
-        f"kv.decode_pages={pages}",
-    ]
+    return {
+        "model.path": model_dir,
+        "pools.experts.size": options.shards,
+        "kv.page_size": _PAGE_SIZE,
+        "kv.prefill_pages": pages,
+        "kv.decode_pages": pages,
+    }
 
 
 def make_prompts(plan: ServingPlan, count: int, num_tokens: int) -> list[list[int]]:

@@ -19,9 +19,9 @@ from ops.bench.breakdown.calibration import (
     Run,
     decoded,
     make_prompts,
-    overrides,
     prompts_and_handoffs,
     run,
+    values,
 )
 from ops.bench.breakdown.floor import Work, attention_work, expert_work
 from ops.bench.breakdown.processes import Pools
@@ -40,7 +40,7 @@ def bench_breakdown(model_dir: pathlib.Path | None, options: BreakdownOptions, j
         if model_dir is None:
             model_dir = pathlib.Path(scratch)
             write_checkpoint(model_dir, BENCH)
-        plan = make_plan(load_config(overrides=overrides(str(model_dir), options)))
+        plan = make_plan(load_config(values=values(str(model_dir), options)))
         pools = Pools(plan)
         try:
             report = _measure(pools, plan, machine, options)

@@ -95,14 +95,13 @@ def own_cluster(model_dir: pathlib.Path, options: ChangesOptions, fields: Sequen
     """Pages are enough for every stream on any one worker."""
     pages = 2 * options.streams * -(-(options.prompt_tokens + options.new_tokens) // _PAGE_SIZE)
     own = (
-        f"model.path={model_dir}",
         f"ray.namespace=octet-{uuid.uuid4().hex[:8]}",
         "frontend.port=0",
         f"kv.page_size={_PAGE_SIZE}",
         f"kv.prefill_pages={pages}",
         f"kv.decode_pages={pages}",
     )
-    cluster = launch(load_config(overrides=[*own, *fields]))
+    cluster = launch(load_config(overrides=[*own, *fields], values={"model.path": str(model_dir)}))
     try:
         yield cluster
     finally:

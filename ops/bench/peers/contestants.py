@@ -144,7 +144,6 @@ class WholeAnswers(_Served):
 def launch_cluster(size: Size, overrides: Sequence[str]) -> RunningCluster:
     """A cluster of its own, of one prefill and one decode worker and two shards, changed by `overrides`."""
     fields = {
-        "model.path": size.checkpoint,
         "model.max_model_len": size.max_len,
         "pools.experts.size": 2,
         "kv.page_size": _PAGE_SIZE,
@@ -156,7 +155,8 @@ def launch_cluster(size: Size, overrides: Sequence[str]) -> RunningCluster:
     }
     # Ray would run its workers at niceness 15, and whatever the others leave running between their turns before them.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    return launch(load_config(overrides=[*(f"{name}={value}" for name, value in fields.items()), *overrides]))
+    own = [f"{name}={value}" for name, value in fields.items()]
+    return launch(load_config(overrides=[*own, *overrides], values={"model.path": str(size.checkpoint)}))
 
 
 def start_engine(engine: str, environment: Environment, size: Size, env_dir: pathlib.Path) -> LinePeer:

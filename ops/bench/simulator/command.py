@@ -19,7 +19,7 @@ from collections.abc import Mapping
 
 from cluster.planning import make_plan
 from octet.config import OctetConfig, load_config
-from ops.bench.breakdown.calibration import BreakdownOptions, Samples, make_prompts, overrides, run, samples
+from ops.bench.breakdown.calibration import BreakdownOptions, Samples, make_prompts, run, samples, values
 from ops.bench.breakdown.costs import Costs
 from ops.bench.breakdown.processes import Pools
 from ops.bench.checkpoints import BENCH, write_checkpoint
@@ -68,7 +68,7 @@ class _Calibrator:
 
     def __init__(self, model_dir: str, options: BreakdownOptions) -> None:
         self.shards, self._options = options.shards, options
-        self._plan = make_plan(load_config(overrides=overrides(model_dir, options)))
+        self._plan = make_plan(load_config(values=values(model_dir, options)))
         self.worker_threads = self._plan.threads["decode"]
         self._pools = Pools(self._plan)
         run(self._pools, make_prompts(self._plan, 2, options.prompt_tokens), options.new_tokens)
@@ -151,4 +151,4 @@ def _config(model_dir: str, sizes: Sizes, worker_threads: int) -> OctetConfig:
     given |= {f"pools.{pool}.{field}": value for pool, size in pools.items() for field, value in
               (("size", size), ("threads", 1 if pool == "experts" else worker_threads))}  # fmt: skip
     given["ray.namespace"] = f"octet-{uuid.uuid4().hex[:8]}"
-    return load_config(overrides=[f"{field}={value}" for field, value in given.items()])
+    return load_config(values=given)

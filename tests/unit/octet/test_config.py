@@ -159,6 +159,19 @@ def test_heartbeats_must_be_well_below_the_deadline_of_a_lane() -> None:
         load_config(None, ["lane.heartbeat_s=20"])
 
 
+@pytest.mark.parametrize("overrides", [["health.period_s=2"], ["health.period_s=12", "health.timeout_s=13"]])
+def test_members_are_asked_more_often_than_they_are_taken_for_lost(overrides: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"health\.period_s .* at most half of health\.silent_s"):
+        load_config(None, overrides)
+
+
+def test_a_value_is_taken_as_it_is_and_last(file: pathlib.Path) -> None:
+    for name in ("null", "4.6", "./m #1", "[a]"):
+        assert load_config(None, ["model.path=other"], {"model.path": name}).model.path == name
+    with pytest.raises(ConfigError, match=r"pools\.decode\.sise"):
+        load_config(None, [], {"pools.decode.sise": 1})
+
+
 @pytest.mark.parametrize("override", ["telemetry.window_s=0.5", "telemetry.silent_s=1.5"])
 def test_a_telemetry_window_has_room_for_its_steps(override: str) -> None:
     with pytest.raises(ConfigError, match=r"telemetry\.step_s \(1\.0\)"):

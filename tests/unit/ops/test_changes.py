@@ -23,7 +23,18 @@ def test_sizes_are_given_by_pool() -> None:
     assert parse_sizes(["experts=4", "decode=2"]) == {"experts": 4, "decode": 2}
 
 
-@pytest.mark.parametrize("texts", [["experts"], ["experts=many"], ["experts=-1"], ["experts=1", "experts=2"]])
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["experts"],
+        ["experts=many"],
+        ["experts=-1"],
+        ["experts=²"],
+        ["experts=1", "experts=2"],
+        ["self=3"],
+        ["timeout_s=5"],
+    ],
+)
 def test_what_is_no_size_is_refused(texts: list[str]) -> None:
     with pytest.raises(RequestError, match="POOL=SIZE"):
         parse_sizes(texts)

@@ -48,6 +48,18 @@ def test_an_error_is_one_line_on_stderr_and_exit_code_1(tmp_path: pathlib.Path) 
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("name", ["null", "4.6", "m #1"])
+def test_a_models_directory_may_have_any_name(tmp_path: pathlib.Path, name: str) -> None:
+    """Not the embedded model is checked, nor a directory whose name is the beginning of this one's."""
+    (tmp_path / name).mkdir()
+    (tmp_path / "m").mkdir()
+    command = [OCTET, "check", name]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    # Wherever the line was broken.
+    assert f"lookin{tmp_path}/{name}".replace(" ", "") in "".join(done.stderr.split())
+
+
 def test_help_names_every_command() -> None:
     done = subprocess.run([OCTET, "--help"], capture_output=True, text=True, timeout=60, check=True)
     assert all(
