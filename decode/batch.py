@@ -92,7 +92,7 @@ class DecodeBatch:
     def reserve(self, offer: KvOffer, incoming: Collection[Incoming]) -> list[int] | None:
         """Pages for an offer, or None while it has to wait: for a place, or for pages that last until somebody ends.
 
-        One that comes to an idle worker is always let in.
+        One that comes to an idle worker is always let in: no frontend asks for more than such a worker has.
         """
         request = offer.request
         num_incoming = sum(len(other.offer.request.choices) for other in incoming)

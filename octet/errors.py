@@ -128,6 +128,11 @@ class StartupError(OctetError):
     """A pool did not come up."""
 
 
+class ChangeRefusedError(OctetError):
+    """What was asked of the cluster cannot be done in the state that it is in, and is not: FAILED_PRECONDITION at the
+    edge."""
+
+
 def _restore(cls: type[OctetError], message: str, fields: dict[str, Any]) -> OctetError:
     error = cls.__new__(cls)
     Exception.__init__(error, message)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import pathlib
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -82,7 +83,10 @@ class FrontendActor(FaultCalls):
         return self._frontend.address if self._serves else None
 
     async def ping(self) -> None:
-        """Answered as long as the frontend's event loop runs."""
+        """Answered as long as the frontend's event loop runs and it hears the workers."""
+        if self._serves and self._frontend.deaf:
+            # Whose process is lost is replaced, and its clients go on with the next one.
+            os._exit(1)
 
     async def fail(self, reason: str) -> None:
         await self._server.set_serving(False)

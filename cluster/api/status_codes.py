@@ -24,6 +24,7 @@ _CODES: tuple[tuple[type[errors.OctetError], Any], ...] = (
     (errors.UnavailableError, code_pb2.UNAVAILABLE),
     (errors.StartupError, code_pb2.UNAVAILABLE),
     (errors.LaneError, code_pb2.UNAVAILABLE),
+    (errors.ChangeRefusedError, code_pb2.FAILED_PRECONDITION),
     (errors.ConfigError, code_pb2.FAILED_PRECONDITION),
     (errors.CheckpointError, code_pb2.FAILED_PRECONDITION),
     (errors.DeadlineExceededError, code_pb2.DEADLINE_EXCEEDED),

@@ -23,7 +23,7 @@ from cluster.control.services import FRONTEND, ROUTER, Services
 from cluster.control.standby import Standby
 from cluster.members import MemberStatus, Pool
 from cluster.plan import ServingPlan
-from octet.errors import ConfigError, OctetError, UnavailableError
+from octet.errors import ChangeRefusedError, ConfigError, OctetError, UnavailableError
 from octet.ids import Epoch, WorkerId
 from router.proposal import Proposal
 from router.transition import Transition
@@ -101,7 +101,7 @@ class Changes:
         Raises: OctetError, and then the placement is as it was.
         """
         if not self._membership.pool("experts"):
-            raise UnavailableError("no expert shard serves, so that there is nothing to move")
+            raise ChangeRefusedError("no expert shard serves, so that there is nothing to move")
         if dry_run:
             return await self._propose(self._membership.routing.epoch)
         # Not worth a record where there is nothing to do, so it is looked at first.
@@ -173,14 +173,14 @@ class Changes:
         return await asyncio.shield(task)
 
     async def _wait_for_shards(self, ready: Sequence[Member]) -> None:
-        """Workers that come when no shard serves join after the first one. Raises: UnavailableError, and they end."""
+        """Workers that come when no shard serves join after the first one. Raises: ChangeRefusedError, and they end."""
         timeout_s = self._plan.config.ray.start_timeout_s
         try:
             for _ in range(int(timeout_s / _POLL_S)):
                 if self._membership.pool("experts"):
                     return
                 await asyncio.sleep(_POLL_S)
-            raise UnavailableError(f"no expert shard has come within {timeout_s:g} s")
+            raise ChangeRefusedError(f"no expert shard has come within {timeout_s:g} s")
         except BaseException:
             for member in ready:
                 self._pools.end(member)
@@ -355,7 +355,7 @@ class Changes:
     async def _shrink(self, pool: Pool, leaving: Sequence[Member]) -> None:
         if pool == "experts" and len(leaving) == len(self._membership.pool("experts")):
             if workers := self._membership.pool("prefill") + self._membership.pool("decode"):
-                raise UnavailableError(f"shards leave after the workers, of which {len(workers)} are there")
+                raise ChangeRefusedError(f"shards leave after the workers, of which {len(workers)} are there")
             # The routing stays as it was: nobody routes by it, and the next shards take over from it.
             await self._membership.leave(leaving)
         elif pool == "experts":

@@ -22,7 +22,7 @@ from cluster.control.pools import Member, call_all
 from cluster.members import Endpoint, Pool, Role
 from cluster.plan import ServingPlan
 from cluster.workers.pool_actors import node_id
-from octet.errors import OctetError, UnavailableError
+from octet.errors import ChangeRefusedError, OctetError, UnavailableError
 from octet.faults import reach
 from octet.ids import Epoch, WorkerId
 from router.placement import EMPTY
@@ -136,7 +136,7 @@ class Membership:
         """
         shards, everyone = self.pool("experts"), [*self._attention(), *workers]
         if not shards:
-            raise UnavailableError("no expert shard serves")
+            raise ChangeRefusedError("no expert shard serves")
         sources = [member for member in everyone if member.pool == "prefill"]
         targets = [member for member in everyone if member.pool == "decode"]
         pairs = [(s, t) for s in sources for t in targets if s in workers or t in workers]
@@ -255,7 +255,7 @@ class Membership:
         shards = {member.worker_id: member for member in self.pool("experts")} | newcomers
         present = {worker_id: member for worker_id, member in shards.items() if worker_id not in lost}
         if not present:
-            raise UnavailableError("no expert shard is there")
+            raise ChangeRefusedError("no expert shard is there")
         self._heed_losses(known=lost)
         try:
             await self._unless_lost(self._link(self._attention(), joining, epoch))

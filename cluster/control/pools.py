@@ -22,7 +22,7 @@ from cluster.plan import ServingPlan
 from cluster.workers.pool_actors import DecodeWorker, ExpertShard, PrefillWorker
 from cluster.workers.worker_start import runtime_env
 from octet.config import PoolConfig
-from octet.errors import StartupError
+from octet.errors import ChangeRefusedError, StartupError
 from octet.ids import WorkerId
 
 _log = logging.getLogger(__name__)
@@ -89,14 +89,15 @@ class Pools:
                 each, which is gone as soon as they are, so that Ray can give their nodes back; but with a strict
                 strategy, which is a matter of groups.
 
-        Raises: StartupError if Ray does not place them in time, and then nothing is reserved.
+        Raises: ChangeRefusedError if Ray does not place them in time, StartupError if it cannot, and then nothing is
+            reserved.
         """
         try:
             async with asyncio.timeout(timeout_s):
                 berths = await self._reserve(pool, count, together)
         except TimeoutError:
             wanted = self.wanted(pool, count)
-            raise StartupError(f"no node had room within {timeout_s:g} s, and none came, for {wanted}") from None
+            raise ChangeRefusedError(f"no node had room within {timeout_s:g} s, and none came, for {wanted}") from None
         first = self._numbers[pool]
         self._numbers[pool] += len(berths)
         # Before anybody has them: ids are given once, whichever controller gives them.

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from cluster.control.pools import Member, Pools
 from cluster.control.standby import Standby
 from cluster.members import Pool
-from octet.errors import UnavailableError
+from octet.errors import ChangeRefusedError
 
 
 class Preparation:
@@ -49,7 +49,7 @@ class Preparation:
             self._tasks[pool].discard(task)
             self._starting[pool] -= count
         if task.cancelled():
-            raise UnavailableError(f"the {pool} pool was asked for another size before its processes were ready")
+            raise ChangeRefusedError(f"the {pool} pool was asked for another size before its processes were ready")
         return task.result()
 
     async def unless_stopped(self, pool: Pool, count: int) -> list[Member]:

@@ -78,6 +78,11 @@ class Frontend:
         return len(self._live)
 
     @property
+    def deaf(self) -> bool:
+        """Whether it has ceased to read what workers report: no request goes on here, and another one has to serve."""
+        return self._reading is not None and self._reading.done()
+
+    @property
     def totals(self) -> Totals:
         return self._intake.totals
 
@@ -100,6 +105,7 @@ class Frontend:
         """
         self.set_workers(prefill, decode, draining)
         self._reading = asyncio.get_running_loop().create_task(self._read())
+        self._reading.add_done_callback(self._over)
         self._intake.closed = ""
 
     def set_workers(
@@ -182,6 +188,7 @@ class Frontend:
     def close(self) -> None:
         if self._reading is not None:
             self._reading.cancel()
+            self._reading = None
         self._dispatcher.close()
         self._mailbox.close()
         self._audit.close()
@@ -206,7 +213,7 @@ class Frontend:
         demand = self._intake.demand(spec, timeout_s)
         self._intake.check(demand)
         request = dataclasses.replace(spec.request, frontend=self._worker_id, attempt=next(self._first_attempts))
-        live = LiveRequest(spec, request, demand, self.tokenizer)
+        live = LiveRequest(spec, request, demand, self.tokenizer, self.limits.most_choices)
         self._intake.accept(live, _now_s())
         self._kept.forget(live.request_id)
         self._live.add(live)
@@ -298,9 +305,29 @@ class Frontend:
                 continue
             if self._dispatcher.report(message.worker_id, message.load):
                 for event in message.events:
-                    self._take(event, message.worker_id)
+                    try:
+                        self._take(event, message.worker_id)
+                    except Exception as error:
+                        # Without the reading, no other request would ever hear of its tokens.
+                        self._break_off(event.request_id, error)
             # Messages that are there already are received without a pause, in which others have their turn.
             await asyncio.sleep(0)
+
+    def _over(self, reading: asyncio.Task[None]) -> None:
+        """Nobody awaits it: an error there would be heard of at the next garbage collection at best."""
+        if self._reading is not None:
+            error = None if reading.cancelled() else reading.exception()
+            _log.error("what workers report is not read any more", exc_info=error)
+
+    def _break_off(self, request_id: RequestId, error: Exception) -> None:
+        """End a request, if it is live, of which an event could not be dealt with."""
+        _log.error("an event of request %s could not be dealt with", request_id, exc_info=error)
+        live = self._live.get(request_id)
+        try:
+            if live is not None:
+                self._give_up(live, f"an internal error of the frontend: {type(error).__name__}: {error}")
+        except Exception:
+            _log.exception("request %s could not be given up", request_id)
 
     def _take(self, event: TokenEvent | Evicted | Failed, worker_id: WorkerId) -> None:
         """Commit a token, or compute its choice again. What is not of a live attempt is dropped."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 
 from octet.messages import Evicted, PrefillRequest, TokenEvent, pack_ids, unpack_ids
 
@@ -18,8 +19,14 @@ class _Choice:
 class Journal:
     """Commits each token of each choice exactly once, in order, from the live attempt alone."""
 
-    def __init__(self, request: PrefillRequest) -> None:
-        self._request = request
+    def __init__(
+        self, request: PrefillRequest, most_choices: Callable[[int], int] = lambda num_tokens: sys.maxsize
+    ) -> None:
+        """
+        Args:
+            most_choices: for how many choices that share so many tokens a decode worker has pages; by default for any.
+        """
+        self._request, self._most_choices = request, most_choices
         self._choices = {choice: _Choice(request.attempt) for choice in request.choices}
 
     @property
@@ -75,11 +82,18 @@ class Journal:
         """The requests that compute live choices again, each as a new attempt, from the tokens committed to it.
 
         Choices with the same tokens share one: the first token is not there yet, and neither is what sets them apart.
+        But no more of them than a decode worker has pages for: with what was committed they take more than by their
+        prompt, and what fits nowhere would hold up all that waits behind it.
         """
         alike: dict[tuple[int, ...], list[int]] = {}
         for number in choices:
             alike.setdefault(tuple(self._choices[number].token_ids), []).append(number)
-        return [self._again(numbers, token_ids) for token_ids, numbers in alike.items()]
+        requests = []
+        for token_ids, numbers in alike.items():
+            most = self._most_choices(self._request.num_tokens + len(token_ids))
+            parts = [numbers[first : first + most] for first in range(0, len(numbers), most)]
+            requests += [self._again(part, token_ids) for part in parts]
+        return requests
 
     def _again(self, numbers: list[int], token_ids: tuple[int, ...]) -> PrefillRequest:
         """No two requests share an attempt, so that an abort of one never ends another."""

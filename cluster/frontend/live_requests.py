@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from cluster.frontend.admission import Demand
 from cluster.frontend.answer import Answer, Piece
@@ -21,16 +21,22 @@ class LiveRequest:
     """One request: what is committed of it, what its clients may read, and where it is computed."""
 
     def __init__(
-        self, spec: GenerateSpec, request: PrefillRequest, demand: Demand, tokenizer: Tokenizer | None
+        self,
+        spec: GenerateSpec,
+        request: PrefillRequest,
+        demand: Demand,
+        tokenizer: Tokenizer | None,
+        most_choices: Callable[[int], int],
     ) -> None:
         """
         Args:
             request: `spec.request` with its first attempt.
             demand: what it was admitted with.
+            most_choices: see `Journal`.
 
         Raises: RequestError if its client claims to have received what this request cannot answer.
         """
-        self.journal = Journal(request)
+        self.journal = Journal(request, most_choices)
         self.record = Record(
             request.request_id, spec.digest, request.choices, request.num_prompt_tokens, spec.stream_interval
         )
@@ -87,7 +93,9 @@ class LiveRequest:
         """Take a token if it is the next one of its choice's live attempt, and end the choice if it is its last."""
         if not self.journal.commit(event):
             return False
-        self.record.cached_tokens = self.record.cached_tokens or event.cached_tokens
+        if event.index == 0 and self.journal.num_completion_tokens == 1:
+            # Later computations find what the first has put there, and committed tokens beside the prompt.
+            self.record.cached_tokens = min(event.cached_tokens, self.journal.request.num_prompt_tokens)
         self.record.prompt_logprobs = self.record.prompt_logprobs or event.prompt_logprobs
         self._say(self._answers[event.choice].push(event))
         return True

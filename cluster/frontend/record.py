@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Literal
 
 from cluster.frontend.answer import Piece
-from cluster.frontend.transcript import Transcript
+from cluster.frontend.transcript import Transcript, logprob_bytes
 from octet.errors import OctetError, RequestError, SlowReaderError
 from octet.ids import RequestId
 from octet.messages import TokenLogprob
@@ -77,7 +77,8 @@ class Record:
     @property
     def num_bytes(self) -> int:
         """Roughly what it occupies."""
-        return sum(transcript.num_bytes for transcript in self.transcripts.values())
+        answers = sum(transcript.num_bytes for transcript in self.transcripts.values())
+        return answers + logprob_bytes(self.prompt_logprobs)
 
     def say(self, piece: Piece) -> None:
         """The next piece of a choice."""
@@ -106,7 +107,8 @@ class Reader:
         """
         Args:
             offsets: by choice, tokens that are not to be read again; absent ones are 0.
-            max_unread_tokens: the reader is cut off when more wait for it; not one that waits for the whole.
+            max_unread_tokens: the reader is cut off when more wait for it that were said since it came; not one that
+                waits for the whole.
             whole: whether it is told nothing before the request has ended, and everything then.
 
         Raises: RequestError.
@@ -120,6 +122,8 @@ class Reader:
             if offset > most:
                 raise RequestError(f"offsets[{choice}]", offset, f"at most the {most} tokens that there are")
             self._read[choice] = offset
+        self._old = {choice: transcript.num_tokens for choice, transcript in record.transcripts.items()}
+        """Said before it came: who was away for long is no slow reader."""
         self._ended: set[int] = set()
         self._changed = asyncio.Event()
         self._too_slow: SlowReaderError | None = None
@@ -170,7 +174,7 @@ class Reader:
         transcripts = self._record.transcripts
         if self._record.outcome is not None or any(self._is_due(*one) for one in transcripts.items()):
             self._changed.set()
-        unread = sum(transcript.num_tokens - self._read[choice] for choice, transcript in transcripts.items())
+        unread = sum(one.num_tokens - max(self._read[choice], self._old[choice]) for choice, one in transcripts.items())
         if unread > self._max_unread_tokens and not self._whole:
             most = self._max_unread_tokens
             self.cut(

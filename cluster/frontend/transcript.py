@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 
 from cluster.frontend.answer import MatchedStop, Piece
 from octet.messages import TokenLogprob
@@ -34,8 +35,7 @@ class Transcript:
     @property
     def num_bytes(self) -> int:
         """Roughly what it occupies."""
-        alternatives = sum(len(entry.top) for entry in self._logprobs)
-        return _TOKEN_BYTES * len(self) + _LOGPROB_BYTES * (len(self._logprobs) + alternatives)
+        return _TOKEN_BYTES * len(self) + logprob_bytes(self._logprobs)
 
     def token_ids(self, num_tokens: int) -> list[int]:
         """The first tokens."""
@@ -59,3 +59,8 @@ class Transcript:
             finish_reason=self.finish_reason,
             matched_stop=self._matched_stop,
         )
+
+
+def logprob_bytes(logprobs: Sequence[TokenLogprob]) -> int:
+    """Roughly what they occupy, with their alternatives."""
+    return _LOGPROB_BYTES * sum(1 + len(entry.top) for entry in logprobs)

@@ -33,6 +33,11 @@ class Limits:
     max_model_len: int
     decode_pages: int
 
+    def most_choices(self, num_tokens: int) -> int:
+        """For how many choices that share so many tokens a decode worker has pages; always for one, by the context."""
+        # They share all pages but the last one.
+        return max(1, self.decode_pages - -(-num_tokens // self.config.kv.page_size) + 1)
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateSpec:
@@ -218,10 +223,13 @@ def _n(sampling: pb.Sampling, limits: Limits, num_prompt_tokens: int) -> int:
     most = min(limits.config.frontend.max_n, limits.config.decode.max_batch)
     if not 1 <= n <= most:
         raise RequestError("sampling.n", n, f"1 to {most}")
-    # Choices share the prompt's pages but for the last one.
-    pages = -(-num_prompt_tokens // limits.config.kv.page_size) + n - 1
-    if pages > limits.decode_pages:
-        raise RequestError("sampling.n", n, f"choices that fit {limits.decode_pages} KV pages", f"they take {pages}")
+    fitting = limits.most_choices(num_prompt_tokens)
+    if n > fitting:
+        raise RequestError(
+            "sampling.n",
+            n,
+            f"at most {fitting} after a prompt of {num_prompt_tokens}, for {limits.decode_pages} KV pages",
+        )
     return n
 
 

@@ -20,7 +20,7 @@ from cluster.control.pools import Berth, Member, Pools, group_sizes
 from cluster.members import Pool
 from cluster.planning import make_plan
 from octet.config import load_config
-from octet.errors import StartupError
+from octet.errors import ChangeRefusedError, StartupError
 from octet.ids import WorkerId
 
 WAIT_S = 0.5
@@ -87,7 +87,7 @@ async def test_where_no_room_comes_nothing_stays_reserved_and_the_error_says_wha
     assert [group.bundles for group in groups] == [[{"CPU": 3.0}]] * 2
     assert pools.waiting_for == "2 × {'CPU': 3.0} for the decode pool"
     groups[0].room = True
-    with pytest.raises(StartupError, match=r"no node had room within 0\.5 s, and none came, for 2 × {'CPU': 3\.0}"):
+    with pytest.raises(ChangeRefusedError, match=r"no node had room within 0\.5 s, and none came, for 2 × {'CPU': 3\.0}"):
         await starting
     await until(lambda: groups == [])
     assert pools.waiting_for == ""
@@ -138,7 +138,7 @@ async def test_a_place_that_is_free_is_waited_for_where_its_node_is_gone(
     await until(lambda: pools.waiting_for != "")
     assert groups == [], "none is asked for beside it"
     assert pools.waiting_for == "1 × {'CPU': 1.0} for the decode pool"
-    with pytest.raises(StartupError, match="no node had room"):
+    with pytest.raises(ChangeRefusedError, match="no node had room"):
         await starting
     assert pools.waiting_for == ""
     assert pools.groups == (), "nobody is in that group"
@@ -185,7 +185,7 @@ async def test_a_place_that_becomes_free_while_another_is_waited_for_in_vain_is_
 ) -> None:
     pools, (first, second) = await two_together(groups, monkeypatch)
     pools.end(first)
-    with pytest.raises(StartupError, match="no node had room"):
+    with pytest.raises(ChangeRefusedError, match="no node had room"):
         await pools.start("decode", 1, 0.05)
     groups[0].room = True
     (third,) = await pools.start("decode", 1, 5.0)

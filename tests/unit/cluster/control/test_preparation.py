@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cluster.control.preparation import Preparation
-from octet.errors import UnavailableError
+from octet.errors import ChangeRefusedError
 
 
 class Standby:
@@ -48,7 +48,7 @@ async def test_another_size_ends_the_wait_and_leaves_nothing() -> None:
     ended: list[str] = []
     preparation, _, task = await waiting(ended)
     preparation.give_up("decode")
-    with pytest.raises(UnavailableError, match="asked for another size"):
+    with pytest.raises(ChangeRefusedError, match="asked for another size"):
         await task
     assert (ended, preparation.starting) == (["ready-0"], {"decode": 0})
 

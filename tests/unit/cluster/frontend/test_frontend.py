@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
+from cluster.frontend.audit import Audit
 from cluster.frontend.frontend import Frontend
 from cluster.frontend.validation import parse_request
-from octet.errors import DeadlineExceededError, QueueFullError, RequestExistsError, UnavailableError
+from cluster.planning import make_plan
+from octet import faults
+from octet.config import load_config
+from octet.errors import (
+    DeadlineExceededError,
+    QueueFullError,
+    RequestExistsError,
+    RequestFailedError,
+    UnavailableError,
+)
+from octet.faults import Fault
 from octet.ids import LeaseId, RequestId
 from octet.mailbox import AsyncMailbox
-from octet.messages import KvAck, TokenLogprob, unpack_ids
+from octet.messages import KvAck, Message, TokenLogprob, unpack_ids
 from octet.v1 import octet_pb2 as pb
 from tests.unit.cluster.played import (
     DECODE,
@@ -121,6 +133,32 @@ async def test_usage_comes_with_the_last_increment_alone(cluster: Cluster) -> No
     assert (last.prompt_tokens, last.completion_tokens, last.cached_tokens) == (3, 3, 2)
 
 
+def cached_tokens(client: Client) -> int:
+    usage = client.increments[-1].usage
+    assert usage is not None
+    return usage.cached_tokens
+
+
+async def test_what_a_restarted_choice_finds_in_the_cache_is_not_counted(cluster: Cluster) -> None:
+    """It is what was committed, and what the first computation has put there."""
+    client, request = await cluster.admitted()
+    cluster.decode.tell(token(request, 0, 100), token(request, 1, 101), evicted(request))
+    again = await cluster.prefill.next_request()
+    cluster.prefill.tell(dataclasses.replace(token(again, 2, 102, "length"), cached_tokens=5))
+    await client.end()
+    assert cached_tokens(client) == 0
+
+
+async def test_the_first_token_of_all_says_what_was_cached(cluster: Cluster) -> None:
+    """Also where another choice has none yet, and starts again with its prompt alone."""
+    client, request = await cluster.admitted(n=2)
+    cluster.prefill.tell(token(request, 0, 100, "stop"), evicted(request, 1))
+    again = await cluster.prefill.next_request()
+    cluster.prefill.tell(dataclasses.replace(token(again, 0, 200, "stop", choice=1), cached_tokens=2))
+    await client.end()
+    assert cached_tokens(client) == 0
+
+
 async def test_prompt_logprobs_come_with_the_first_increment_alone(cluster: Cluster) -> None:
     client, request = await cluster.admitted()
     reported = (TokenLogprob(token_id=7, logprob=None), TokenLogprob(token_id=8, logprob=-1.0))
@@ -168,6 +206,27 @@ async def test_an_evicted_request_is_not_shed_by_a_full_frontend(cluster: Cluste
         await client.leave()
 
 
+async def test_choices_that_are_computed_again_share_a_request_as_far_as_a_decode_worker_has_pages_for_them() -> None:
+    settings = "kv={page_size: 4, prefill_pages: 8, decode_pages: 8}"
+    async with playing(make_plan(load_config(None, [settings]))) as cluster:
+        client = cluster.send(
+            pb.GenerateRequest(
+                token_ids=pb.TokenIds(ids=range(18)),
+                sampling=pb.Sampling(n=4),
+                stopping=pb.Stopping(max_new_tokens=14, ignore_eos=True),
+            )
+        )
+        request = await cluster.prefill.next_request()
+        alike = [token(request, index, 100 + index, choice=choice) for choice in range(4) for index in range(7)]
+        cluster.decode.tell(*alike)
+        await client.heard(7)
+        cluster.set_workers([cluster.prefill], [cluster.new_worker("decode-1")])
+        again = [await cluster.prefill.next_request() for _ in range(2)]
+        # Together they would take seven pages for what they share, and three for its last one.
+        assert [(each.choices, each.num_tokens) for each in again] == [((0, 1), 25), ((2, 3), 25)]
+        await client.leave()
+
+
 async def test_a_failed_request_is_unavailable_with_the_reason(cluster: Cluster) -> None:
     client, request = await cluster.admitted()
     cluster.decode.tell(failed(request, "layer 3: no expert in slots [1]"))
@@ -202,6 +261,81 @@ async def test_a_request_that_waits_for_its_next_try_is_not_tried_with_anothers(
     assert again == ["second", "first"]
     for each in (*clients, client):
         await each.leave()
+
+
+# Faults of the frontend's own.
+
+
+@pytest.fixture
+def chaos() -> Iterator[None]:
+    faults.allow(True)
+    yield
+    faults.disarm()
+    faults.allow(False)
+
+
+@pytest.mark.usefixtures("chaos")
+async def test_what_goes_wrong_at_an_event_ends_its_request_alone(
+    cluster: Cluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    (unlucky, first), (client, second) = [await cluster.admitted(request_id=name) for name in ("unlucky", "other")]
+    faults.arm(Fault(point="commit", action="raise"))
+    cluster.decode.tell(token(first, 0, 100), token(second, 0, 200))
+    with pytest.raises(RequestFailedError, match="internal error of the frontend: InjectedError: a fault was armed"):
+        await unlucky.end()
+    cluster.decode.tell(token(second, 1, 201, "length"))
+    assert (await client.end()).tokens() == [200, 201]
+    assert cluster.outcomes() == (1, 1, 0)
+    assert await cluster.decode.next() == abort(first)
+    assert not cluster.frontend.deaf
+    (logged,) = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert "request unlucky" in logged.getMessage()
+    assert logged.exc_info
+
+
+@pytest.mark.usefixtures("chaos")
+async def test_a_request_that_cannot_even_be_given_up_holds_up_no_other(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def end(self: Audit, request_id: RequestId, outcome: str) -> None:
+        raise RuntimeError("worse")
+
+    (unlucky, first), (client, second) = [await cluster.admitted(request_id=name) for name in ("unlucky", "other")]
+    faults.arm(Fault(point="commit", action="raise"))
+    with monkeypatch.context() as patched:
+        patched.setattr(Audit, "end", end)
+        cluster.decode.tell(token(first, 0, 100), token(second, 0, 200))
+        await client.heard(1)
+    cluster.decode.tell(token(second, 1, 201, "length"))
+    assert (await client.end()).tokens() == [200, 201]
+    assert ["worse" in (record.exc_text or "") for record in caplog.records] == [False, True]
+    await unlucky.leave()
+
+
+class BrokenMailbox(AsyncMailbox):
+    """Receives nothing, and says so."""
+
+    async def receive(self) -> Message:
+        raise OSError("no such socket")
+
+
+async def test_a_frontend_that_reads_no_reports_any_more_knows_it(caplog: pytest.LogCaptureFixture) -> None:
+    frontend = Frontend(FRONTEND, PLAN, TOKENIZER, BrokenMailbox(HOST, PLAN.secret))
+    assert not frontend.deaf
+    frontend.serve({}, {})
+    await asyncio.sleep(0.01)
+    assert frontend.deaf
+    assert "not read any more" in caplog.text
+    assert "no such socket" in caplog.text
+    frontend.close()
+
+
+async def test_a_frontend_that_is_closed_is_not_taken_for_a_deaf_one(caplog: pytest.LogCaptureFixture) -> None:
+    async with playing() as cluster:
+        pass
+    await asyncio.sleep(0.01)
+    assert not cluster.frontend.deaf
+    assert "not read any more" not in caplog.text
 
 
 # Endings.

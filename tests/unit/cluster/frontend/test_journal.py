@@ -1,14 +1,20 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.frontend.journal import Journal
-from octet.ids import RequestId, WorkerId
-from octet.messages import Evicted, PrefillRequest, TokenEvent, pack_ids, unpack_ids
+from cluster.frontend.validation import Limits
+from cluster.planning import make_plan
+from decode.batch import DecodeBatch
+from model.pages import PagePool
+from octet.config import load_config
+from octet.ids import LeaseId, RequestId, WorkerId
+from octet.messages import Evicted, KvOffer, PrefillRequest, TokenEvent, pack_ids, unpack_ids
 from octet.request import Output, Sampling, Stopping
 
 PROMPT = [5, 6, 7]
@@ -114,6 +120,58 @@ def test_choices_with_the_same_tokens_are_computed_again_together() -> None:
     journal.commit(token(0, 10, choice=1))
     again = journal.compute_again([0, 1, 2])
     assert [(each.choices, unpack_ids(each.token_ids)) for each in again] == [((0, 2), PROMPT), ((1,), [*PROMPT, 10])]
+
+
+PAGE = 4
+
+
+def limits(decode_pages: int) -> Limits:
+    plan = make_plan(load_config(None, [f"kv.page_size={PAGE}"]))
+    return Limits(
+        config=plan.config,
+        model=plan.model,
+        generation=plan.generation,
+        max_model_len=decode_pages * PAGE,
+        decode_pages=decode_pages,
+    )
+
+
+LIMITS = [limits(decode_pages) for decode_pages in range(1, 13)]
+
+
+@given(st.data(), st.sampled_from(LIMITS), st.integers(1, 6), st.sampled_from([0, 1]))
+def test_an_empty_decode_worker_takes_every_request_that_computes_choices_again(
+    data: st.DataObject, limits: Limits, n: int, lookahead: int
+) -> None:
+    """Each choice once, with those of the same tokens, as many together as fit."""
+    prompt = range(data.draw(st.integers(1, limits.max_model_len)))
+    answers = data.draw(st.lists(st.integers(0, limits.max_model_len - len(prompt)), min_size=n, max_size=n))
+    first = dataclasses.replace(request(*range(n)), token_ids=pack_ids(prompt), num_prompt_tokens=len(prompt))
+    journal = Journal(first, limits.most_choices)
+    for choice, length in enumerate(answers):
+        for index in range(length):
+            assert journal.commit(token(index, choice=choice))
+    again = journal.compute_again(range(n))
+    assert sorted(choice for each in again for choice in each.choices) == list(range(n))
+    assert len({each.attempt for each in again}) == len(again)
+    for each in again:
+        assert {each.num_tokens - len(prompt)} == {answers[choice] for choice in each.choices}
+        batch = DecodeBatch(PagePool(limits.decode_pages, PAGE), 6, lookahead)
+        assert batch.reserve(offer(each), []) is not None
+    for one, other in itertools.combinations(again, 2):
+        if one.num_tokens == other.num_tokens:
+            num_pages = -(-one.num_tokens // PAGE)
+            assert num_pages + len(one.choices) + len(other.choices) - 1 > limits.decode_pages
+
+
+def offer(request: PrefillRequest) -> KvOffer:
+    return KvOffer(
+        lease_id=LeaseId("0"),
+        source=WorkerId("prefill-0"),
+        request=request,
+        next_tokens=(9,) * len(request.choices),
+        lease_s=60.0,
+    )
 
 
 def test_no_two_requests_share_an_attempt(journal: Journal) -> None:

@@ -9,6 +9,7 @@ from cluster.frontend.record import Outcome, Record
 from cluster.frontend.results import KeptResults
 from octet.config import FrontendConfig
 from octet.ids import RequestId
+from octet.messages import TokenLogprob
 
 KEEP_S = 10.0
 
@@ -49,6 +50,18 @@ def test_the_oldest_go_when_they_are_too_large() -> None:
     for name in "abcd":
         results.keep(record(name, each), 0.0)
     assert names(results, "a", "b", "c", "d") == ["b", "c", "d"]
+
+
+def test_log_probabilities_of_a_prompt_count_like_those_of_an_answer() -> None:
+    """8,000 of them, with 20 alternatives each, take some 20 MiB."""
+    entries = [TokenLogprob(token_id=7, logprob=-1.0, top=((8, -2.0),) * 20)] * 8000
+    prompt, answer = record("prompt"), record("answer")
+    prompt.prompt_logprobs = tuple(entries)
+    answer.transcripts[0].add(Piece(choice=0, offset=1, token_ids=(), text="", logprobs=tuple(entries)))
+    assert abs(prompt.num_bytes - answer.num_bytes) < 200
+    results = kept(max_kept_mib=10)
+    results.keep(prompt, 0.0)
+    assert len(results) == 0
 
 
 def test_one_that_is_too_large_itself_is_not_kept() -> None:

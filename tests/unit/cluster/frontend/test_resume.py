@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator
 
 import pytest
@@ -242,6 +243,15 @@ async def test_a_request_of_which_everything_was_received_ends_at_once(cluster: 
     assert (client.tokens(), cluster.outcomes()) == ([], (1, 0, 0))
 
 
+async def test_what_its_client_has_is_not_counted_as_cached(cluster: Cluster) -> None:
+    client, request = await cluster.admitted(received=[[100, 101]])
+    cluster.prefill.tell(dataclasses.replace(token(request, 2, 102, "length"), cached_tokens=4))
+    await client.end()
+    last = client.increments[-1].usage
+    assert last is not None
+    assert (last.prompt_tokens, last.cached_tokens) == (3, 0)
+
+
 async def test_more_than_an_answer_cannot_have_been_received(cluster: Cluster) -> None:
     with pytest.raises(RequestError, match=r"received\[0\].*at most 50"):
         await cluster.ask(received=[[100] * 51]).end()
@@ -261,7 +271,8 @@ async def test_tokens_of_another_answer_are_refused(cluster: Cluster) -> None:
 
 
 async def tell_slowly(cluster: Cluster, keeping_up: Client, request: PrefillRequest, num_tokens: int) -> None:
-    for index in range(num_tokens):
+    """Up to so many tokens, each of which a client reads that keeps up."""
+    for index in range(len(keeping_up.tokens()), num_tokens):
         cluster.decode.tell(token(request, index, 100))
         await keeping_up.heard(index + 1)
 
@@ -276,6 +287,42 @@ async def test_a_client_that_lets_too_much_wait_is_cut_off(cluster: Cluster) -> 
             await anext(increments)
     cluster.decode.tell(token(request, MAX_UNREAD + 1, 100, "length"))
     await client.end()
+
+
+async def test_a_client_that_comes_back_far_behind_is_not_taken_for_a_slow_one(cluster: Cluster) -> None:
+    client, request = await cluster.admitted(n=2)
+    await tell_slowly(cluster, client, request, MAX_UNREAD + 5)
+    with cluster.frontend.resume(RequestId("r"), []) as reader:
+        cluster.decode.tell(token(request, MAX_UNREAD + 5, 100, "length"), token(request, 0, 200, "stop", choice=1))
+        await client.heard(MAX_UNREAD + 6)
+        told = [len(increment.piece.token_ids) async for increment in reader.increments()]
+        assert told == [MAX_UNREAD + 6, 1]
+    await client.end()
+
+
+async def test_a_client_that_comes_back_far_behind_and_takes_nothing_is_cut_off(cluster: Cluster) -> None:
+    client, request = await cluster.admitted()
+    await tell_slowly(cluster, client, request, MAX_UNREAD + 5)
+    with cluster.frontend.resume(RequestId("r"), [2]) as reader:
+        await tell_slowly(cluster, client, request, 2 * MAX_UNREAD + 6)
+        increments = reader.increments()
+        assert len((await anext(increments)).piece.token_ids) == 2 * MAX_UNREAD + 4
+        with pytest.raises(SlowReaderError, match=f"{MAX_UNREAD + 1} tokens"):
+            await anext(increments)
+    await client.leave()
+
+
+async def test_what_a_client_has_caught_up_with_counts_no_more(cluster: Cluster) -> None:
+    client, request = await cluster.admitted()
+    await tell_slowly(cluster, client, request, MAX_UNREAD - 5)
+    with cluster.frontend.resume(RequestId("r"), []) as reader:
+        increments = reader.increments()
+        assert len((await anext(increments)).piece.token_ids) == MAX_UNREAD - 5
+        await tell_slowly(cluster, client, request, 2 * MAX_UNREAD - 4)
+        with pytest.raises(SlowReaderError, match=f"{MAX_UNREAD + 1} tokens"):
+            async for _ in increments:
+                pass
+    await client.leave()
 
 
 async def test_a_client_that_is_stuck_is_interrupted(cluster: Cluster) -> None:
