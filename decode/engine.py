@@ -104,7 +104,8 @@ class DecodeEngine:
             try:
                 self._decode()
             except ExpertMissingError as error:
-                self._fail_running(str(error))
+                # Elsewhere, or later, they may be answered.
+                self._fail_running(str(error), retryable=True)
             finally:
                 self._batch.trim()
         return self.flush()
@@ -329,7 +330,7 @@ class DecodeEngine:
                 self._offers.remove(offer)
                 self._acknowledge(offer)
 
-    def _fail_running(self, reason: str, retryable: bool = False) -> None:
+    def _fail_running(self, reason: str, retryable: bool) -> None:
         for sequence in list(self._batch.running):
             self._batch.remove(sequence)
             self._tell_failed(sequence.request, sequence.choice, reason, retryable)

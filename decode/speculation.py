@@ -166,4 +166,4 @@ def _num_agreeing(token_ids: Sequence[int], drafted: Sequence[int]) -> int:
 def _ahead(sequence: RunningSequence, drafted: Sequence[int]) -> Span:
     """The last token, or the last draft, at the position before it."""
     start = len(sequence.token_ids) - 2 + len(drafted)
-    return Span(token_ids=(drafted or sequence.token_ids)[-1:], start=start, pages=sequence.pages)
+    return Span(token_ids=(drafted or sequence.token_ids)[-1:], start=start, pages=sequence.pages, by_token=True)

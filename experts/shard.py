@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
@@ -51,12 +52,15 @@ _NEVER = np.zeros(1, np.int64)
 
 
 class ExpertShard:
-    """Computes what its slots contribute to rows, and counts them. Used by one thread at a time."""
+    """Computes what its slots contribute to rows, and counts them. One thread at a time serves; meanwhile others may
+    empty slots and read the counts."""
 
     def __init__(self, slots: ExpertSlots) -> None:
         self._slots = slots
         self._counts = {layer: np.zeros(len(slots.held(layer)), dtype=np.int64) for layer in slots.layers}
         self._released = {layer: np.zeros(slots.num_experts, dtype=np.int64) for layer in slots.layers}
+        self._releasing = threading.Lock()
+        """While what a slot has served becomes what its expert has: it is counted in one of both places."""
         self.num_rows = 0
         self._num_activated = 0
         self._on_device: dict[int, SlotCounters] = {}
@@ -103,17 +107,19 @@ class ExpertShard:
 
     def counts(self) -> dict[int, npt.NDArray[np.int64]]:
         """Tokens served since the start, `[E]` by logical expert for each layer. A copy."""
-        return {layer: self._count(layer) for layer in self._counts}
+        with self._releasing:
+            return {layer: self._count(layer) for layer in self._counts}
 
     def release(self, layer: int, slot: int) -> None:
         """Empty a slot that nobody asks for any more; what it served stays counted."""
-        expert = self._slots.held(layer)[slot]
-        if expert != EMPTY:
-            self._released[layer][expert] += self._served(layer)[slot]
-        if self._on_device:
-            self._on_device[layer].served_S[slot] = 0
-        self._counts[layer][slot] = 0
-        self._slots.release(layer, slot)
+        with self._releasing:
+            expert = self._slots.held(layer)[slot]
+            if expert != EMPTY:
+                self._released[layer][expert] += self._served(layer)[slot]
+            if self._on_device:
+                self._on_device[layer].served_S[slot] = 0
+            self._counts[layer][slot] = 0
+            self._slots.release(layer, slot)
 
     def _count(self, layer: int) -> npt.NDArray[np.int64]:
         counts_E, held_S = self._released[layer].copy(), np.array(self._slots.held(layer), dtype=np.int64)

@@ -27,7 +27,8 @@ class Span:
     pages: Sequence[int]
     """The page table, covering at least `start + len(token_ids)` tokens."""
     by_token: bool = False
-    """Attend with each token on its own, which pays where a few of them follow a long context."""
+    """Attend with each token on its own, which pays where a few of them follow a long context, as in an answer. A
+    prompt's tokens never do, not even a single one: its bits would not be those that it has in a longer chunk."""
     wanted: Wanted = "all"
     """Tokens whose final hidden states somebody reads; of the others, the last layer computes keys and values alone."""
 
@@ -120,18 +121,17 @@ def halve(spans: Sequence[Span]) -> tuple[list[Span], list[Span]]:
 
 
 def build_batch(spans: Sequence[Span], pool: PagePool, device: torch.device) -> tuple[Batch, list[slice]]:
-    """Pack spans; those that attend by token, as single tokens do, are moved to the front.
+    """Pack spans; those that attend by token are moved to the front.
 
     Returns: the batch, and for each span, in the order given, its rows of what a pass returns.
     """
-    by_token = [span.by_token or len(span.token_ids) == 1 for span in spans]
-    order = sorted(range(len(spans)), key=lambda index: not by_token[index])
+    order = sorted(range(len(spans)), key=lambda index: not spans[index].by_token)
     token_ids: list[int] = []
     positions: list[int] = []
     kv_slots: list[int] = []
     prefill: list[PrefillSpan] = []
     last_rows = [0] * len(spans)
-    singles = [spans[index] for index in order if by_token[index]]
+    singles = [span for span in spans if span.by_token]
     for index in order:
         span = spans[index]
         first = len(token_ids)
@@ -139,7 +139,7 @@ def build_batch(spans: Sequence[Span], pool: PagePool, device: torch.device) -> 
         positions += range(span.start, span.stop)
         kv_slots += pool.slots(span.pages, span.start, span.stop)
         last_rows[index] = len(token_ids) - 1
-        if not by_token[index]:
+        if not span.by_token:
             before = _numbers(span.pages[: pool.pages_for(span.start)], device)
             prefill.append(PrefillSpan(rows=slice(first, len(token_ids)), start=span.start, pages=before))
     batch = Batch(

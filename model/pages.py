@@ -25,6 +25,10 @@ class PagePool:
     def num_free(self) -> int:
         return len(self._empty) + len(self._kept)
 
+    def num_held(self, pages: Sequence[int]) -> int:
+        """How many of these somebody holds."""
+        return sum(self._references[page] > 0 for page in pages)
+
     def pages_for(self, num_tokens: int) -> int:
         """Pages that `num_tokens` tokens take."""
         return -(-num_tokens // self.page_size)

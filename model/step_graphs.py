@@ -53,13 +53,14 @@ class StepGraphs:
         self._inputs = StepInputs(self._sizes[-1], pool.pages_for(max_model_len), cache.nobodys_slot, cache.device)
         self._steps: dict[int, _Step] = {}
         self._generation = routed.generation
-        self._memory = torch.cuda.graph_pool_handle()
+        self._memory: Any = None
+        """The handle of the pool that all graphs share."""
         self._rows: tuple[torch.Tensor, torch.Tensor] | None = None
         """What goes to the experts and what comes back, `[B, H]`, of every layer: one is with them at a time."""
 
     def takes(self, spans: Sequence[Span]) -> bool:
         num_rows = sum(len(span.token_ids) for span in spans)
-        return num_rows <= self._sizes[-1] and all(span.by_token or len(span.token_ids) == 1 for span in spans)
+        return num_rows <= self._sizes[-1] and all(span.by_token for span in spans)
 
     @torch.inference_mode()
     def run(self, spans: Sequence[Span]) -> torch.Tensor:
@@ -68,11 +69,16 @@ class StepGraphs:
         Raises: LaneError; running again is safe.
         """
         if self._generation != self._routed.generation:
+            # The device may not be done with them.
+            torch.cuda.synchronize(self._cache.device)
             self._steps.clear()
             self._generation = self._routed.generation
         num_rows = sum(len(span.token_ids) for span in spans)
         size = self._sizes[bisect.bisect_left(self._sizes, num_rows)]
         if size not in self._steps:
+            if not self._steps:
+                # A pool ends with the last of its graphs, and torch takes its handle no more.
+                self._memory = torch.cuda.graph_pool_handle()
             # With nothing in it, so that a batch which fails is captured, or none is.
             self._inputs.fill([], self._pool)
             self._steps[size] = self._capture(size)
@@ -102,7 +108,9 @@ class StepGraphs:
             finally:
                 recorder.end()
         torch.cuda.current_stream(device).wait_stream(side)
-        return _Step(recorder.pieces, hidden_BH)
+        # Pieces hold their recorder. Held by it, too, they would outlive their step until garbage is collected.
+        pieces, recorder.pieces = recorder.pieces, []
+        return _Step(pieces, hidden_BH)
 
 
 def sizes_up_to(most_rows: int) -> tuple[int, ...]:

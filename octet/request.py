@@ -39,20 +39,21 @@ class Stopping:
 
     max_new_tokens: int
     min_new_tokens: int = 0
+    """So many tokens come before one that stops, as in vLLM and `transformers`."""
     stop_token_ids: tuple[int, ...] = ()
     """The model's end-of-sequence ids are among these unless the request ignores them."""
 
     def finish_reason(self, token_id: int, num_new_tokens: int) -> FinishReason | None:
         """Why the choice ends with `token_id` as its `num_new_tokens`-th token, or None."""
-        if token_id in self.stop_token_ids and num_new_tokens >= self.min_new_tokens:
+        if token_id in self.stop_token_ids and num_new_tokens > self.min_new_tokens:
             return "stop"
         if num_new_tokens >= self.max_new_tokens:
             return "length"
         return None
 
     def masked_ids(self, num_new_tokens: int) -> tuple[int, ...]:
-        """Ids that may not be sampled after `num_new_tokens` tokens, for the minimum to be reached."""
-        return self.stop_token_ids if num_new_tokens + 1 < self.min_new_tokens else ()
+        """Ids that may not be sampled after `num_new_tokens` tokens, since the minimum is not reached."""
+        return self.stop_token_ids if num_new_tokens < self.min_new_tokens else ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -79,7 +79,7 @@ class PrefillEngine:
     def busy(self) -> bool:
         """Whether `step` would compute something now: a request that waits for pages is no work yet."""
         task = self._queue.next_to_admit()
-        return bool(self._queue.running) or (task is not None and self._pages_of(task) <= self._pool.num_free)
+        return bool(self._queue.running) or (task is not None and self._fits(task))
 
     @property
     def gives_way(self) -> bool:
@@ -120,7 +120,10 @@ class PrefillEngine:
             try:
                 hidden = self._runner.run([self._span(chunk) for chunk in chunks])
             except ExpertMissingError as error:
-                self.fail_all(str(error))
+                # What waits was not asked for, and what was may be answered elsewhere, or later.
+                for chunk in chunks:
+                    self._queue.finish(chunk.task)
+                self._fail([chunk.task for chunk in chunks], str(error), retryable=True)
             else:
                 if self._runner.drafts:
                     self._write_draft_kv(chunks, hidden)
@@ -133,18 +136,7 @@ class PrefillEngine:
         Args:
             retryable: see `Failed`.
         """
-        for task in self._queue.clear():
-            self._pool.release(task.pages)
-            for choice in task.request.choices:
-                self._events[task.request.frontend].append(
-                    Failed(
-                        request_id=task.request.request_id,
-                        choice=choice,
-                        attempt=task.request.attempt,
-                        reason=reason,
-                        retryable=retryable,
-                    )
-                )
+        self._fail(self._queue.clear(), reason, retryable)
 
     def flush(self) -> list[tuple[WorkerId, Message]]:
         """What there is to tell, without computing."""
@@ -173,6 +165,11 @@ class PrefillEngine:
             num_cached = len(cached) * self._pool.page_size
             self._num_cached += num_cached
             self._queue.admit(task, [*cached, *rest], num_cached)
+
+    def _fits(self, task: Task) -> bool:
+        missing = self._pages_of(task) - self._pool.num_free
+        # Cached pages that somebody holds are there already, and none of the free ones.
+        return missing <= 0 or missing <= self._pool.num_held(self._cached_pages(task))
 
     def _cached_pages(self, task: Task) -> list[int]:
         # The log-probabilities of a prompt take every position's hidden state.
@@ -289,6 +286,21 @@ class PrefillEngine:
             part = targets[first : first + _LOGPROB_ROWS]
             logits = self._runner.logits(hidden_TH[first : first + len(part)])
             task.prompt_logprobs += logprobs(logits, part, task.request.output.logprobs or 0)
+
+    def _fail(self, tasks: Sequence[Task], reason: str, retryable: bool) -> None:
+        """End tasks that the queue has let go of."""
+        for task in tasks:
+            self._pool.release(task.pages)
+            for choice in task.request.choices:
+                self._events[task.request.frontend].append(
+                    Failed(
+                        request_id=task.request.request_id,
+                        choice=choice,
+                        attempt=task.request.attempt,
+                        reason=reason,
+                        retryable=retryable,
+                    )
+                )
 
     def _collect(self) -> list[tuple[WorkerId, Message]]:
         load = self.load()

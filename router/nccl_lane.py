@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -43,6 +44,9 @@ class NcclGroup:
         self._size, self._nothing = size, torch.empty(0, dtype=torch.uint8, device=device)
         self._sent: collections.deque[tuple[Any, dict[int, torch.Tensor]]] = collections.deque()
         groups = []
+        # torch gives every so many ranks (128, if nobody says otherwise) a root that draws an id of its own. Our store
+        # carries one id.
+        os.environ["TORCH_NCCL_RANKS_PER_ROOT"] = str(2**31 - 1)
         for way in ("calls", "replies"):
             # NCCL connects at its first exchange; that must not fall into a request.
             here = [torch.zeros(1, dtype=torch.uint8, device=device) for _ in range(size)]

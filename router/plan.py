@@ -156,7 +156,8 @@ class Planner:
         self._placement, self._device = placement, device
         self._index = {layer: index for index, layer in enumerate(placement.layers)}
         if device.type != "cpu":
-            assert len(self._one_slot_LE) == len(placement.layers)
+            # Computed here, and not in a step: what is made in inference mode `take_over` could not write to.
+            _ = self._one_slot_LE
 
     def route(self, layer: int, gate: Gate, x_TH: torch.Tensor, real_T: torch.Tensor | None = None) -> DispatchPlan:
         """`plan` for what the gate selects. Few tokens, as decode steps have, take one compiled call on a CPU."""

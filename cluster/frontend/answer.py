@@ -112,7 +112,7 @@ class Answer:
         if self._detokenizer is None:
             return "", None
         text = self._detokenizer.push(token_id)
-        if self._num_tokens < self._stopping.min_new_tokens:
+        if self._num_tokens <= self._stopping.min_new_tokens:
             return self._stop_strings.finish() + text, None
         return self._stop_strings.push(text)
 

@@ -404,6 +404,7 @@ class ClusterServicer:
 
     def Scale(self, request, context):
         """Bring pools to other sizes, while everybody serves: no request fails by it. Answers when it is so.
+        FAILED_PRECONDITION with the reason if it cannot be done; the pool is then as it was.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

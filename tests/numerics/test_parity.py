@@ -132,13 +132,16 @@ def logits_of(engine: LocalEngine, prompts: Sequence[Sequence[int]], chunk: Call
     done = [0] * len(prompts)
     logits: list[list[torch.Tensor]] = [[] for _ in prompts]
     while unfinished := [index for index, prompt in enumerate(prompts) if done[index] < len(prompt)]:
+        sizes = [chunk(len(prompts[index]) - done[index]) for index in unfinished]
         spans = [
             Span(
-                token_ids=prompts[index][done[index] : done[index] + chunk(len(prompts[index]) - done[index])],
+                token_ids=prompts[index][done[index] : done[index] + size],
                 start=done[index],
                 pages=tables[index],
+                # As in a prompt, or as in an answer.
+                by_token=size == 1 and random.random() < 0.5,
             )
-            for index in unfinished
+            for index, size in zip(unfinished, sizes, strict=True)
         ]
         for index, span, hidden_TH in zip(unfinished, spans, runner.run(spans), strict=True):
             logits[index].append(runner.logits(hidden_TH))
@@ -148,7 +151,7 @@ def logits_of(engine: LocalEngine, prompts: Sequence[Sequence[int]], chunk: Call
 
 
 def random_chunk(left: int) -> int:
-    """Often a single token, which takes the other way through attention."""
+    """Often a single token, which may take the other way through attention."""
     return min(left, random.choice((1, 2, 5, 16, 17, 50, 100)))
 
 

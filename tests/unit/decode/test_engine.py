@@ -564,12 +564,26 @@ def test_a_step_that_loses_its_lane_may_be_run_again(pairs: Callable[..., Pair],
     assert pair.tokens() == alone(pairs, *requests)
 
 
-def test_a_missing_expert_fails_the_requests_with_its_reason(pair: Pair) -> None:
+def test_a_missing_expert_fails_the_requests_of_its_step_retryably_and_says_why(pair: Pair) -> None:
     pair.submit(request(choices=(0, 1), max_new_tokens=_LONG), request(max_new_tokens=_LONG))
     pair.until_running(3)
     pair.routed.fail_once(2, ExpertMissingError("layer 2: no expert in slots [7]"))
     pair.step_decode()
-    assert [event.reason for event in pair.of(Failed)] == ["layer 2: no expert in slots [7]"] * 3
+    told = [(event.reason, event.retryable) for event in pair.of(Failed)]
+    assert told == [("layer 2: no expert in slots [7]", True)] * 3
+
+
+def test_a_missing_expert_fails_no_request_that_was_not_in_the_step(pairs: Callable[..., Pair]) -> None:
+    pair = pairs(max_batch=1)
+    running, offered = request(), request()
+    pair.submit(running)
+    pair.until_running()
+    pair.submit(offered)
+    pair.step_prefill()
+    pair.routed.fail_once(1, ExpertMissingError("gone"))
+    pair.run()
+    assert [event.request_id for event in pair.of(Failed)] == [running.request_id]
+    assert pair.tokens()[offered.request_id, 0] == alone(pairs, offered)[offered.request_id, 0]
 
 
 def test_a_missing_expert_yields_no_token(pair: Pair) -> None:

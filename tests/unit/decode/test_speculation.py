@@ -14,6 +14,8 @@ import torch
 from cluster.planning import EMBEDDED_MODEL
 from decode.batch import RunningSequence
 from decode.speculation import MtpDrafter
+from model.batch import Batch, Span, build_batch
+from model.pages import PagePool
 from model.runner import ModelRunner
 from octet.config import SpeculationConfig
 from octet.errors import ExpertMissingError, PeerLostError
@@ -164,6 +166,20 @@ def test_a_step_that_loses_its_lane_may_be_run_again(
             failures += 1
     assert journal.token_ids(0) == expected
     assert failures > 0
+
+
+def test_answers_and_drafts_attend_token_by_token_and_prompts_never(
+    engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: set[tuple[str, bool]] = set()
+
+    def noting(spans: Sequence[Span], pool: PagePool, device: torch.device) -> tuple[Batch, list[slice]]:
+        seen.update((PREFILL if pool is engine.runner.pool else DECODE, span.by_token) for span in spans)
+        return build_batch(spans, pool, device)
+
+    monkeypatch.setattr("model.runner.build_batch", noting)
+    events(engine, request(1))
+    assert seen == {(PREFILL, False), (DECODE, True)}
 
 
 def test_a_draft_whose_expert_is_missing_is_only_not_made(

@@ -3,7 +3,9 @@ from __future__ import annotations
 import json
 import pathlib
 import random
+import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -180,6 +182,29 @@ def test_what_a_slot_served_stays_counted_when_its_expert_leaves(shard: ExpertSh
     assert shard.counts()[2].tolist() == before
     with pytest.raises(ExpertMissingError, match=r"layer 2: no expert in slot 2"):
         shard.serve(2, asking_for([0, 2], dtype=dtype))
+
+
+def test_whoever_reads_the_counts_while_slots_are_emptied_sees_every_row_once(
+    checkpoint: Checkpoint, dtype: torch.dtype
+) -> None:
+    held = [slot % 6 for slot in range(600)]
+    shard = ExpertShard(ExpertSlots(checkpoint, {1: held}, dtype, torch.device("cpu")))
+    shard.serve(1, asking_for(*([slot] for slot in range(len(held))), dtype=dtype))
+    expected, interval_s = shard.counts()[1].tolist(), sys.getswitchinterval()
+
+    def empty() -> None:
+        for slot in range(len(held)):
+            shard.release(1, slot)
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            emptying = pool.submit(empty)
+            seen = {tuple(shard.counts()[1]) for _ in iter(emptying.done, True)}
+        emptying.result()
+    finally:
+        sys.setswitchinterval(interval_s)
+    assert seen | {tuple(shard.counts()[1])} == {tuple(expected)}
 
 
 def test_rows_are_counted_once_however_many_experts_they_use(shard: ExpertShard, dtype: torch.dtype) -> None:

@@ -64,7 +64,10 @@ class Subject:
     batch: Batch
 
 
-def build(tmp_path: pathlib.Path, model: str, spans: list[Span], pool: PagePool) -> Subject:
+def build(
+    tmp_path: pathlib.Path, model: str, spans: list[Span], pool: PagePool, dtype: torch.dtype = torch.float32
+) -> Subject:
+    """With layers that are compiled in fp32, and torch's operators in any other `dtype`."""
     fields = {
         "architectures": ["Glm4MoeForCausalLM"],
         "vocab_size": 100,
@@ -85,8 +88,8 @@ def build(tmp_path: pathlib.Path, model: str, spans: list[Span], pool: PagePool)
     config = read_config(tmp_path)
     shapes = required_tensors(config)
     save_file({name: torch.randn(shape) * 0.2 for name, shape in shapes.items()}, tmp_path / "model.safetensors")
-    weights = load_attention_weights(Checkpoint.open(tmp_path), torch.float32, CPU)
-    cache = KvCache(config, NUM_PAGES, PAGE, torch.float32, CPU)
+    weights = load_attention_weights(Checkpoint.open(tmp_path), dtype, CPU)
+    cache = KvCache(config, NUM_PAGES, PAGE, dtype, CPU)
     for layer in range(config.num_hidden_layers):
         for part in cache.of_layer(layer):
             part.normal_()

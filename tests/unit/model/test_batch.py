@@ -9,16 +9,16 @@ from model.pages import PagePool
 
 POOL = PagePool(16, 4)
 LONG = Span(token_ids=[10, 11, 12, 13, 14], start=0, pages=[3, 1])
-SINGLE = Span(token_ids=[20], start=6, pages=[5, 7])
+SINGLE = Span(token_ids=[20], start=6, pages=[5, 7], by_token=True)
 LATER = Span(token_ids=[30, 31], start=3, pages=[2, 9])
-OTHER_SINGLE = Span(token_ids=[40], start=0, pages=[8, 4])
+OTHER_SINGLE = Span(token_ids=[40], start=0, pages=[8, 4], by_token=True)
 
 
 def built(*spans: Span) -> tuple[Batch, list[slice]]:
     return build_batch(spans, POOL, torch.device("cpu"))
 
 
-def test_single_token_spans_come_first() -> None:
+def test_spans_that_attend_by_token_come_first() -> None:
     batch, _ = built(LONG, SINGLE, LATER, OTHER_SINGLE)
     assert batch.token_ids_T.tolist() == [20, 40, 10, 11, 12, 13, 14, 30, 31]
 
@@ -85,16 +85,23 @@ def test_decode_rows_see_only_positions_that_exist() -> None:
 
 def test_decode_page_tables_are_as_wide_as_the_longest_sequence_needs() -> None:
     """A sequence may hold more pages than it has tokens for, or fewer than the longest."""
-    many = Span(token_ids=[1], start=0, pages=[6, 2, 3, 4])
-    few = Span(token_ids=[1], start=2, pages=[11])
+    many = Span(token_ids=[1], start=0, pages=[6, 2, 3, 4], by_token=True)
+    few = Span(token_ids=[1], start=2, pages=[11], by_token=True)
     batch, _ = built(SINGLE, many, few)
     assert batch.decode is not None
     assert batch.decode.pages_BP.tolist() == [[5, 7], [6, 2], [11, 0]]
 
 
-def test_long_spans_alone_have_no_decode_part() -> None:
+def test_prompts_alone_have_no_decode_part() -> None:
     batch, _ = built(LONG, LATER)
     assert batch.decode is None
+
+
+def test_a_prompts_single_token_attends_as_prompts_do() -> None:
+    """Its bits are then those that it has in a longer chunk."""
+    batch, rows = built(LATER, dataclasses.replace(SINGLE, by_token=False))
+    assert batch.decode is None
+    assert [span.rows for span in batch.prefill] == rows == [slice(0, 2), slice(2, 3)]
 
 
 def test_halves_have_equally_many_tokens_and_keep_every_token_in_place() -> None:

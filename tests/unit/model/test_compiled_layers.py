@@ -41,7 +41,8 @@ def placed(*sequences: tuple[int, int]) -> tuple[PagePool, list[Span]]:
     for num_tokens, start in sequences:
         pages = pool.allocate(pool.pages_for(start + num_tokens))
         assert pages is not None
-        spans.append(Span(token_ids=random.choices(range(90), k=num_tokens), start=start, pages=pages))
+        token_ids = random.choices(range(90), k=num_tokens)
+        spans.append(Span(token_ids=token_ids, start=start, pages=pages, by_token=num_tokens == 1))
     return pool, spans
 
 
@@ -109,7 +110,8 @@ def test_tokens_of_one_sequence_see_each_other(tmp_path: pathlib.Path) -> None:
 
 def test_logits_are_the_output_heads_product(tmp_path: pathlib.Path) -> None:
     pool = PagePool(NUM_PAGES, PAGE)
-    subject = build(tmp_path, "partial_panels", [Span(token_ids=[5], start=0, pages=pool.allocate(1) or [])], pool)
+    span = Span(token_ids=[5], start=0, pages=pool.allocate(1) or [], by_token=True)
+    subject = build(tmp_path, "partial_panels", [span], pool)
     hidden_TH = torch.randn(7, 40)
     head = subject.transformer._weights.lm_head
     assert torch.equal(subject.transformer.logits(hidden_TH), linear(hidden_TH, head))

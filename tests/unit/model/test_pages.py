@@ -90,6 +90,17 @@ def test_a_kept_page_is_free_and_can_be_taken_back() -> None:
     assert pool.num_free == 1
 
 
+def test_a_kept_page_is_not_held_until_somebody_takes_it_back() -> None:
+    pool = PagePool(3, 16)
+    pages = allocated(pool, 2)
+    pool.keep(pages[0], lambda page: None)
+    assert pool.num_held(pages) == 2
+    pool.release(pages[:1])
+    assert pool.num_held(pages) == 1
+    pool.share(pages[:1])
+    assert pool.num_held(pages) == 2
+
+
 def test_kept_pages_are_given_out_last_and_their_keeper_is_told() -> None:
     pool, forgotten = PagePool(3, 16), list[int]()
     pages = allocated(pool, 3)

@@ -85,13 +85,11 @@ def test_a_row_is_the_same_however_its_prompt_is_cut(heads: tuple[int, int, int]
     cache.write(sequence)
     whole, _ = build_batch([sequence.span(0, sequence.num_tokens)], cache.pool, CPU)
     expected = cache.attend(whole, sequence.q_TQD)
-    cuts = sorted(random.sample(range(2, sequence.num_tokens - 2), 4))
+    cuts = sorted({1, *random.sample(range(2, sequence.num_tokens - 1), 4), sequence.num_tokens - 1})
     for start, stop in zip([0, *cuts], [*cuts, sequence.num_tokens], strict=True):
-        # A span of one token is decode's.
-        if stop - start > 1:
-            part, _ = build_batch([sequence.span(start, stop)], cache.pool, CPU)
-            found = cache.attend(part, sequence.q_TQD[start:stop].contiguous())
-            torch.testing.assert_close(found, expected[start:stop], rtol=0, atol=0)
+        part, _ = build_batch([sequence.span(start, stop)], cache.pool, CPU)
+        found = cache.attend(part, sequence.q_TQD[start:stop].contiguous())
+        torch.testing.assert_close(found, expected[start:stop], rtol=0, atol=0)
 
 
 def test_rows_of_other_spans_are_left_alone(heads: tuple[int, int, int], sequences: list[Sequence]) -> None:
@@ -99,7 +97,7 @@ def test_rows_of_other_spans_are_left_alone(heads: tuple[int, int, int], sequenc
     short, middle, _ = sequences
     for sequence in (short, middle):
         cache.write(sequence)
-    single = Span(token_ids=[1], start=middle.num_tokens - 1, pages=middle.pages)
+    single = Span(token_ids=[1], start=middle.num_tokens - 1, pages=middle.pages, by_token=True)
     batch, _ = build_batch([short.span(0, short.num_tokens), single], cache.pool, CPU)
     found = cache.attend(batch, torch.cat((middle.q_TQD[-1:], short.q_TQD)))
     assert found[0].isnan().all()

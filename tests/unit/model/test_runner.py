@@ -5,12 +5,13 @@ from __future__ import annotations
 import pathlib
 import random
 
+import pytest
 import torch
 
 from model.batch import Span
 from model.pages import PagePool
 from model.runner import ModelRunner
-from tests.unit.model.subject import CPU, NUM_PAGES, PAGE, Counting, build
+from tests.unit.model.subject import CPU, MODELS, NUM_PAGES, PAGE, Counting, Scaled, build
 
 
 def test_micro_batches_take_turns_where_there_are_cores_for_both(tmp_path: pathlib.Path) -> None:
@@ -35,3 +36,26 @@ def test_micro_batches_take_turns_where_there_are_cores_for_both(tmp_path: pathl
     (whole_TH,) = runner.run([span])
     assert {rows for _, rows in routed.rows} == {20}
     assert torch.equal(halves_TH, whole_TH)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_prompt_is_the_same_bit_for_bit_however_it_is_cut(tmp_path: pathlib.Path, model: str) -> None:
+    """Also where a chunk is a single token, as the last one behind cached pages often is."""
+    num_tokens = random.randint(12, 100)
+    pool = PagePool(NUM_PAGES, PAGE)
+    pages = pool.allocate(pool.pages_for(num_tokens))
+    assert pages is not None
+    token_ids = random.choices(range(90), k=num_tokens)
+    subject = build(tmp_path, model, [Span(token_ids=token_ids, start=0, pages=pages)], pool)
+    runner = ModelRunner(subject.transformer, Scaled(), pool, subject.cache, CPU)
+    empty, computed = subject.cache.export_pages(pages), []
+    for cut in ([num_tokens], [num_tokens - 1, 1], [5, 1, num_tokens - 6], [num_tokens // 2, -(-num_tokens // 2)]):
+        subject.cache.import_pages(pages, empty)
+        start, parts = 0, []
+        for size in cut:
+            parts += runner.run([Span(token_ids=token_ids[start : start + size], start=start, pages=pages)])
+            start += size
+        computed.append((torch.cat(parts), subject.cache.export_pages(pages)))
+    for hidden_TH, kv in computed[1:]:
+        assert torch.equal(kv, computed[0][1])
+        assert torch.equal(hidden_TH, computed[0][0])

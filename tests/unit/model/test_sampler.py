@@ -235,9 +235,9 @@ def test_presence_and_frequency_of_the_answer_are_penalised_as_by_openai(presenc
 # The minimum length
 
 
-@pytest.mark.parametrize(("num_new_tokens", "may_stop"), [(0, False), (1, False), (2, True), (3, True)])
+@pytest.mark.parametrize(("num_new_tokens", "may_stop"), [(0, False), (1, False), (2, False), (3, True), (4, True)])
 def test_stop_tokens_are_not_chosen_before_the_minimum_is_reached(num_new_tokens: int, may_stop: bool) -> None:
-    """The third token may be the stop: then there are three."""
+    """The fourth token may be the stop: there are three without it."""
     logits_BV = torch.zeros(2, VOCAB_SIZE)
     logits_BV[:, [4, 9]] = 50.0
     stopping = Stopping(max_new_tokens=10, min_new_tokens=3, stop_token_ids=(4, 9))

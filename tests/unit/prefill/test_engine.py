@@ -269,6 +269,28 @@ def test_a_request_that_waits_for_pages_is_no_work(model: Model) -> None:
     assert len(prefill.events(TokenEvent)) == 2
 
 
+def test_a_request_whose_pages_are_cached_and_held_is_work(prefill: Prefill) -> None:
+    """A lease holds ten pages of sixteen; of the same prompt again only the last page is another one."""
+    asked = request(10 * PAGE)
+    prefill.run(asked)
+    assert prefill.num_free == NUM_PAGES - 10
+    prefill.run(dataclasses.replace(asked, request_id=RequestId("again")))
+    assert [event.request_id for event in prefill.events(TokenEvent)] == [asked.request_id, "again"]
+
+
+def test_cached_pages_that_nobody_holds_are_not_counted_twice(model: Model) -> None:
+    """A request takes three pages: two are cached and free, and a lease holds the third."""
+    prefill = Prefill(model, num_pages=3)
+    asked = request(2 * PAGE + 1)
+    prefill.run(asked)
+    prefill.engine.handle(KvAck(lease_id=prefill.offers()[0].lease_id))
+    prefill.run(request(1))
+    prefill.engine.handle(dataclasses.replace(asked, request_id=RequestId("again")))
+    assert not prefill.engine.busy
+    prefill.step()
+    assert len(prefill.events(TokenEvent)) == 2
+
+
 # What is told.
 
 
@@ -341,6 +363,16 @@ def test_prompt_logprobs_do_not_depend_on_how_the_prompt_is_cut(model: Model) ->
     assert [entry.token_id for entry in cut] == [entry.token_id for entry in whole]
     assert cut[0].logprob is None
     assert [entry.logprob for entry in cut[1:]] == pytest.approx([entry.logprob for entry in whole[1:]], abs=1e-4)
+
+
+def test_a_first_token_behind_cached_pages_has_the_same_logprob(prefill: Prefill) -> None:
+    """Of the second one a single token is computed: the rest is whole pages, which are cached."""
+    asked = request(2 * PAGE + 1, output=Output(logprobs=3))
+    prefill.run(asked)
+    prefill.run(dataclasses.replace(asked, request_id=RequestId("again")))
+    first, again = prefill.events(TokenEvent)
+    assert (first.cached_tokens, again.cached_tokens) == (0, 2 * PAGE)
+    assert again.logprob == first.logprob is not None
 
 
 def test_computed_tokens_are_counted(prefill: Prefill) -> None:
@@ -450,12 +482,23 @@ def test_a_step_that_loses_its_lane_may_be_run_again(model: Model, layer: int) -
     assert disturbed.said == undisturbed.said
 
 
-def test_a_missing_expert_fails_the_requests_with_its_reason(prefill: Prefill) -> None:
+def test_a_missing_expert_fails_the_requests_of_its_step_retryably_and_says_why(prefill: Prefill) -> None:
     prefill.routed.fail_once(2, ExpertMissingError("layer 2: no expert in slots [7]"))
     prefill.run(request(choices=(0, 1)), request())
-    failures = prefill.events(Failed)
-    assert len(failures) == 3
-    assert {failure.reason for failure in failures} == {"layer 2: no expert in slots [7]"}
+    told = [(failure.reason, failure.retryable) for failure in prefill.events(Failed)]
+    assert told == [("layer 2: no expert in slots [7]", True)] * 3
+
+
+def test_a_missing_expert_fails_no_request_that_was_not_in_the_step(model: Model) -> None:
+    prefill = Prefill(model, chunk_tokens=8, max_requests=3)
+    prefill.routed.fail_once(1, ExpertMissingError("gone"))
+    prefill.run(request(6, name="whole"), request(6, name="cut"), request(6, name="behind"), request(6, name="waiting"))
+    assert [failure.request_id for failure in prefill.events(Failed)] == ["whole", "cut"]
+    assert [event.request_id for event in prefill.events(TokenEvent)] == ["behind", "waiting"]
+    for offer in prefill.offers():
+        prefill.engine.handle(KvAck(lease_id=offer.lease_id))
+    prefill.step()
+    assert prefill.num_free == NUM_PAGES
 
 
 def test_a_missing_expert_yields_no_token(prefill: Prefill) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
+import torch
 
 from octet.errors import LaneTimeoutError
 from octet.secret import ClusterSecret
 from router.group_store import GroupStore
 from router.nccl_id import KEY, store_with_id
+from router.nccl_lane import NcclGroup
 from tests.exchange_conformance import CONNECT_S, HOST, SECRET
 
 ID, ANOTHER, NAME = bytes(range(128)), bytes(128), "lane/nccl"
@@ -71,3 +75,35 @@ def test_a_first_exchange_that_fails_tells_no_id_and_waits_for_nothing() -> None
         _ = 1 // 0
     assert time.monotonic() - started_s < CONNECT_S / 2
     assert not store.prefix(NAME).check(["value"])
+
+
+class Played:
+    """Like torch's, rank 0 of more ranks than share a root draws an id for each root, under keys of their own."""
+
+    Options = staticmethod(lambda: None)
+
+    def __init__(self, store: Any, rank: int, size: int, options: None) -> None:
+        self._store, self._rank, self._size = store, rank, size
+
+    def alltoall(self, received: list[torch.Tensor], sent: list[torch.Tensor]) -> Played:
+        several = self._size > int(os.environ["TORCH_NCCL_RANKS_PER_ROOT"])
+        key = f"UniqueNCCLID:{self._rank}" if several else KEY
+        if self._rank == 0:
+            self._store.set(key, ID)
+        else:
+            assert self._store.check([key]), "the id is that of one root"
+        return self
+
+    def wait(self) -> None:
+        return
+
+
+def test_a_group_of_however_many_ranks_has_one_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_NCCL_RANKS_PER_ROOT", "128")
+    monkeypatch.setattr("torch._C._distributed_c10d.ProcessGroupNCCL", Played, raising=False)
+    store = GroupStore.host(HOST, 2.0, SECRET)
+    with ThreadPoolExecutor(1) as pool:
+        joined = GroupStore.join(store.address, 2.0, SECRET)
+        other = pool.submit(NcclGroup, joined, NAME, 1, 300, torch.device("cpu"))
+        NcclGroup(store, NAME, 0, 300, torch.device("cpu"))
+        other.result()

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import pathlib
+import sys
+import types
 from collections import Counter
 
 import numpy as np
@@ -206,3 +210,15 @@ def test_a_planner_that_takes_over_plans_where_the_one_before_it_did() -> None:
     assert not other.take_over(planners[1])
     on_cpu = [Planner(placement, torch.device("cpu")) for placement in (before, after)]
     assert not on_cpu[1].take_over(on_cpu[0])
+
+
+def test_a_planner_of_a_device_has_its_slots_when_it_is_built_even_where_assertions_are_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As with `python -O`. In a step, which is in inference mode, they would be made too late to be written to."""
+    module = types.ModuleType("plan_without_assertions")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    source = pathlib.Path(inspect.getfile(Planner))
+    exec(compile(source.read_text(), source, "exec", optimize=1), vars(module))
+    planner = module.Planner(place_evenly((LAYER,), 6, 2), torch.device("meta"))
+    assert "_one_slot_LE" in vars(planner)

@@ -150,8 +150,8 @@ def test_held_back_text_is_returned_before_a_stop_id() -> None:
     assert (text_of(pieces), pieces[-1].matched_stop) == ("hi", EOS)
 
 
-@pytest.mark.parametrize(("min_new_tokens", "text"), [(0, ""), (1, ""), (2, "a"), (3, "aa"), (4, "aaa")])
-def test_a_stop_string_counts_only_from_the_minimum_on(min_new_tokens: int, text: str) -> None:
+@pytest.mark.parametrize(("min_new_tokens", "text"), [(0, ""), (1, "a"), (2, "aa"), (3, "aaa"), (4, "aaaa")])
+def test_a_stop_string_counts_only_behind_the_minimum(min_new_tokens: int, text: str) -> None:
     ids = TOKENIZER.encode("a") * 6
     pieces = push_all(answer("a", min_new_tokens=min_new_tokens), ids)
     assert (text_of(pieces), pieces[-1].finish_reason) == (text, "stop")
@@ -159,7 +159,7 @@ def test_a_stop_string_counts_only_from_the_minimum_on(min_new_tokens: int, text
 
 @given(st.integers(0, 8), st.text("ab", max_size=12), _stops)
 def test_text_below_the_minimum_is_never_held_back(minimum: int, text: str, stops: list[str]) -> None:
-    ids = [token_id for letter in text for token_id in TOKENIZER.encode(letter)][: max(minimum - 1, 0)]
+    ids = [token_id for letter in text for token_id in TOKENIZER.encode(letter)][:minimum]
     assert text_of(push_all(answer(*stops, min_new_tokens=minimum), ids)) == TOKENIZER.decode(ids)
 
 
