@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Iterator
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from cluster.plan import ServingPlan
@@ -20,7 +21,7 @@ def check(config: OctetConfig, console: Console | None = None) -> None:
     plan = make_plan(config)
     has_mtp = Checkpoint.open(pathlib.Path(plan.model_dir)).has_mtp
     console = console or Console()
-    console.print(f"[bold]{plan.model_dir}[/]: a valid Glm4Moe checkpoint", highlight=False)
+    console.print(f"[bold]{escape(plan.model_dir)}[/]: a valid Glm4Moe checkpoint", highlight=False)
     table = Table(box=None, pad_edge=False, show_header=False)
     for row in _rows(plan, has_mtp):
         table.add_row(*row)

@@ -9,6 +9,7 @@ import numpy as np
 from google.protobuf import json_format
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from octet.v1 import octet_pb2 as pb
 from ops.changes import print_changes
@@ -29,12 +30,13 @@ def as_json(message: Any) -> str:
 
 def print_status(status: pb.GetStatusResponse, console: Console | None = None) -> None:
     console = console or Console()
-    reason = f" ({status.reason})" if status.reason else ""
-    console.print(
-        f"[bold]{status.state}[/]{reason}  epoch {status.epoch}  placement {status.placement_version}  "
+    print_headline(
+        status,
+        f"epoch {status.epoch}  placement {status.placement_version}  "
         f"up {status.uptime_s:.0f} s  tokens {status.tokens_served}\n"
         f"requests: {status.live_requests} live, {status.requests_finished} finished, "
-        f"{status.requests_failed} failed, {status.requests_cancelled} cancelled"
+        f"{status.requests_failed} failed, {status.requests_cancelled} cancelled",
+        console,
     )
     if status.strangers_refused or status.messages_dropped:
         console.print(
@@ -48,6 +50,14 @@ def print_status(status: pb.GetStatusResponse, console: Console | None = None) -
             console.print(_experts(status, console.width))
 
 
+def print_headline(status: pb.GetStatusResponse, told: str, console: Console) -> None:
+    """The state, why it is so, and what else is told. As it is: what a server says is no markup."""
+    reason = f" ({status.reason})" if status.reason else ""
+    line = console.render_str(f"{status.state}{reason}  {told}", markup=False, emoji=False)
+    line.stylize("bold", 0, len(status.state))
+    console.print(line)
+
+
 def _members(status: pb.GetStatusResponse) -> Table:
     table = Table(box=None, pad_edge=False)
     for column in ("member", "state", "node", "pid", "MiB", "KV free", "run", "wait", "tokens", "saved"):
@@ -58,9 +68,9 @@ def _members(status: pb.GetStatusResponse) -> Table:
             pages = f"{member.kv_pages_free}/{member.kv_pages_total}" if member.kv_pages_total else ""
             attention = pool.name != "experts"
             table.add_row(
-                member.worker_id,
-                member.state,
-                member.node_id[:6],
+                Text(member.worker_id),
+                Text(member.state),
+                Text(member.node_id[:6]),
                 str(member.pid),
                 f"{member.resident_bytes / 2**20:.0f}",
                 pages,

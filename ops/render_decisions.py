@@ -6,6 +6,7 @@ from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from octet.v1 import octet_pb2 as pb
 
@@ -28,5 +29,6 @@ def _table(title: str, decisions: object, *, outcome: bool) -> Table:
         table.add_column(column, justify=justify, overflow="fold")
     for one in decisions:  # type: ignore[attr-defined]
         cells = [f"{one.age_s:.0f} s", one.pool, str(one.current), str(one.wanted), str(one.target), one.reason]
-        table.add_row(*cells, *((one.outcome or "goes on",) if outcome else ()))
+        # As they are: what a server says is no markup.
+        table.add_row(*map(Text, [*cells, *([one.outcome or "goes on"] if outcome else [])]))
     return table

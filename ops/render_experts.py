@@ -17,7 +17,7 @@ from rich.text import Text
 
 from octet.v1 import octet_pb2 as pb
 from ops.heatmap import fold, heatmap, legend
-from ops.render import level
+from ops.render import level, print_headline
 
 _MAX_LANES = 6
 _HOTTEST = 8
@@ -27,10 +27,11 @@ _MARGIN = len("layer ") + len(" balance")
 
 def print_experts(status: pb.GetStatusResponse, console: Console | None = None) -> None:
     console = console or Console(highlight=False)
-    reason = f" ({status.reason})" if status.reason else ""
-    console.print(
-        f"[bold]{status.state}[/]{reason}  placement {status.placement_version}  the last {status.window_s:.0f} s: "
-        f"{status.window_tokens_per_s:,.1f} tokens/s  balancedness {level(status.balancedness)}"
+    print_headline(
+        status,
+        f"placement {status.placement_version}  the last {status.window_s:.0f} s: "
+        f"{status.window_tokens_per_s:,.1f} tokens/s  balancedness {level(status.balancedness)}",
+        console,
     )
     if not status.expert_counts:
         console.print("the router service tells nothing")
@@ -92,7 +93,7 @@ def _shards(shards: Sequence[pb.Member]) -> Table:
         load = member.load
         if member.HasField("load"):
             table.add_row(
-                member.worker_id,
+                Text(member.worker_id),
                 f"{load.busy_share:.0%}",
                 f"{load.busy_ewma:.0%}",
                 f"{load.frames_per_s:,.1f}",
@@ -102,7 +103,7 @@ def _shards(shards: Sequence[pb.Member]) -> Table:
                 f"{load.wait_s * 1e3:.2f}",
             )
         else:
-            table.add_row(member.worker_id, "silent")
+            table.add_row(Text(member.worker_id), "silent")
     return table
 
 
@@ -112,7 +113,7 @@ def _workers(workers: Sequence[pb.Member]) -> Table:
         load = member.load
         if member.HasField("load"):
             table.add_row(
-                member.worker_id,
+                Text(member.worker_id),
                 f"{load.busy_share:.0%}",
                 f"{load.frames_per_s:,.1f}",
                 f"{load.step_s * 1e3:.1f}",
@@ -123,7 +124,7 @@ def _workers(workers: Sequence[pb.Member]) -> Table:
                 f"{load.kv_share:.0%}",
             )
         else:
-            table.add_row(member.worker_id, "silent")
+            table.add_row(Text(member.worker_id), "silent")
     return table
 
 
@@ -134,7 +135,7 @@ def _lanes(shards: Sequence[pb.Member]) -> Table:
     table = _table("wait ms of lane", *shown, *(["…"] if len(names) > len(shown) else []))
     for member in shards:
         waits = {lane.worker_id: f"{lane.wait_s * 1e3:.2f}" for lane in member.load.lanes}
-        table.add_row(member.worker_id, *(waits.get(name, "-") for name in shown))
+        table.add_row(Text(member.worker_id), *(waits.get(name, "-") for name in shown))
     return table
 
 
@@ -142,5 +143,5 @@ def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False)
     for index, column in enumerate(columns):
         justify: Literal["left", "right"] = "right" if index else "left"
-        table.add_column(column, justify=justify, no_wrap=True)
+        table.add_column(Text(column), justify=justify, no_wrap=True)
     return table

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from ops.bench.outputs import checked
+
 bench = typer.Typer(no_args_is_help=True, help="Measure; every command prints ratios taken in one run.")
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
@@ -17,7 +19,9 @@ _EnvDir = Annotated[pathlib.Path, typer.Option(help="Where peers' environments a
 _Running = Annotated[
     str | None, typer.Option(metavar="HOST:PORT", help="Ask the cluster that runs there with this model, start none.")
 ]
-_JsonFile = Annotated[pathlib.Path | None, typer.Option("--json", help="Write the numbers to this file.")]
+_JsonFile = Annotated[
+    pathlib.Path | None, typer.Option("--json", callback=checked, help="Write the numbers to this file.")
+]
 
 
 @bench.command("memory")
@@ -50,7 +54,8 @@ def bench_serve(
     ] = None,
     json_file: _JsonFile = None,
     plot: Annotated[
-        pathlib.Path | None, typer.Option(metavar="FILE.png", help="Draw the load (needs the extra 'bench').")
+        pathlib.Path | None,
+        typer.Option(metavar="FILE.png", callback=checked, help="Draw the load (needs the extra 'bench')."),
     ] = None,
 ) -> None:
     """TTFT, TPOT, ITL, throughput and goodput of a running cluster under load."""
@@ -146,7 +151,9 @@ def bench_oversubscription(
 def bench_soak(
     minutes: Annotated[float, typer.Option(min=0.5)] = 10.0,
     users: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 16,
-    json_file: Annotated[pathlib.Path | None, typer.Option("--json", help="Write every sample to this file.")] = None,
+    json_file: Annotated[
+        pathlib.Path | None, typer.Option("--json", callback=checked, help="Write every sample to this file.")
+    ] = None,
 ) -> None:
     """Mixed random load on a cluster of its own; fails if memory grows, a request fails, or a page is lost."""
     from ops.bench.soak import bench_soak as run
@@ -180,7 +187,9 @@ def bench_sampling(threads: Annotated[int, typer.Option(min=1)] = 1) -> None:
 
 @bench.command("balance")
 def bench_balance(
-    plot: Annotated[pathlib.Path | None, typer.Option(help="Draw it, as a PNG; needs matplotlib.")] = None,
+    plot: Annotated[
+        pathlib.Path | None, typer.Option(callback=checked, help="Draw it, as a PNG; needs matplotlib.")
+    ] = None,
 ) -> None:
     """How level the balancer, and the choice of replicas per batch, make the loads of a large model, and how fast."""
     from ops.bench.balance import bench_balance as run

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
 import pathlib
 import random
 import time
 from collections.abc import Sequence
 
 from octet.client import AsyncClient, CallError
+from ops.simulate.load import read_requests
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,15 +71,14 @@ def read_trace(
         time_scale: 2 plays it twice as fast.
         length_scale: 0.1 makes prompts and answers a tenth as long.
         max_len: prompts are cut so that prompt and answer fit this context.
+
+    Raises: ConfigError naming the file, and the line.
     """
     arrivals = []
-    with file.open() as lines:
-        for _, line in zip(range(num_requests), lines, strict=False):
-            entry = json.loads(line)
-            new_tokens = min(max(1, round(entry["output_length"] * length_scale)), max_len // 2)
-            prompt_tokens = min(max(1, round(entry["input_length"] * length_scale)), max_len - new_tokens)
-            at_s = entry["timestamp"] / 1000 / time_scale
-            arrivals.append(Arrival(at_s=at_s, prompt_tokens=prompt_tokens, new_tokens=new_tokens))
+    for request in read_requests(file, num_requests, "--trace"):
+        new_tokens = min(max(1, round(request.new_tokens * length_scale)), max_len // 2)
+        prompt_tokens = min(max(1, round(request.prompt_tokens * length_scale)), max_len - new_tokens)
+        arrivals.append(Arrival(at_s=request.at_s / time_scale, prompt_tokens=prompt_tokens, new_tokens=new_tokens))
     return arrivals
 
 

@@ -34,7 +34,7 @@ def process_s(process: pathlib.Path, *, ended_children: bool = False) -> float:
 
 def stat_fields(process: pathlib.Path) -> list[str]:
     """What stands behind the name of a process, which may have anything in it. Raises: as `process_s`."""
-    return (process / "stat").read_text().rpartition(")")[2].split()
+    return (process / "stat").read_text(errors="replace").rpartition(")")[2].split()
 
 
 def threads_s(pids: Iterable[int]) -> float:

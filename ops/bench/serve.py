@@ -41,8 +41,8 @@ def bench_serve(
 ) -> None:
     """Print a table; with `json_file`, write the same numbers there; with `plot_file`, draw them as a PNG.
 
-    Raises: ConfigError for contradicting options or a plot without matplotlib, CallError if the cluster does not
-        answer.
+    Raises: ConfigError for contradicting options, a trace that is none or a plot without matplotlib, CallError if the
+        cluster does not answer.
     """
     given = [name for name in ("streams", "rate", "trace") if getattr(options, name) is not None]
     if len(given) != 1:

@@ -27,6 +27,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from cluster.launch import launch
 from octet.client import AsyncClient, CallError
@@ -77,7 +78,7 @@ def bench_soak(seconds: float, users: int, json_file: pathlib.Path | None) -> in
         held,
     ):
         if complaint:
-            console.print(f"[bold red]not well:[/] {complaint}")
+            console.print(Text.assemble(("not well:", "bold red"), f" {complaint}"))
     return 1 if grew or unexpected or held else 0
 
 
@@ -181,8 +182,9 @@ def family_memory() -> dict[tuple[int, str], int]:
     for entry in pathlib.Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-                words = (entry / "cmdline").read_text().replace("\0", " ").split()
+                # A process may call itself what is no text.
+                fields = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()
+                words = (entry / "cmdline").read_text(errors="replace").replace("\0", " ").split()
             except OSError:
                 continue
             pid = int(entry.name)
@@ -218,7 +220,7 @@ def _name(words: list[str]) -> str:
 
 def _anonymous_bytes(pid: int) -> int | None:
     try:
-        lines = pathlib.Path(f"/proc/{pid}/status").read_text().splitlines()
+        lines = pathlib.Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines()
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), None)
@@ -245,7 +247,7 @@ def report_growth(samples: list[Sample], console: Console) -> list[str]:
         grew += [name] if growth > allowed else []
         points = (by_pid[0][pid], in_half[0][pid], in_half[-1][pid])
         mib = (f"{value / 2**20:.1f}" for value in points)
-        table.add_row(name, *mib, f"{growth / 2**20:+.2f}", f"{allowed / 2**20:.2f}")
+        table.add_row(Text(name), *mib, f"{growth / 2**20:+.2f}", f"{allowed / 2**20:.2f}")
     console.print(table)
     return grew
 

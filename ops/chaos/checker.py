@@ -6,47 +6,17 @@ Each function names what it finds as violations of one kind; `check` is all of t
 from __future__ import annotations
 
 import collections
-import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, get_args
+from collections.abc import Callable, Sequence
 
-from ops.chaos.history import Commit, Delta, Facts, History, Stream
+from ops.chaos.history import Delta, Facts, History, Stream
+from ops.chaos.journals import Journals
+from ops.chaos.violations import Found, Kind, Violation, about
 
-Kind = Literal[
-    "gap in a stream",
-    "deltas are not the answer",
-    "terminal status",
-    "not finished",
-    "greedy answer differs",
-    "sampled answer differs",
-    "usage",
-    "too late",
-    "old epoch committed",
-    "journal out of order",
-    "request ended not once",
-    "epoch went back",
-    "not at baseline",
-]
-KINDS: tuple[Kind, ...] = get_args(Kind)
 EPSILON_S = 2.0
 """How long after its deadline a request may end for its client: a busy machine is slow to say so."""
 _REFUSALS = ("UNAVAILABLE", "RESOURCE_EXHAUSTED")
 _FINISHED = ("STOP", "LENGTH")
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Violation:
-    kind: Kind
-    subject: str
-    """The request, the worker or the thing counted."""
-    found: str
-
-    def __str__(self) -> str:
-        return f"{self.kind}: {self.subject}: {self.found}"
-
-
-Found = Iterator[Violation]
 
 
 def check(history: History, epsilon_s: float = EPSILON_S) -> list[Violation]:
@@ -63,7 +33,12 @@ def check(history: History, epsilon_s: float = EPSILON_S) -> list[Violation]:
     for stream in history.streams:
         for look in of_stream:
             found += look(stream)
-    found += _commits(history.commits)
+    found += _served(history.streams)
+    if history.commits is not None:
+        journals = Journals(history.commits)
+        found += journals.violations
+        for stream in history.streams:
+            found += journals.differences(stream)
     found += _epochs(history)
     found += baseline(history.before, history.after, history.complete, history.host_lost)
     return found
@@ -74,11 +49,8 @@ def _offsets(stream: Stream) -> Found:
     told: collections.Counter[int] = collections.Counter()
     for delta in stream.deltas:
         if delta.offset != told[delta.choice]:
-            yield _of(
-                stream,
-                "gap in a stream",
-                f"choice {delta.choice} goes on at {delta.offset} after {told[delta.choice]} tokens",
-            )
+            found = f"choice {delta.choice} goes on at {delta.offset} after {told[delta.choice]} tokens"
+            yield about(stream, "gap in a stream", found)
             return
         told[delta.choice] += len(delta.token_ids)
 
@@ -89,32 +61,32 @@ def _final(stream: Stream) -> Found:
         return
     for choice, ids in enumerate(stream.final):
         if stream.ids(choice) != ids:
-            yield _of(stream, "deltas are not the answer", _difference(choice, stream.ids(choice), ids))
+            yield about(stream, "deltas are not the answer", _difference(choice, stream.ids(choice), ids))
 
 
 def _status(stream: Stream) -> Found:
     """One end for the request, one for each choice, and nothing after either. What was accepted is finished."""
     if len(stream.endings) != 1:
         names = ", ".join(name for _, name in stream.endings) or "none"
-        yield _of(stream, "terminal status", f"{len(stream.endings)} of them ({names})")
+        yield about(stream, "terminal status", f"{len(stream.endings)} of them ({names})")
         return
     ((ended_s, status),) = stream.endings
     if any(delta.at_s > ended_s for delta in stream.deltas):
-        yield _of(stream, "terminal status", "tokens came after the end")
+        yield about(stream, "terminal status", "tokens came after the end")
     if not stream.accepted and status in _REFUSALS:
         return
     if status != "OK":
-        yield _of(stream, "not finished", status)
+        yield about(stream, "not finished", status)
         return
     for choice in range(stream.question.num_choices):
         ends = [number for number, delta in enumerate(_deltas(stream, choice)) if delta.finish_reason]
         reasons = [delta.finish_reason for delta in _deltas(stream, choice) if delta.finish_reason]
         if len(ends) != 1:
-            yield _of(stream, "terminal status", f"choice {choice} ended {len(ends)} times")
+            yield about(stream, "terminal status", f"choice {choice} ended {len(ends)} times")
         elif reasons[0] not in _FINISHED:
-            yield _of(stream, "not finished", f"choice {choice}: {reasons[0]}")
+            yield about(stream, "not finished", f"choice {choice}: {reasons[0]}")
         elif any(delta.token_ids for delta in _deltas(stream, choice)[ends[0] + 1 :]):
-            yield _of(stream, "terminal status", f"choice {choice} went on after its end")
+            yield about(stream, "terminal status", f"choice {choice} went on after its end")
 
 
 def _answer(stream: Stream) -> Found:
@@ -124,7 +96,7 @@ def _answer(stream: Stream) -> Found:
     for choice, expected in enumerate(stream.question.expected):
         found = stream.ids(choice)
         if found != (expected if whole else expected[: len(found)]):
-            yield _of(stream, kind, _difference(choice, found, expected))
+            yield about(stream, kind, _difference(choice, found, expected))
 
 
 def _usage(stream: Stream) -> Found:
@@ -134,7 +106,7 @@ def _usage(stream: Stream) -> Found:
     told = [delta.usage for delta in stream.deltas if delta.usage is not None]
     seen = (len(stream.question.prompt), sum(len(delta.token_ids) for delta in stream.deltas))
     if told != [seen]:
-        yield _of(stream, "usage", f"{told or 'none'}, seen {seen}")
+        yield about(stream, "usage", f"{told or 'none'}, seen {seen}")
 
 
 def _deadline(stream: Stream, epsilon_s: float) -> Found:
@@ -142,69 +114,13 @@ def _deadline(stream: Stream, epsilon_s: float) -> Found:
     for ended_s, _ in stream.endings:
         late_s = ended_s - stream.sent_s - stream.timeout_s
         if late_s > epsilon_s:
-            yield _of(stream, "too late", f"{late_s:.2f} s after its deadline")
+            yield about(stream, "too late", f"{late_s:.2f} s after its deadline")
 
 
-def _commits(commits: Sequence[Commit]) -> Found:
-    """What each frontend wrote down: the live attempt's next token, from a member, and one end for each request."""
-    workers: dict[str, tuple[str, ...]] = {}
-    live: dict[tuple[str, str], dict[int, int]] = {}
-    attempts: dict[tuple[str, str, int], int] = {}
-    ended: dict[tuple[str, str], int] = {}
-    for commit in commits:
-        at = (commit.frontend, commit.request_id)
-        match commit.kind:
-            case "workers":
-                workers[commit.frontend] = commit.workers
-            case "accept":
-                # An id whose request was cancelled or failed may be asked again: that is another life.
-                live[at] = dict(enumerate(commit.received))
-                ended[at] = 0
-                for key in [key for key in attempts if key[:2] == at]:
-                    del attempts[key]
-            case "commit":
-                yield from _commit(commit, workers.get(commit.frontend, ()), live.get(at), attempts)
-                if ended.get(at):
-                    yield Violation(
-                        kind="journal out of order", subject=commit.request_id, found="a token after the request's end"
-                    )
-            case "end":
-                ended[at] = ended.get(at, 0) + 1
-    lost = list(dict.fromkeys(commit.frontend for commit in commits))[:-1]
-    for (frontend, request_id), times in ended.items():
-        # One that another has taken the place of wrote down no end of what it had.
-        if times != 1 and not (frontend in lost and times == 0):
-            yield Violation(kind="request ended not once", subject=request_id, found=f"{times} times")
-
-
-def _commit(
-    commit: Commit, workers: Sequence[str], next_index: dict[int, int] | None, attempts: dict[tuple[str, str, int], int]
-) -> Found:
-    key = (commit.frontend, commit.request_id, commit.choice)
-    if commit.worker not in workers:
-        yield Violation(
-            kind="old epoch committed",
-            subject=commit.request_id,
-            found=f"token {commit.index} of {commit.worker}, which is no member",
-        )
-    newest = attempts.get(key, commit.attempt)
-    attempts[key] = max(newest, commit.attempt)
-    if commit.attempt < newest:
-        yield Violation(
-            kind="old epoch committed",
-            subject=commit.request_id,
-            found=f"token {commit.index} of attempt {commit.attempt} after attempt {newest}",
-        )
-    if next_index is None:
-        yield Violation(kind="journal out of order", subject=commit.request_id, found="a token before it was accepted")
-        return
-    if commit.index != next_index.get(commit.choice, 0):
-        yield Violation(
-            kind="journal out of order",
-            subject=commit.request_id,
-            found=f"choice {commit.choice}: token {commit.index} after {next_index.get(commit.choice, 0)} tokens",
-        )
-    next_index[commit.choice] = commit.index + 1
+def _served(streams: Sequence[Stream]) -> Found:
+    """At least one was: of streams that are all refused, none breaks a promise. An accepted one has to finish."""
+    if not any(stream.accepted for stream in streams):
+        yield Violation(kind="nobody was served", subject="the users", found=f"none of {len(streams)} streams accepted")
 
 
 def _epochs(history: History) -> Found:
@@ -251,10 +167,6 @@ def baseline(before: Facts, after: Facts, complete: bool, host_lost: bool = Fals
 
 def _deltas(stream: Stream, choice: int) -> list[Delta]:
     return [delta for delta in stream.deltas if delta.choice == choice]
-
-
-def _of(stream: Stream, kind: Kind, found: str) -> Violation:
-    return Violation(kind=kind, subject=f"{stream.request_id} ({stream.question.name})", found=found)
 
 
 def _difference(choice: int, found: Sequence[int], expected: Sequence[int]) -> str:

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from ops.bench.outputs import checked
+
 chaos = typer.Typer(no_args_is_help=True, help="Do harm on purpose, and check that every promise is kept.")
 
 
@@ -53,8 +55,12 @@ def run(
         ),
     ] = None,
     address: Annotated[str, typer.Option(help="Of its Ray.")] = "auto",
-    json_file: Annotated[pathlib.Path | None, typer.Option("--json", help="Write the report to this file.")] = None,
-    html_file: Annotated[pathlib.Path | None, typer.Option("--html", help="Draw the timeline in this file.")] = None,
+    json_file: Annotated[
+        pathlib.Path | None, typer.Option("--json", callback=checked, help="Write the report to this file.")
+    ] = None,
+    html_file: Annotated[
+        pathlib.Path | None, typer.Option("--html", callback=checked, help="Draw the timeline in this file.")
+    ] = None,
 ) -> None:
     """Run schedules of faults under load. Exit code 1 if a client saw, or the cluster kept, what it should not."""
     if hosts == 2:
@@ -66,7 +72,7 @@ def run(
 
     options = ChaosOptions(
         schedules=schedules_of(schedule or (), seed, count, duration),
-        load=Load(users=users),
+        load=Load(users=users, seed=seed or 0),
         asked=Asked(new_tokens=new_tokens),
         overrides=tuple(overrides or ()),
         against=None if against is None else Against(ray_address=address, namespace=against),

@@ -99,7 +99,7 @@ class RecordingClient(AsyncClient):
         self, stream: Stream, leave: Leave, options: dict[str, Any]
     ) -> AsyncIterator[pb.GenerateChunk]:
         """As `stream`, but that its user leaves, and then asks for the rest as a client without our library would."""
-        asked = _noted(stream, options)
+        asked = self._noted(stream, options)
         try:
             async for chunk in self._calls(stream, leave, asked):
                 yield chunk
@@ -148,11 +148,13 @@ class RecordingClient(AsyncClient):
     def _ask(self, prompt: Any, timeout_s: float | None, options: dict[str, Any]) -> Resumption:
         if self._stream is None:
             return super()._ask(prompt, timeout_s, options)
-        return _noted(self._stream, options)
+        return self._noted(self._stream, options)
 
-
-def _noted(stream: Stream, options: dict[str, Any]) -> _Noted:
-    return _Noted(make_request(list(stream.question.prompt), **options), stream.timeout_s, stream)
+    def _noted(self, stream: Stream, options: dict[str, Any]) -> _Noted:
+        asked = _Noted(make_request(list(stream.question.prompt), **options), stream.timeout_s, stream)
+        # What is not there is not aborted when it is left.
+        self._under_way.add(asked)
+        return asked
 
 
 def options_of(question: Question) -> dict[str, Any]:

@@ -151,7 +151,8 @@ class History:
     begin_s: float
     end_s: float
     streams: Sequence[Stream]
-    commits: Sequence[Commit]
+    commits: Sequence[Commit] | None
+    """None where frontends write nothing down (`chaos.audit_dir`)."""
     faults: Sequence[Injected]
     samples: Sequence[Sample]
     before: Facts

@@ -52,7 +52,7 @@ def facts_of(
 def state_of(pid: int) -> str:
     """The letter of /proc: R, S, D, T for stopped; an empty string where it is gone, or a zombie."""
     try:
-        state = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        state = pathlib.Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
     except OSError:
         return ""
     return "" if state in "ZX" else state
@@ -61,7 +61,7 @@ def state_of(pid: int) -> str:
 def name_of(pid: int) -> str:
     """Of its program, in at most 15 characters; empty where it is gone."""
     try:
-        return pathlib.Path(f"/proc/{pid}/comm").read_text().strip()
+        return pathlib.Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()
     except OSError:
         return ""
 

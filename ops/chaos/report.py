@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ops.bench.machine import Machine
 from ops.chaos.figures import by_kind, costs, quiet_gap_s, resumed
@@ -21,11 +22,11 @@ def print_verdict(verdict: Verdict, console: Console) -> None:
     history = verdict.history
     tokens = sum(len(delta.token_ids) for stream in history.streams for delta in stream.deltas)
     epochs = f"epoch {history.before.epoch} → {history.after.epoch}"
-    mark = "[red]VIOLATED[/]" if verdict.violations else "[green]kept[/]"
-    console.print(
-        f"[bold]{history.name}[/]: {mark}; {len(history.streams)} streams, {tokens} tokens, "
-        f"{resumed(history.streams)}, {epochs}, {history.after.at_s - history.begin_s:.1f} s"
-    )
+    mark = ("VIOLATED", "red") if verdict.violations else ("kept", "green")
+    # Assembled: what a file or a server names is no markup.
+    line = Text.assemble((history.name, "bold"), ": ", mark, f"; {len(history.streams)} streams, {tokens} tokens, ")
+    line.append(f"{resumed(history.streams)}, {epochs}, {history.after.at_s - history.begin_s:.1f} s")
+    console.print(line)
     for fault in history.faults:
         at_s, lasted_s = fault.at_s - history.begin_s, fault.until_s - fault.at_s
         note = f" ({fault.note})" if fault.note else ""
@@ -33,7 +34,7 @@ def print_verdict(verdict: Verdict, console: Console) -> None:
     if history.host_lost and history.after.unplaced:
         console.print(f"  {history.after.state}: no node that is left has room for all who were lost")
     for violation in verdict.violations:
-        console.print(f"  [red]violation[/] {violation}")
+        console.print(Text.assemble("  ", ("violation", "red"), f" {violation}"))
 
 
 def print_figures(machine: Machine, verdicts: Sequence[Verdict], console: Console) -> None:

@@ -8,12 +8,13 @@ import time
 from collections.abc import Sequence
 
 from octet.client import CallError
-from ops.chaos.checker import Violation, check
+from ops.chaos.checker import check
 from ops.chaos.clients import Users
 from ops.chaos.history import Facts, History, Question, Sample
 from ops.chaos.inject import play
 from ops.chaos.schedule import Schedule
 from ops.chaos.stage import Stage
+from ops.chaos.violations import Violation
 
 _SAMPLE_S = 0.25
 
@@ -28,6 +29,7 @@ class Load:
     tail_s: float = 0.5
     """How long they go on after the last fault is over."""
     seed: int = 0
+    """Of who asks what, and who leaves when; of the first of several schedules, and one more for each after it."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +80,7 @@ async def run_schedule(
         begin_s=begin_s,
         end_s=end_s,
         streams=users.streams,
-        commits=stage.trail.read() if stage.trail is not None else (),
+        commits=stage.trail.read() if stage.trail is not None else None,
         faults=faults,
         samples=samples,
         before=before,

@@ -65,7 +65,7 @@ class WallClock:
 
     def _is_told(self, entry: pathlib.Path) -> bool:
         try:
-            return entry.name.isdigit() and f" {self._file}\n" in (entry / "maps").read_text()
+            return entry.name.isdigit() and f" {self._file}\n" in (entry / "maps").read_text(errors="replace")
         except OSError:
             # It has just ended.
             return False

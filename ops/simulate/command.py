@@ -12,6 +12,7 @@ import numpy as np
 
 from octet.config import OctetConfig
 from octet.errors import ConfigError
+from ops.bench.outputs import check_output
 from ops.simulate.costs import CPU, H100, Costs, calibrated, from_rates, read_calibration
 from ops.simulate.expert_loads import ExpertLoads, drawn, recorded
 from ops.simulate.load import Request, day, enveloped, read_requests, stacked
@@ -77,10 +78,7 @@ class Scenario:
 
 def simulate(config: OctetConfig, options: SimulateOptions) -> Result:
     """Print what came of it; write it as JSON, and draw it, where asked for. Raises: OctetError."""
-    if options.plot_file is not None:
-        from ops.bench.plot import require_matplotlib
-
-        require_matplotlib(options.plot_file)
+    _check(options)
     scenario = make_scenario(config, options)
     sizes = _sizes(scenario.config, options)
     if options.search:
@@ -99,6 +97,18 @@ def simulate(config: OctetConfig, options: SimulateOptions) -> Result:
 
         draw_run(options.plot_file, run, result)
     return result
+
+
+def _check(options: SimulateOptions) -> None:
+    """Better before the run than after it, or never. Raises: ConfigError."""
+    check_output("--json", options.json_file)
+    check_output("--plot", options.plot_file)
+    if options.plot_file is not None:
+        from ops.bench.plot import require_matplotlib
+
+        require_matplotlib(options.plot_file)
+    if options.fixed is not None and min(options.fixed) < 1:
+        raise ConfigError("--fixed", ",".join(map(str, options.fixed)), "at least one member of each pool")
 
 
 def numbers(option: str, text: str, kind: Callable[[str], _Number], count: int) -> Any:

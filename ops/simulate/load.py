@@ -26,14 +26,19 @@ class Request:
     """A number for every `BLOCK_TOKENS` of the prompt; equal numbers in front are an equal beginning."""
 
 
-def read_requests(file: pathlib.Path, limit: int | None = None) -> list[Request]:
-    """Lines of `timestamp` (ms), `input_length`, `output_length` and, if there are any, `hash_ids`.
+def read_requests(file: pathlib.Path, limit: int | None = None, option: str = "TRACE") -> list[Request]:
+    """Lines of `timestamp` (ms), `input_length`, `output_length` and, if there are any, `hash_ids`; by time.
 
-    Raises: ConfigError naming the line.
+    Args:
+        limit: only so many lines.
+        option: what names the file on the command line.
+
+    Raises: ConfigError naming the file, and the line.
     """
     requests = []
     try:
-        with file.open() as lines:
+        # A line that is no text is then one that is no JSON.
+        with file.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 entry = json.loads(line)
                 requests.append(
@@ -47,11 +52,11 @@ def read_requests(file: pathlib.Path, limit: int | None = None) -> list[Request]
                 if number == limit:
                     break
     except OSError as error:
-        raise ConfigError("TRACE", str(file), "a readable file of JSON lines", str(error)) from error
+        raise ConfigError(option, str(file), "a readable file of JSON lines", str(error)) from error
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError("TRACE", f"{file}:{number}: {error}", "timestamp, input_length and output_length") from error
+        raise ConfigError(option, f"{file}:{number}: {error}", "timestamp, input_length and output_length") from error
     if not requests:
-        raise ConfigError("TRACE", f"{file} without requests", "at least one line")
+        raise ConfigError(option, f"{file} without requests", "at least one line")
     return sorted(requests, key=lambda request: request.at_s)
 
 

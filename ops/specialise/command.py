@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from octet.errors import ConfigError
+from ops.bench.outputs import check_output
 from ops.specialise.corpus import SHIPPED, read_corpus
 from ops.specialise.observe import Observer
 from ops.specialise.page import render_page
@@ -61,8 +62,7 @@ def _check(out: pathlib.Path | None, prompt: str | None) -> None:
         return
     if out.suffix not in _SUFFIXES:
         raise ConfigError("--out", str(out), f"a name that ends with {', '.join(_SUFFIXES)}")
-    if not out.parent.is_dir():
-        raise ConfigError("--out", str(out), "a file in a directory that is there")
+    check_output("--out", out)
     if out.suffix == ".png" and importlib.util.find_spec("matplotlib") is None:
         raise ConfigError(
             "--out", "no matplotlib here", "the 'bench' extra", "install it with: pip install 'octet[bench]'"

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from octet.client import CallError
@@ -92,7 +93,7 @@ def print_report(machine: Machine, report: RandomReport, seed: int, console: Con
     console.print(table)
     complaints = [f"{e.event.pool} → {e.event.size}: {e.problem}" for e in report.events if e.problem]
     for complaint in [*complaints, *sorted(set(out.problems)), *(f"left behind: {left}" for left in report.left)]:
-        console.print(f"[bold red]not well:[/] {complaint}")
+        console.print("[bold red]not well:[/]", escape(complaint))
 
 
 def as_json(machine: Machine, report: RandomReport, seed: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ops.bench.changes.gaps import Middle, Outcomes, Summary, Trial, summarize
@@ -65,7 +66,7 @@ def print_results(machine: Machine, results: Mapping[str, Result], streams: int,
     console.print(table)
     for name, result in results.items():
         for problem in (*result.refused, *sorted(set(result.outcomes.problems))):
-            console.print(f"[bold red]{name}:[/] {problem}")
+            console.print(f"[bold red]{name}:[/]", escape(problem))
 
 
 def _row(name: str, result: Result, summary: Summary) -> list[str]:

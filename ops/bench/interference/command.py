@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from model.config import read_config
@@ -102,7 +103,7 @@ def _start(
         try:
             peer = start_engine("vllm-streams", VLLM, size, options.env_dir)
         except PeerError as error:
-            console.print(f"[yellow]left out:[/] {error}")
+            console.print("[yellow]left out:[/]", escape(str(error)))
         else:
             closing.callback(peer.close)
             contestants["vllm"] = lambda request: peer.ask(**request)

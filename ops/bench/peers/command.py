@@ -17,6 +17,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from model.config import read_config
 from octet.errors import ConfigError
@@ -96,7 +97,7 @@ def _start(options: PeersOptions, size: Size, closing: contextlib.ExitStack, con
         try:
             contestant = PEERS[name](size, options.env_dir)
         except PeerError as error:
-            console.print(f"[yellow]left out:[/] {error}")
+            console.print(Text.assemble(("left out:", "yellow"), f" {error}"))
             continue
         closing.callback(contestant.close)
         contestants.append(contestant)
@@ -147,7 +148,7 @@ def print_trials(
 ) -> None:
     console.print(machine.line)
     for name, version in versions.items():
-        console.print(f"{name}: {version}", style="dim")
+        console.print(Text(f"{name}: {version}", style="dim"))
     console.print(
         f"prompts of {options.prompt_tokens} random tokens, {options.new_tokens} more after the first, "
         f"{', '.join(f'{name} {value:g}' for name, value in options.sampling.items()) or 'greedy'}; "

@@ -1,4 +1,4 @@
-"""Clients against servers that a test plays: connections that are lost, streams that are left, clients that are closed."""
+"""Clients against servers that are played: connections that are lost, streams that are left, clients that close."""
 
 from __future__ import annotations
 

@@ -29,6 +29,24 @@ def test_a_trace_is_scaled_in_time_and_length_and_cut_to_the_context(tmp_path: p
     assert [(a.at_s, a.prompt_tokens, a.new_tokens) for a in arrivals] == [(0.0, 100, 10), (2.0, 495, 5)]
 
 
+@pytest.mark.parametrize(
+    ("trace", "told"),
+    [
+        (None, r"--trace.*trace\.jsonl.*a readable file"),
+        ("no JSON", r"--trace.*trace\.jsonl:1:"),
+        ('{"timestamp": 0, "input_length": 3, "output_length": 4}\n{"timestamp": 5}', r"--trace.*trace\.jsonl:2:"),
+    ],
+)
+def test_a_trace_that_is_none_is_refused_with_its_file_and_line(
+    tmp_path: pathlib.Path, trace: str | None, told: str
+) -> None:
+    file = tmp_path / "trace.jsonl"
+    if trace is not None:
+        file.write_text(trace)
+    with pytest.raises(ConfigError, match=told):
+        read_trace(file, num_requests=2, time_scale=1.0, length_scale=1.0, max_len=500)
+
+
 def _options(**given: Any) -> LoadOptions:
     rest = {"streams": None, "rate": None, "trace": None, "requests": 1, "prompt_tokens": 1, "new_tokens": 1}
     scales = {"time_scale": 1.0, "length_scale": 1.0, "slo_ttft_s": 1.0, "slo_tpot_s": 1.0, "seed": 0}

@@ -1,12 +1,18 @@
 from __future__ import annotations
 
 import io
+import os
+import pathlib
 import random
+import shutil
+import subprocess
 
 import pytest
 from rich.console import Console
 
-from ops.bench.soak import Sample, report_growth, theil_sen
+from ops.bench.changes.leftovers import actor_processes
+from ops.bench.soak import Sample, family_memory, report_growth, theil_sen
+from ops.chaos.observe import name_of, state_of
 
 MIB = 2**20
 
@@ -45,3 +51,17 @@ def test_spikes_do_not_move_the_slope() -> None:
     for at in random.sample(range(50), 5):
         y[at] += 100_000
     assert theil_sen([float(x) for x in range(50)], y) == pytest.approx(10, abs=2)
+
+
+def test_a_process_whose_name_and_arguments_are_no_text_is_one_like_others(tmp_path: pathlib.Path) -> None:
+    program = tmp_path / os.fsdecode(b"\xff\xfe")
+    program.symlink_to(shutil.which("sleep") or "")
+    with subprocess.Popen([b"\xff\xfe", b"30"], executable=program) as process:
+        try:
+            memory = family_memory()
+            assert actor_processes().keys().isdisjoint([process.pid])
+            assert state_of(process.pid)
+            assert name_of(process.pid) == "\N{REPLACEMENT CHARACTER}" * 2
+        finally:
+            process.kill()
+    assert process.pid in {pid for pid, _ in memory}

@@ -87,7 +87,9 @@ async def test_where_no_room_comes_nothing_stays_reserved_and_the_error_says_wha
     assert [group.bundles for group in groups] == [[{"CPU": 3.0}]] * 2
     assert pools.waiting_for == "2 × {'CPU': 3.0} for the decode pool"
     groups[0].room = True
-    with pytest.raises(ChangeRefusedError, match=r"no node had room within 0\.5 s, and none came, for 2 × {'CPU': 3\.0}"):
+    with pytest.raises(
+        ChangeRefusedError, match=r"no node had room within 0\.5 s, and none came, for 2 × {'CPU': 3\.0}"
+    ):
         await starting
     await until(lambda: groups == [])
     assert pools.waiting_for == ""

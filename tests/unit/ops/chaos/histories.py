@@ -72,37 +72,48 @@ def accept(*received: int, request_id: str = "r0", frontend: str = "f0") -> Comm
     return Commit(kind="accept", frontend=frontend, at_s=100.0, request_id=request_id, received=received)
 
 
-def commit(index: int, worker: str = "decode-0", attempt: int = 7, frontend: str = "f0", at_s: float = 101.0) -> Commit:
+def commit(
+    index: int, worker: str = "decode-0", attempt: int = 7, frontend: str = "f0", request_id: str = "r0"
+) -> Commit:
     return Commit(
         kind="commit",
         frontend=frontend,
-        at_s=at_s,
-        request_id="r0",
+        at_s=101.0,
+        request_id=request_id,
         index=index,
         worker=worker,
         attempt=attempt,
     )
 
 
-def end(frontend: str = "f0") -> Commit:
-    return Commit(kind="end", frontend=frontend, at_s=102.0, request_id="r0", outcome="finished")
+def end(outcome: str = "finished", frontend: str = "f0", request_id: str = "r0") -> Commit:
+    return Commit(kind="end", frontend=frontend, at_s=102.0, request_id=request_id, outcome=outcome)
+
+
+def served(request_id: str = "r0") -> list[Commit]:
+    """Four tokens at the first frontend."""
+    tokens = [commit(index, request_id=request_id) for index in range(len(EXPECTED))]
+    return [
+        workers("prefill-0", "decode-0", "decode-1"),
+        accept(request_id=request_id),
+        *tokens,
+        end(request_id=request_id),
+    ]
+
+
+def journal(*commits: Commit) -> History:
+    """What frontends wrote of a request that no user asked for, beside a stream that is as it should be."""
+    return history(stream(request_id="r1"), commits=[*served("r1"), *commits])
 
 
 def history(*streams: Stream, **changes: Any) -> History:
+    """By default of one stream."""
     fields: dict[str, Any] = {
         "name": "a schedule",
         "begin_s": 99.5,
         "end_s": 110.0,
-        "streams": streams,
-        "commits": [
-            workers("prefill-0", "decode-0", "decode-1"),
-            accept(),
-            commit(0, "prefill-0"),
-            commit(1),
-            commit(2),
-            commit(3),
-            end(),
-        ],
+        "streams": streams or (stream(),),
+        "commits": served(),
         "faults": [],
         "samples": [
             Sample(at_s=101.0, epoch=1, state="READY", sizes={}),

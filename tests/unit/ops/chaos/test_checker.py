@@ -9,8 +9,9 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from ops.chaos.checker import KINDS, check
+from ops.chaos.checker import check
 from ops.chaos.history import Delta, History, Sample
+from ops.chaos.violations import KINDS
 from tests.unit.ops.chaos.histories import (
     EXPECTED,
     accept,
@@ -18,18 +19,24 @@ from tests.unit.ops.chaos.histories import (
     end,
     facts,
     history,
+    journal,
     question,
+    served,
     stream,
     workers,
 )
 
 MEMBERS = workers("prefill-0", "decode-0", "decode-1")
+ANOTHER = workers("decode-0", frontend="f1")
+"""Another frontend has taken the first one's place."""
+TOKENS = [commit(index) for index in range(len(EXPECTED))]
 
 
 def delta(offset: int, *token_ids: int, at_s: float = 101.0, **changes: Any) -> Delta:
     return Delta(at_s=at_s, choice=0, offset=offset, token_ids=token_ids, **changes)
 
 
+REFUSED = stream(request_id="r9", accepted=False, deltas=[], endings=[(100.1, "RESOURCE_EXHAUSTED")], final=None)
 LAST = delta(2, 7, 8, at_s=102.0, finish_reason="LENGTH", usage=(3, 4))
 
 
@@ -71,8 +78,31 @@ def test_a_stream_that_went_on_at_another_frontend_is_as_good() -> None:
 
 
 def test_a_request_that_was_refused_at_once_is_no_violation() -> None:
-    refused = stream(accepted=False, deltas=[], endings=[(100.1, "RESOURCE_EXHAUSTED")], final=None)
-    assert check(history(refused)) == []
+    assert check(history(stream(), REFUSED)) == []
+
+
+def test_an_answer_that_the_lost_frontend_had_kept_may_be_computed_again() -> None:
+    again = [accept(frontend="f1"), *(commit(index, frontend="f1") for index in range(4)), end(frontend="f1")]
+    assert check(history(commits=[*served(), ANOTHER, *again])) == []
+
+
+@pytest.mark.parametrize("outcome", ["failed", "cancelled"])
+def test_what_failed_or_was_cancelled_may_begin_anew(outcome: str) -> None:
+    assert check(history(commits=[MEMBERS, accept(), commit(0), end(outcome), accept(1), *TOKENS[1:], end()])) == []
+
+
+def test_two_lost_frontends_leave_what_they_had_without_an_end() -> None:
+    commits = [
+        *(MEMBERS, accept(), commit(0)),
+        *(ANOTHER, accept(1, frontend="f1"), commit(1, frontend="f1")),
+        *(workers("decode-0", frontend="f2"), accept(2, frontend="f2"), commit(2, frontend="f2")),
+        *(commit(3, frontend="f2"), end(frontend="f2")),
+    ]
+    assert check(history(commits=commits)) == []
+
+
+def test_where_nothing_is_written_down_streams_are_compared_with_nothing() -> None:
+    assert check(history(commits=None)) == []
 
 
 @pytest.mark.parametrize(
@@ -91,24 +121,46 @@ def test_a_request_that_was_refused_at_once_is_no_violation() -> None:
         ("usage", history(stream(deltas=[delta(0, 5, 6), dataclasses.replace(LAST, usage=(3, 5))]))),
         ("usage", history(stream(deltas=[delta(0, 5, 6), dataclasses.replace(LAST, usage=None)]))),
         ("too late", history(stream(endings=[(112.5, "OK")]))),
-        ("old epoch committed", history(commits=[MEMBERS, accept(), commit(0, "decode-7"), end()])),
+        ("old epoch committed", journal(MEMBERS, accept(), commit(0, "decode-7"), end())),
         (
             "old epoch committed",
-            history(commits=[MEMBERS, accept(), commit(0), workers("decode-1"), commit(1, "decode-0"), end()]),
+            journal(MEMBERS, accept(), commit(0), workers("decode-1"), commit(1, "decode-0"), end()),
         ),
         (
             "old epoch committed",
-            history(
-                commits=[MEMBERS, accept(), commit(0, attempt=1), commit(1, attempt=2), commit(2, attempt=1), end()]
-            ),
+            journal(MEMBERS, accept(), commit(0, attempt=1), commit(1, attempt=2), commit(2, attempt=1), end()),
         ),
-        ("journal out of order", history(commits=[MEMBERS, accept(), commit(0), commit(0), end()])),
-        ("journal out of order", history(commits=[MEMBERS, accept(), commit(0), commit(2), end()])),
-        ("journal out of order", history(commits=[MEMBERS, accept(2), commit(0), end()])),
-        ("journal out of order", history(commits=[MEMBERS, accept(), end(), commit(0)])),
-        ("journal out of order", history(commits=[MEMBERS, commit(0)])),
-        ("request ended not once", history(commits=[MEMBERS, accept()])),
-        ("request ended not once", history(commits=[MEMBERS, accept(), end(), end()])),
+        ("journal out of order", journal(MEMBERS, accept(), commit(0), commit(0), end())),
+        ("journal out of order", journal(MEMBERS, accept(), commit(0), commit(2), end())),
+        ("journal out of order", journal(MEMBERS, accept(2), commit(0), end())),
+        ("journal out of order", journal(MEMBERS, accept(), end(), commit(0))),
+        ("journal out of order", journal(MEMBERS, commit(0))),
+        ("request ended not once", journal(MEMBERS, accept())),
+        ("request ended not once", journal(MEMBERS, accept(), end(), end())),
+        ("request ended not once", journal(MEMBERS, accept(), commit(0), accept(), commit(0), end())),
+        ("request ended not once", journal(MEMBERS, accept(), end("failed"), end("failed"), accept(), end())),
+        ("request ended not once", journal(MEMBERS, accept(), accept(), commit(0), ANOTHER)),
+        ("journal out of order", journal(MEMBERS, end())),
+        ("computed twice", journal(MEMBERS, accept(), commit(0), end(), accept(), commit(0), end())),
+        ("journal and stream differ", history(commits=[])),
+        ("journal and stream differ", history(commits=[MEMBERS])),
+        ("journal and stream differ", history(commits=served("r1"))),
+        ("journal and stream differ", history(commits=[MEMBERS, accept(), *TOKENS, end("failed")])),
+        ("journal and stream differ", history(commits=[MEMBERS, accept(), *TOKENS, end("cancelled")])),
+        ("journal and stream differ", history(commits=[MEMBERS, accept(), *TOKENS[:3], end()])),
+        ("journal and stream differ", history(commits=[MEMBERS, accept(2), *TOKENS[2:], end()])),
+        (
+            "journal and stream differ",
+            history(commits=[MEMBERS, accept(), *TOKENS, end("failed"), accept(), *TOKENS[:2], end()]),
+        ),
+        (
+            "journal and stream differ",
+            history(commits=[*served(), ANOTHER, accept(frontend="f1"), end("failed", "f1")]),
+        ),
+        ("journal and stream differ", history(commits=[MEMBERS, accept(), *TOKENS, ANOTHER])),
+        ("nobody was served", history(REFUSED, REFUSED, commits=[])),
+        ("nobody was served", history(REFUSED, commits=None)),
+        ("nobody was served", history(streams=[], commits=[])),
         ("epoch went back", history(samples=[Sample(at_s=101.0, epoch=3, state="READY", sizes={})])),
         ("not at baseline", history(after=facts(epoch=2, live_requests=1))),
         ("not at baseline", history(after=facts(epoch=2, pages=3))),

@@ -2,20 +2,60 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import pathlib
+from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from octet.errors import ConfigError
-from ops.chaos import rig
-from ops.chaos.command import Against, ChaosOptions, schedules_of
+from ops.chaos import command, rig
+from ops.chaos.cli import chaos
+from ops.chaos.command import Against, ChaosOptions, run_all, schedules_of
 from ops.chaos.drawing import draw_schedule
 from ops.chaos.ray_replies import failures
+from ops.chaos.run import Load, Verdict
 from ops.chaos.schedule import Cut, Event, FillDisk, JumpClock, KillNode, LimitMemory, Schedule, dump_schedule
+from tests.unit.ops.chaos.histories import facts, history
 
 
 def test_seeds_are_counted_up_from_the_first() -> None:
     assert schedules_of((), 5, 3, 2.0) == tuple(draw_schedule(seed, 2.0) for seed in (5, 6, 7))
+
+
+def runs(monkeypatch: pytest.MonkeyPatch, *options: str) -> list[tuple[str, int]]:
+    """The schedules of a command line by name, each with the seed of its users."""
+    found: list[tuple[str, int]] = []
+
+    class Still:
+        async def facts(self) -> object:
+            return facts()
+
+    @contextlib.asynccontextmanager
+    async def questioned(*of_what: object) -> AsyncIterator[tuple[Still, list[object]]]:
+        yield Still(), []
+
+    async def run_schedule(stage: object, schedule: Schedule, questions: object, load: Load, **rest: Any) -> Verdict:
+        found.append((schedule.name, load.seed))
+        return Verdict(schedule=schedule, history=history(), violations=())
+
+    def run_chaos(model_dir: object, options: ChaosOptions, *files: object) -> int:
+        asyncio.run(run_all(None, options))  # type: ignore[arg-type]
+        return 0
+
+    for played in (questioned, run_schedule, run_chaos):
+        monkeypatch.setattr(command, played.__name__, played)
+    assert CliRunner().invoke(chaos, ["run", *options], catch_exceptions=False).exit_code == 0
+    return found
+
+
+def test_each_schedule_of_a_range_has_the_users_that_it_has_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    together = runs(monkeypatch, "--seed", "5", "--count", "3")
+    assert together == [("seed 5", 5), ("seed 6", 6), ("seed 7", 7)]
+    assert runs(monkeypatch, "--seed", "7") == together[2:]
 
 
 def test_files_are_taken_in_their_order(tmp_path: pathlib.Path) -> None:

@@ -13,7 +13,7 @@ from octet.errors import TraceError
 from ops.chaos.checker import check
 from ops.chaos.commits import AuditTrail
 from tests.unit.cluster.played import PLAN, playing, token
-from tests.unit.ops.chaos.histories import history
+from tests.unit.ops.chaos.histories import journal
 
 
 async def test_every_commit_of_a_frontend_is_on_record(tmp_path: pathlib.Path) -> None:
@@ -38,7 +38,7 @@ async def test_every_commit_of_a_frontend_is_on_record(tmp_path: pathlib.Path) -
         ("decode-1", "prefill-0"),
     ]
     assert [commit.outcome for commit in commits if commit.kind == "end"] == ["finished"]
-    assert check(history(commits=commits)) == []
+    assert check(journal(*commits)) == []
 
 
 def test_what_was_read_is_not_read_again_but_who_serves_is_told(tmp_path: pathlib.Path) -> None:

@@ -6,12 +6,12 @@ import xml.etree.ElementTree
 
 import pytest
 
-from ops.chaos.checker import Violation
 from ops.chaos.figures import by_kind, costs, quiet_gap_s
 from ops.chaos.history import Delta, History, Injected, Sample, Stream
 from ops.chaos.run import Verdict
 from ops.chaos.schedule import Schedule
 from ops.chaos.timeline import timeline
+from ops.chaos.violations import Violation
 from tests.unit.ops.chaos.histories import history, stream
 
 

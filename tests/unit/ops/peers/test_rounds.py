@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import pathlib
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ from octet.errors import ConfigError
 from ops.bench.machine import Machine
 from ops.bench.peers import command
 from ops.bench.peers.command import PeersOptions, as_json, bench_peers, print_trials, run_rounds
+from ops.bench.peers.contestants import Size
+from ops.bench.peers.environments import PeerError
 
 MACHINE = Machine(cpu="cpu", cores=2, memory_gib=24, gpu="", python="3.11", torch="2.13", date="2026-11-25", load=0.0)
 
@@ -37,6 +40,20 @@ class Recorded:
 def options(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> PeersOptions:
     monkeypatch.setattr(command, "_REST_S", 0.0)
     return PeersOptions(peers=("vllm",), streams=(1, 4), prompt_tokens=6, new_tokens=10, rounds=2, env_dir=tmp_path)
+
+
+def test_why_a_peer_is_left_out_is_shown_as_it_is(options: PeersOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*of_what: object) -> None:
+        raise PeerError("vllm", "no package [/x] [abc]")
+
+    monkeypatch.setattr(command, "PEERS", {"vllm": refuse})
+    monkeypatch.setattr(command, "ClusterContestant", lambda *of_what: Recorded("octet", [], 0.1))
+    monkeypatch.setattr(command, "WholeAnswers", lambda cluster: cluster)
+    size = Size(checkpoint=options.env_dir, threads=1, max_sequences=1, max_len=9)
+    out = io.StringIO()
+    with contextlib.ExitStack() as closing:
+        command._start(options, size, closing, Console(file=out, width=200))
+    assert out.getvalue() == "left out: peer 'vllm': no package [/x] [abc]\n"
 
 
 def test_contestants_take_turns_and_begin_by_turns(options: PeersOptions) -> None:

@@ -13,7 +13,9 @@ import pytest
 
 from experts.shard import PIECE_OPERATIONS
 from octet.background import share_behind
+from octet.config import load_config
 from octet.errors import ConfigError
+from ops.simulate.command import SimulateOptions, simulate
 from ops.simulate.contention import Contention, SharedCores, contend, layer_s
 from ops.simulate.costs import CPU, H100, calibrated, from_rates, read_calibration
 from ops.simulate.expert_loads import drawn, recorded
@@ -165,6 +167,21 @@ def test_a_trace_that_is_none_is_refused_with_its_line(tmp_path: pathlib.Path) -
     file.write_text("")
     with pytest.raises(ConfigError, match="without requests"):
         read_requests(file)
+    file.write_bytes(b'{"timestamp": 0, "input_length": 3, "output_length": 4}\n\xff\xfe\n')
+    with pytest.raises(ConfigError, match=":2:"):
+        read_requests(file)
+    file.write_bytes(b"\x89PNG\r\n\x1a\n")
+    with pytest.raises(ConfigError, match=":1:"):
+        read_requests(file)
+    with pytest.raises(ConfigError, match=r"nowhere.*a readable file"):
+        read_requests(tmp_path / "nowhere.jsonl")
+
+
+@pytest.mark.parametrize("fixed", [(0, 1, 1), (1, -1, 1), (1, 1, 0)])
+def test_a_pool_without_members_is_refused_before_anything_waits_for_it(fixed: tuple[int, int, int]) -> None:
+    options = SimulateOptions(trace=pathlib.Path("no-trace"), fixed=fixed)
+    with pytest.raises(ConfigError, match=rf"--fixed.*{','.join(map(str, fixed))}.*at least one member"):
+        simulate(load_config(), options)
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".jsonl"])
