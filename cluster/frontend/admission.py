@@ -22,6 +22,7 @@ class Demand:
     """At most, of one choice."""
     priority: int
     timeout_s: float
+    choices: int = 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +38,8 @@ class Backlog:
     """That are expected to be generated yet."""
     answer_share: float = 1.0
     """Of the tokens that an answer may have, those that it is expected to have."""
+    free_places: int = 0
+    """In the batches of the decode workers that have pages for the request at hand."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,12 +65,14 @@ def admit(demand: Demand, backlog: Backlog, rates: Rates, config: FrontendConfig
     `reserve` of it to them, and those above 0 twice as much. So the unimportant are refused first.
 
     The wait is the time in which the slower of the two pools gets through what is ahead: prompts flow through both at
-    once, and where one holds up the other, the other's rate is measured accordingly. Then comes the request's own time.
+    once, and where one holds up the other, the other's rate is measured accordingly. But whoever has a place in a batch
+    is decoded beside the others, however long their answers are: they hold it up for as long at most as its own answer
+    takes at their pace. Then comes the request's own time.
     It counts up to half of what the request has, so that with little to do nobody is refused for asking much, and an
     idle cluster refuses nobody at all.
     """
     share = 1.0 - config.reserve * (1 + (demand.priority > 0) - (demand.priority < 0))
-    wait_s, own_s = _wait_s(backlog, rates), _own_s(demand, backlog, rates)
+    wait_s, own_s = _wait_s(demand, backlog, rates), _own_s(demand, backlog, rates)
     allowed_s = demand.timeout_s * share - min(own_s, demand.timeout_s / 2)
     most_requests = math.ceil(config.max_requests * share)
     most_tokens = math.ceil(config.max_queued_tokens * share)
@@ -92,15 +97,22 @@ def admit(demand: Demand, backlog: Backlog, rates: Rates, config: FrontendConfig
     return None
 
 
-def _wait_s(backlog: Backlog, rates: Rates) -> float:
+def _wait_s(demand: Demand, backlog: Backlog, rates: Rates) -> float:
     prefill_s = backlog.prompt_tokens_ahead / rates.prefill_tokens_s if rates.prefill_tokens_s else 0.0
     decode_s = backlog.new_tokens / rates.decode_tokens_s if rates.decode_tokens_s else 0.0
+    if demand.choices <= backlog.free_places:
+        decode_s = min(decode_s, _answer_s(demand, backlog, rates))
     return max(prefill_s, decode_s)
 
 
 def _own_s(demand: Demand, backlog: Backlog, rates: Rates) -> float:
     prefill_s = demand.prompt_tokens / rates.prefill_tokens_s if rates.prefill_tokens_s else 0.0
-    return prefill_s + demand.longest_answer * backlog.answer_share * (rates.tpot_s or 0.0)
+    return prefill_s + _answer_s(demand, backlog, rates)
+
+
+def _answer_s(demand: Demand, backlog: Backlog, rates: Rates) -> float:
+    """At the pace of those that are decoded now."""
+    return demand.longest_answer * backlog.answer_share * (rates.tpot_s or 0.0)
 
 
 def _retry_s(delay_s: float) -> float:

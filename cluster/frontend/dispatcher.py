@@ -43,6 +43,7 @@ class Dispatcher:
         self._mailbox, self._live, self._give_up = mailbox, live, give_up
         self._max_attempts = plan.config.frontend.max_attempts
         self._workload = Workload(plan.config.kv.page_size, plan.decode_pages)
+        self._max_batch = plan.config.decode.max_batch
         remembered = plan.prefill_pages if plan.config.prefill.prefix_cache else 0
         self._prefixes = PrefixIndex([], plan.config.kv.page_size, remembered)
         self._addresses: dict[WorkerId, str] = {}
@@ -131,6 +132,10 @@ class Dispatcher:
         """Sent to prefill workers and not answered, or not even sent."""
         waiting = sum(each.request.num_tokens for each in self._waiting)
         return self._workload.queued_prompt_tokens + waiting
+
+    def free_places(self, num_tokens: int) -> int:
+        """For sequences of so many tokens, in the decode workers' batches."""
+        return self._workload.free_places(num_tokens, self._max_batch)
 
     def close(self) -> None:
         self._waiting.clear()

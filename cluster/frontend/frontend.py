@@ -10,6 +10,7 @@ import logging
 import secrets
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
+from cluster.frontend.admission import Demand
 from cluster.frontend.audit import Audit
 from cluster.frontend.dispatcher import Dispatcher
 from cluster.frontend.intake import Intake, Totals
@@ -147,7 +148,7 @@ class Frontend:
         Raises: UnavailableError, QueueFullError.
         """
         if self._find(request_id) is None:
-            self._intake.check_unread(priority, timeout_s)
+            self._check(self._intake.unread(priority, timeout_s))
 
     @contextlib.contextmanager
     def resume(self, request_id: RequestId, offsets: Sequence[int], timeout_s: float | None = None) -> Iterator[Reader]:
@@ -209,9 +210,13 @@ class Frontend:
         record.check_received(spec.received)
         return record
 
+    def _check(self, demand: Demand) -> None:
+        """Raises: UnavailableError, QueueFullError."""
+        self._intake.check(demand, self._dispatcher.free_places(demand.prompt_tokens))
+
     def _admit(self, spec: GenerateSpec, timeout_s: float | None) -> LiveRequest:
         demand = self._intake.demand(spec, timeout_s)
-        self._intake.check(demand)
+        self._check(demand)
         request = dataclasses.replace(spec.request, frontend=self._worker_id, attempt=next(self._first_attempts))
         live = LiveRequest(spec, request, demand, self.tokenizer, self.limits.most_choices)
         self._intake.accept(live, _now_s())

@@ -49,19 +49,23 @@ class Intake:
     def timeout_s(self, asked_s: float | None) -> float:
         return self._config.default_timeout_s if asked_s is None else asked_s
 
-    def check_unread(self, priority: int, timeout_s: float | None) -> None:
-        """As `check`, of a request that has a prompt and an answer of a token at least."""
-        self.check(
-            Demand(
-                prompt_tokens=1, new_tokens=1, longest_answer=1, priority=priority, timeout_s=self.timeout_s(timeout_s)
-            )
+    def unread(self, priority: int, timeout_s: float | None) -> Demand:
+        """Of a request that has a prompt and an answer of a token at least."""
+        return Demand(
+            prompt_tokens=1, new_tokens=1, longest_answer=1, priority=priority, timeout_s=self.timeout_s(timeout_s)
         )
 
-    def check(self, demand: Demand) -> None:
-        """Raises: UnavailableError, QueueFullError."""
+    def check(self, demand: Demand, free_places: int) -> None:
+        """
+        Args:
+            free_places: see `Backlog`.
+
+        Raises: UnavailableError, QueueFullError.
+        """
         if self.closed:
             raise UnavailableError(self.closed)
-        refusal = admit(demand, self._meter.backlog(demand.priority), self._meter.rates, self._config)
+        backlog = self._meter.backlog(demand.priority, free_places)
+        refusal = admit(demand, backlog, self._meter.rates, self._config)
         if refusal is not None:
             self.totals.refused += 1
             raise QueueFullError(refusal.reason, refusal.retry_after_s)
@@ -74,6 +78,7 @@ class Intake:
             longest_answer=request.stopping.max_new_tokens,
             priority=request.priority,
             timeout_s=self.timeout_s(timeout_s),
+            choices=len(request.choices),
         )
 
     def sent(self, prompt_tokens: int, cached_tokens: int, now_s: float) -> None:

@@ -82,8 +82,8 @@ class LoadMeter:
             self._answer_share += _ANSWER_WEIGHT * (num_generated / demand.new_tokens - self._answer_share)
         self._note(now_s)
 
-    def backlog(self, priority: int) -> Backlog:
-        """As a request of this priority finds it."""
+    def backlog(self, priority: int, free_places: int = 0) -> Backlog:
+        """As a request of this priority finds it, for which there are so many places in batches."""
         ahead = sum(tokens for sign, tokens in self._waiting_tokens.items() if sign <= _sign(priority))
         return Backlog(
             requests=self._requests,
@@ -91,6 +91,7 @@ class LoadMeter:
             prompt_tokens_ahead=ahead,
             new_tokens=self._new_tokens * self._answer_share,
             answer_share=self._answer_share,
+            free_places=free_places,
         )
 
     @property

@@ -129,6 +129,15 @@ class Workload:
             for worker_id in self._decode
         ]
 
+    def free_places(self, num_tokens: int, max_batch: int) -> int:
+        """In batches of so many sequences each, of the decode workers that have pages for so many tokens."""
+        num_pages = -(-num_tokens // self._page_size)
+        return sum(
+            max(0, max_batch - view.live_sequences)
+            for view in self.decode_views()
+            if view.free_pages - view.promised_pages >= num_pages
+        )
+
     def _add(self, stage: Stage, sign: int) -> None:
         """Workers that are gone have no tally any more."""
         if prefill := self._tallies.get(stage.prefill):

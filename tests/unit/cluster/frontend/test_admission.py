@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.frontend.admission import Backlog, Demand, Rates, Refusal, admit
+from cluster.frontend.load_meter import LoadMeter
 from octet.config import FrontendConfig
 
 IDLE = Backlog(requests=0, prompt_tokens=0, prompt_tokens_ahead=0, new_tokens=0)
@@ -105,3 +106,34 @@ def test_whoever_is_refused_so_is_everybody_less_important(
     refusals = [admit(demand(p, timeout_s=timeout_s), found, RATES, CONFIG) for p in (-1, 0, 1)]
     assert [r is not None for r in refusals] == sorted(r is not None for r in refusals)
     assert all(0.1 <= r.retry_after_s <= 60 for r in refusals if r is not None)
+
+
+@given(
+    places=st.integers(0, 4),
+    choices=st.integers(1, 4),
+    new_tokens=st.floats(0, 1e6),
+    answer=st.integers(1, 10_000),
+    timeout_s=st.floats(0.01, 600),
+)
+def test_whoever_has_a_place_does_not_wait_for_longer_answers_than_its_own(
+    places: int, choices: int, new_tokens: float, answer: int, timeout_s: float
+) -> None:
+    asked = dataclasses.replace(demand(-1, timeout_s=timeout_s, new_tokens=answer), choices=choices, prompt_tokens=0)
+    refusal = admit(asked, backlog(new_tokens=new_tokens, free_places=places), RATES, CONFIG)
+    others_s, own_s = new_tokens / 100, answer * 0.1
+    waits_s = min(others_s, own_s) if choices <= places else others_s
+    assert (refusal is not None) == (waits_s > max(0.0, timeout_s - min(own_s, timeout_s / 2)))
+
+
+def test_one_long_answer_keeps_nobody_out() -> None:
+    """At thirty tokens a second, with a thousand seconds to go."""
+    long, now_s, meter = dataclasses.replace(demand(new_tokens=32_768), prompt_tokens=200), 0.0, LoadMeter()
+    meter.accept(long, now_s)
+    meter.prefilled(long, 0.2)
+    for number in range(600):
+        now_s = 0.2 + number / 30
+        meter.generated(now_s, 1 / 30 if number else None)
+    short = demand(timeout_s=20.0, new_tokens=100)
+    assert admit(short, meter.backlog(0, free_places=63), meter.rates, FrontendConfig()) is None
+    full = admit(short, meter.backlog(0, free_places=0), meter.rates, FrontendConfig())
+    assert full is not None, "where it has to wait for a place, that may take long"

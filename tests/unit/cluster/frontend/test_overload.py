@@ -27,7 +27,7 @@ MAX_BATCH, STEP_S, STEP_PER_SEQUENCE_S = 16, 0.02, 0.002
 NEW_TOKENS, DEADLINE_S = 32, 5.0
 SUSTAINABLE = MAX_BATCH / (STEP_S + MAX_BATCH * STEP_PER_SEQUENCE_S) / NEW_TOKENS
 """Requests per second of the decode worker, about 9.6; the prefill worker takes 12.5."""
-PLAN = make_plan(load_config(None, ["frontend.max_requests=100000"]))
+PLAN = make_plan(load_config(None, ["frontend.max_requests=100000", f"decode.max_batch={MAX_BATCH}"]))
 
 
 @dataclasses.dataclass

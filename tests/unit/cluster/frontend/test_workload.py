@@ -109,3 +109,13 @@ def test_whatever_happens_nothing_is_counted_when_every_choice_is_dropped(
     for stage in data.draw(st.permutations(stages)):
         workload.drop(stage)
     assert (queued(workload), promised(workload)) == ([0, 0], [(0, 0), (0, 0)])
+
+
+def test_places_are_free_in_batches_of_workers_that_have_the_pages(workload: Workload) -> None:
+    assert workload.free_places(10, 4) == 8
+    assign(workload, (0, 1, 2))
+    assert workload.free_places(10, 4) == 5
+    workload.report(DECODES[1], load(free=2))
+    assert (workload.free_places(8, 4), workload.free_places(9, 4)) == (5, 1), "two pages hold eight tokens"
+    workload.set_workers(PREFILLS, DECODES, [DECODES[0]])
+    assert (workload.free_places(8, 4), workload.free_places(9, 4)) == (4, 0)
