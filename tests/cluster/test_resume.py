@@ -86,6 +86,16 @@ def test_an_answer_is_computed_once_however_often_it_is_asked_for(
     assert after.tokens_served == before.tokens_served + NUM_TOKENS
 
 
+def test_a_client_that_asks_again_with_its_id_hears_the_same_answer(client: Client, embedded: RunningCluster) -> None:
+    """Whoever has crashed meanwhile is another client, and gave no seed."""
+    before = client.status().requests_finished
+    first = client.generate("again", request_id="order-17", max_new_tokens=20, temperature=1.0)
+    with Client(embedded.address, timeout_s=60) as another:
+        again = another.generate("again", request_id="order-17", max_new_tokens=20, temperature=1.0)
+    assert again.choices == first.choices
+    assert client.status().requests_finished == before + 1, "it was computed once"
+
+
 def test_a_kept_id_with_another_body_already_exists(client: Client, stub: Any) -> None:
     stub.Generate(asked("kept"))
     with pytest.raises(CallError, match=r"ALREADY_EXISTS.*kept"):
