@@ -167,6 +167,8 @@ class WorkerLoad:
     """Tokens that were drafted and verified."""
     accepted_tokens: int = 0
     """Those of them that were the right ones, and saved a step each."""
+    begun_tokens: int = 0
+    """Prefill: of prompts that run, until their first token: all tokens that were not found in the prefix cache."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -151,6 +151,7 @@ class PrefillEngine:
             tokens=self._num_tokens,
             cached_tokens=self._num_cached,
             leases=len(self._leases),
+            begun_tokens=sum(len(task.token_ids) - task.num_cached for task in self._queue.running),
         )
 
     def _admit(self) -> None:

@@ -17,7 +17,7 @@ from cluster.autoscaling.demand import Demand, decode_demand, expert_demand, mea
 from cluster.autoscaling.forecast import Trend, forecast, observe, rises
 from cluster.autoscaling.redundancy import wanted_redundancy
 from cluster.autoscaling.signals import PoolSignals, Signals
-from cluster.autoscaling.stabilizer import NOTHING_YET, Proposal, Stabilizer, act, note, propose, settle
+from cluster.autoscaling.stabilizer import NOTHING_YET, Proposal, Stabilizer, act, note, propose, settle, undo
 from cluster.members import POOLS, Pool
 from octet.autoscaler_config import AutoscalerConfig, PoolScalingConfig
 
@@ -99,11 +99,10 @@ def decide(
         wanted[pool], proposals[pool], states[pool] = _consider(now_s, pool, signals, config, fleet, before)
     sizes = {pool: _size(_signals(signals, pool)) for pool in POOLS}
     targets, short = fit(
-        sizes={
-            pool: max(sizes[pool] + _signals(signals, pool).num_draining, _under_way(states[pool], 0)) for pool in POOLS
-        },
+        sizes={pool: max(sizes[pool], _under_way(states[pool], 0)) for pool in POOLS},
+        draining={pool: _signals(signals, pool).num_draining for pool in POOLS},
         targets={pool: _under_way(states[pool], proposals[pool].target) for pool in POOLS},
-        minima={pool: getattr(config, pool).min_replicas for pool in POOLS},
+        minima={pool: _bounds(config, pool, signals).min_replicas for pool in POOLS},
         gpus=fleet.gpus_per_member,
         max_gpus=config.max_gpus,
     )
@@ -113,7 +112,7 @@ def decide(
         if states[pool].stabilizer.pending is None:
             target = targets[pool]
         if pool == "experts" and target == 0 < sizes[pool] and _workers_there(signals):
-            target = targets[pool] = min(sizes[pool], _least_shards(signals, config))
+            target = targets[pool] = min(sizes[pool], _bounds(config, pool, signals).min_replicas)
             reason += "; shards leave after the workers"
         if pool in short:
             reason += f"; the budget of {config.max_gpus:g} GPUs has room for {targets[pool]}"
@@ -134,10 +133,9 @@ def decide(
 def give_up(state: State, pool: str) -> State:
     """After an action that failed: the pool is as it was, and may get another target at once."""
     if pool == REDUNDANCY:
-        return dataclasses.replace(state, redundancy=dataclasses.replace(state.redundancy, pending=None))
+        return dataclasses.replace(state, redundancy=undo(state.redundancy))
     of_pool: PoolState = getattr(state, pool)
-    idle = dataclasses.replace(of_pool, stabilizer=dataclasses.replace(of_pool.stabilizer, pending=None))
-    changed: dict[str, Any] = {pool: idle}
+    changed: dict[str, Any] = {pool: dataclasses.replace(of_pool, stabilizer=undo(of_pool.stabilizer))}
     return dataclasses.replace(state, **changed)
 
 
@@ -145,17 +143,19 @@ def _consider(
     now_s: float, pool: Pool, signals: Signals, config: AutoscalerConfig, fleet: Fleet, state: PoolState
 ) -> tuple[tuple[int, str], Proposal, PoolState]:
     """What one pool wants, and what its delays make of it."""
-    mine, bounds = _signals(signals, pool), _bounds(config, pool)
+    mine, bounds = _signals(signals, pool), _bounds(config, pool, signals)
     current = _size(mine)
     stabilizer, lapsed = settle(
         state.stabilizer, now_s, len(mine.members), mine.num_starting + mine.num_draining, config.action_timeout_s
     )
     capacity = _learned(state.capacity, measured_capacity(mine, config.cold_start_s))
     demand = _demand(pool, signals, config, fleet, capacity)
-    trend = observe(state.trend, now_s, demand.load) if mine.members else state.trend
-    looks_ahead = trend is not None and mine.members and config.forecast_horizon_s > 0
+    # What was before a pool was empty tells nothing of the load that wakes it.
+    trend = observe(state.trend, now_s, demand.load) if mine.members else None
+    looks_ahead = trend is not None and config.forecast_horizon_s > 0
     ahead = forecast(trend, config.forecast_horizon_s) if trend is not None and looks_ahead else 0.0
-    wanted, reason = _wanted(current, demand, ahead, config, bounds, signals)
+    may_be_empty = getattr(config, pool).min_replicas == 0
+    wanted, reason = _wanted(current, demand, ahead, config, bounds, signals, may_be_empty)
     if lapsed:
         reason = f"{lapsed}; {reason}"
     missing_since_s = None
@@ -180,21 +180,26 @@ def _consider(
 
 
 def _wanted(
-    current: int, demand: Demand, ahead: float, config: AutoscalerConfig, bounds: PoolScalingConfig, signals: Signals
+    current: int,
+    demand: Demand,
+    ahead: float,
+    config: AutoscalerConfig,
+    bounds: PoolScalingConfig,
+    signals: Signals,
+    may_be_empty: bool,
 ) -> tuple[int, str]:
     """Whole members, and the signal that asks for them."""
     if current == 0:
         if signals.requests_waiting:
-            least = _least_shards(signals, config) if bounds is config.experts else max(1, bounds.min_replicas)
             waiting = f"{signals.requests_waiting} request{'s' if signals.requests_waiting > 1 else ''}"
-            return least, f"an empty pool, and {waiting} to serve"
-        return bounds.min_replicas, "nothing is asked for"
+            return bounds.min_replicas, f"an empty pool, and {waiting} to serve"
+        return 0 if may_be_empty else bounds.min_replicas, "nothing is asked for"
     idle = (
         signals.requests_waiting == 0
         and signals.arriving_prompt_tokens_per_s == 0
         and not any(member.ongoing for member in (*signals.prefill.members, *signals.decode.members))
     )
-    if idle and bounds.min_replicas == 0:
+    if idle and may_be_empty:
         return 0, "nothing is asked for"
     need, reason = max(
         (demand.load, demand.load_reason),
@@ -209,13 +214,6 @@ def _wanted(
 def _workers_there(signals: Signals) -> bool:
     """Whether anybody may still ask shards for something."""
     return any(pool.members or pool.num_starting or pool.num_draining for pool in (signals.prefill, signals.decode))
-
-
-def _least_shards(signals: Signals, config: AutoscalerConfig) -> int:
-    """That hold every expert."""
-    experts = signals.experts
-    holding = math.ceil(experts.num_experts / experts.slots_that_fit) if experts.slots_that_fit else 1
-    return max(1, config.experts.min_replicas, holding)
 
 
 def _lasting(
@@ -313,9 +311,13 @@ def _signals(signals: Signals, pool: Pool) -> PoolSignals:
     return of_pool
 
 
-def _bounds(config: AutoscalerConfig, pool: Pool) -> PoolScalingConfig:
+def _bounds(config: AutoscalerConfig, pool: Pool, signals: Signals) -> PoolScalingConfig:
+    """Of a pool that serves: one member at least, and as many shards as hold every expert, whatever the config says."""
     bounds: PoolScalingConfig = getattr(config, pool)
-    return bounds
+    least = max(1, bounds.min_replicas)
+    if pool == "experts" and signals.experts.slots_that_fit:
+        least = max(least, math.ceil(signals.experts.num_experts / signals.experts.slots_that_fit))
+    return bounds.model_copy(update={"min_replicas": least, "max_replicas": max(least, bounds.max_replicas)})
 
 
 def _size(pool: PoolSignals) -> int:

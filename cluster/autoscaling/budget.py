@@ -9,6 +9,7 @@ from cluster.members import POOLS, Pool
 
 def fit(
     sizes: Mapping[Pool, int],
+    draining: Mapping[Pool, int],
     targets: Mapping[Pool, int],
     minima: Mapping[Pool, int],
     gpus: Mapping[Pool, float],
@@ -22,17 +23,19 @@ def fit(
     minimum gives.
 
     Args:
-        sizes: members that hold GPUs now, because they serve, start or drain, or are promised them.
+        sizes: members that serve, start or are promised.
+        draining: members that hold their GPUs until they are gone.
         gpus: per member.
     """
     if max_gpus is None:
         return dict(targets), frozenset()
     granted = {pool: min(sizes[pool], targets[pool]) for pool in POOLS}
-    free = max_gpus - sum(sizes[pool] * gpus[pool] for pool in POOLS)
-    while free < 0 and (givers := [pool for pool in POOLS if granted[pool] > minima[pool]]):
+    kept = sum(granted[pool] * gpus[pool] for pool in POOLS)
+    while kept > max_gpus and (givers := [pool for pool in POOLS if granted[pool] > minima[pool]]):
         giver = max(givers, key=lambda pool: granted[pool] / max(minima[pool], 1))
         granted[giver] -= 1
-        free += gpus[giver]
+        kept -= gpus[giver]
+    free = max_gpus - sum((sizes[pool] + draining[pool]) * gpus[pool] for pool in POOLS)
     while takers := [pool for pool in POOLS if granted[pool] < targets[pool] and gpus[pool] <= free]:
         taker = min(takers, key=lambda pool: (granted[pool] + 1) / targets[pool])
         granted[taker] += 1

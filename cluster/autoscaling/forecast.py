@@ -40,7 +40,8 @@ def observe(trend: Trend | None, now_s: float, load: float) -> Trend:
         return Trend(at_s=now_s, level=load, slow=load)
     passed_s = now_s - trend.at_s
     new_level, new_slope = -math.expm1(-passed_s / _LEVEL_S), -math.expm1(-passed_s / _TREND_S)
-    expected = trend.level + trend.slope * passed_s
+    # After looks that were missed, the trend is as old as they are.
+    expected = trend.level + trend.slope * min(passed_s, _LEVEL_S)
     most = max(_SURPRISE * trend.level, _LEAST_SURPRISE)
     level = expected + new_level * min(max(load - expected, -most), most)
     slope = trend.slope + new_slope * ((level - trend.level) / passed_s - trend.slope)

@@ -13,7 +13,7 @@ class MemberSample:
 
     worker_id: WorkerId
     age_s: float
-    """Since it began to serve."""
+    """Since it began to serve; 0 where nothing was heard of it, so that nothing is concluded from its zeros."""
     busy_share: float = 0.0
     """Of the period: prefill, computing prompts or waiting for experts meanwhile; experts, computing frames."""
     tokens_per_s: float = 0.0
@@ -31,7 +31,7 @@ class PoolSignals:
     """One pool over the period."""
 
     members: tuple[MemberSample, ...]
-    """Those that serve."""
+    """All that serve."""
     num_starting: int = 0
     num_draining: int = 0
     """Both hold their GPUs."""
@@ -73,7 +73,8 @@ class Signals:
 
     period_s: float
     queued_prompt_tokens: float
-    """Of requests that no worker has begun, without what prefix caches hold, at the end of the period."""
+    """Of requests that no worker has begun (given pages to), without what prefix caches hold, at the end of the period.
+    What is being computed is none of it: another member could not take it over."""
     arriving_prompt_tokens_per_s: float
     """To be computed, so without what prefix caches hold."""
     requests_waiting: int

@@ -23,6 +23,14 @@ from octet.autoscaler_config import PoolScalingConfig
 _SLACK_S = 1e-6
 
 
+class Turns(NamedTuple):
+    """When a pool changed last: which way (1 or -1; 0 before the first change), and when it last changed its way."""
+
+    last_direction: int
+    last_action_s: float
+    last_reversal_s: float
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Pending:
     """A change under way."""
@@ -30,6 +38,8 @@ class Pending:
     origin: int
     target: int
     since_s: float
+    before: Turns
+    """What `undo` goes back to."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,13 +147,21 @@ def act(state: Stabilizer, now_s: float, current: int, target: int) -> Stabilize
     """Remember that the change from `current` to `target` begins now."""
     direction = (target > current) - (target < current)
     reverses = direction * state.last_direction < 0
+    before = Turns(state.last_direction, state.last_action_s, state.last_reversal_s)
     return dataclasses.replace(
         state,
-        pending=Pending(origin=current, target=target, since_s=now_s),
+        pending=Pending(origin=current, target=target, since_s=now_s, before=before),
         last_direction=direction,
         last_action_s=now_s,
         last_reversal_s=now_s if reverses else state.last_reversal_s,
     )
+
+
+def undo(state: Stabilizer) -> Stabilizer:
+    """Forget the pending action as if it had never begun: what was refused is no change, and no reversal."""
+    if state.pending is None:
+        return state
+    return dataclasses.replace(state, pending=None, **state.pending.before._asdict())
 
 
 def _since(state: Stabilizer, now_s: float, delay_s: float) -> Sequence[tuple[float, int, int]]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from cluster.autoscaling.signals import ExpertSignals, MemberSample, PoolSignals, Prospect, Signals
 from cluster.frontend.request_meter import RequestLoad
 from cluster.members import Pool
+from octet.errors import UnavailableError
 from octet.ids import WorkerId
 from router.telemetry_window import ShardTelemetry, TelemetryWindow, WorkerTelemetry
 
@@ -28,18 +29,19 @@ def observe(
         draining: members on their way out.
         num_redundant_experts: slots per layer beyond one for each expert, over all shards.
         slots_that_fit: per layer and shard, by a shard's memory.
+
+    Raises: UnavailableError if members of a pool serve and none of them was heard of: its load is not known then.
     """
+    shards = [_shard(shard, ages_s[shard.worker_id]) for shard in window.shards if shard.worker_id in ages_s]
     return Signals(
         period_s=requests.period_s,
-        queued_prompt_tokens=requests.queued_prompt_tokens,
+        queued_prompt_tokens=_not_begun(requests, window.workers),
         arriving_prompt_tokens_per_s=requests.arriving_prompt_tokens_per_s,
         requests_waiting=requests.waiting,
         prefill=_workers("prefill", window, ages_s, starting, draining, requests.first_ratio),
         decode=_workers("decode", window, ages_s, starting, draining, requests.answer_ratio),
         experts=ExpertSignals(
-            members=tuple(
-                _shard(shard, ages_s[shard.worker_id]) for shard in window.shards if shard.worker_id in ages_s
-            ),
+            members=_members("experts", shards, ages_s),
             num_starting=starting.get("experts", 0),
             num_draining=draining.get("experts", 0),
             decode_share=_decode_share(window.shards),
@@ -63,13 +65,27 @@ def _workers(
     workers = [worker for worker in window.workers if worker.role == pool and worker.worker_id in ages_s]
     step_s = sum(worker.busy_share for worker in workers)
     return PoolSignals(
-        members=tuple(_worker(worker, ages_s[worker.worker_id]) for worker in workers),
+        members=_members(pool, [_worker(worker, ages_s[worker.worker_id]) for worker in workers], ages_s),
         num_starting=starting.get(pool, 0),
         num_draining=draining.get(pool, 0),
         slo_ratio=slo_ratio,
         # Weighted by the time in steps: an idle worker's share says nothing.
         expert_wait_share=sum(w.combine_share * w.busy_share for w in workers) / step_s if step_s > 0 else 0.0,
     )
+
+
+def _members(pool: Pool, heard: Sequence[MemberSample], ages_s: Mapping[WorkerId, float]) -> tuple[MemberSample, ...]:
+    """All that serve: who was not heard of counts, too, as one of whom nothing is known yet."""
+    samples = {sample.worker_id: sample for sample in heard}
+    serving = sorted(worker_id for worker_id in ages_s if worker_id.startswith(f"{pool}-"))
+    if serving and not samples:
+        raise UnavailableError(f"none of the {pool} pool was heard of, though so many serve: {len(serving)}")
+    return tuple(samples.get(worker_id, MemberSample(worker_id=worker_id, age_s=0.0)) for worker_id in serving)
+
+
+def _not_begun(requests: RequestLoad, workers: Sequence[WorkerTelemetry]) -> float:
+    """The frontend counts a prompt until its first token, and does not know when a worker begins it."""
+    return max(0.0, requests.queued_prompt_tokens - sum(worker.load.begun_tokens for worker in workers))
 
 
 def _worker(worker: WorkerTelemetry, age_s: float) -> MemberSample:

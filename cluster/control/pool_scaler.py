@@ -49,7 +49,7 @@ class PoolScaler:
         self.loop = AutoscalingLoop(config.autoscaler, fleet, self._observe, self._act)
 
     async def _observe(self) -> Signals:
-        """Raises: OctetError if the router service or the frontend does not answer."""
+        """Raises: OctetError if the router service or the frontend does not answer, or nothing is heard of a pool."""
         period_s = self._plan.config.autoscaler.look_back_period_s
         asked = self._services.router.telemetry.remote(period_s, fresh=True)
         window: TelemetryWindow = await call("the router", asked, _ANSWER_S)

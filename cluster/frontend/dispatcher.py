@@ -128,10 +128,10 @@ class Dispatcher:
         self._send(worker_id, Abort(request_id=request_id, choice=choice, attempt=attempt))
 
     @property
-    def queued_prompt_tokens(self) -> int:
+    def unanswered_prompt_tokens(self) -> int:
         """Sent to prefill workers and not answered, or not even sent."""
         waiting = sum(each.request.num_tokens for each in self._waiting)
-        return self._workload.queued_prompt_tokens + waiting
+        return self._workload.unanswered_prompt_tokens + waiting
 
     def free_places(self, num_tokens: int) -> int:
         """For sequences of so many tokens, in the decode workers' batches."""

@@ -287,7 +287,7 @@ class Frontend:
     def request_load(self) -> RequestLoad:
         """Of the last `autoscaler.look_back_period_s`."""
         waiting = sum(not live.prefilled for live in self._live.all())
-        return self._intake.request_load(_now_s(), self._dispatcher.queued_prompt_tokens, waiting)
+        return self._intake.request_load(_now_s(), self._dispatcher.unanswered_prompt_tokens, waiting)
 
     def _give_up(self, live: LiveRequest, reason: str) -> None:
         self._end(live, Outcome(kind="failed", error=RequestFailedError(reason)))

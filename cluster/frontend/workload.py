@@ -61,7 +61,8 @@ class Workload:
         self._decode = tuple(sorted(set(decode) - set(draining)))
 
     @property
-    def queued_prompt_tokens(self) -> int:
+    def unanswered_prompt_tokens(self) -> int:
+        """Sent to prefill workers, which have not answered with a first token: they wait, or are being computed."""
         return sum(tally.queued_tokens for tally in self._tallies.values())
 
     def knows(self, worker_id: WorkerId) -> bool:

@@ -71,6 +71,11 @@ class Scenario:
     config: OctetConfig
     options: Options
 
+    @property
+    def least_shards(self) -> int:
+        """That hold every expert."""
+        return -(-self.shape.num_experts // self.options.slots_that_fit)
+
     def run(self, sizes: dict[str, int], *, autoscale: bool) -> Run:
         options = dataclasses.replace(self.options, sizes=sizes, autoscale=autoscale)
         return Simulation(self.requests, self.loads, self.shape, self.costs, self.config, options).run()
@@ -81,6 +86,7 @@ def simulate(config: OctetConfig, options: SimulateOptions) -> Result:
     _check(options)
     scenario = make_scenario(config, options)
     sizes = _sizes(scenario.config, options)
+    _check_shards(scenario, sizes["experts"], options)
     if options.search:
         sizes, run = search_fixed(scenario, sizes, options.attainment)
     else:
@@ -109,6 +115,15 @@ def _check(options: SimulateOptions) -> None:
         require_matplotlib(options.plot_file)
     if options.fixed is not None and min(options.fixed) < 1:
         raise ConfigError("--fixed", ",".join(map(str, options.fixed)), "at least one member of each pool")
+
+
+def _check_shards(scenario: Scenario, num_shards: int, options: SimulateOptions) -> None:
+    """Raises: ConfigError where shards have no room for every expert."""
+    if num_shards < scenario.least_shards:
+        scaled = options.gpus is not None and not options.autoscale
+        name = "--fixed" if options.fixed is not None else "--gpus" if scaled else "pools.experts.size"
+        each = f"{scenario.shape.num_experts} experts, of which a shard holds {scenario.options.slots_that_fit}"
+        raise ConfigError(name, f"{num_shards} shards", f"at least {scenario.least_shards} for {each}")
 
 
 def numbers(option: str, text: str, kind: Callable[[str], _Number], count: int) -> Any:

@@ -39,6 +39,7 @@ class Fleet:
 
     def begin(self, sizes: dict[str, int]) -> None:
         """Members that were there before."""
+        assert self._hold_all(sizes["experts"]), "shards hold every expert"
         for pool in POOLS:
             for _ in range(sizes[pool]):
                 self._serve(pool, self.members.order(pool, 0.0))
@@ -54,6 +55,10 @@ class Fleet:
         serving = self.members.serving(pool)
         # What starts in place of a lost member cannot be called off here; somebody serves until it is there.
         count = min(count, len(serving) - (self.members.num_starting(pool) > 0))
+        if pool == "experts" and count < len(serving):
+            # Nor do those go whose experts the others would have no room for.
+            while count > 0 and not self._hold_all(len(serving) - count):
+                count -= 1
         if pool == "experts":
             chosen = serving[len(serving) - count :]
             if count == len(serving):
@@ -93,10 +98,10 @@ class Fleet:
         self._lose("experts", number)
         left = len(self.members.serving("experts"))
         present = self.experts.placement
-        if shard >= present.num_shards or left * self._slots_that_fit < present.num_experts:
+        if shard >= present.num_shards or not self._hold_all(left):
             return self._costs.shard_start_s
         without_s = self.experts.without_s(shard)
-        self._clock.after(without_s, self._adopt, self.experts.planned(left, self.experts.asked_redundant))
+        self._clock.after(without_s, self._adopt, self._planned(left, self.experts.asked_redundant))
         return without_s
 
     def _lose(self, pool: str, number: int) -> None:
@@ -139,7 +144,7 @@ class Fleet:
             if now_s > 0 and self.members.num_starting("experts") == 0:
                 # Slots were filled while they started, for all that were ordered together.
                 serving = len(self.members.serving("experts"))
-                self.experts.adopt(self.experts.planned(serving, self.experts.asked_redundant))
+                self.experts.adopt(self._planned(serving, self.experts.asked_redundant))
             return
         if pool == "prefill":
             page_size, most = self._config.kv.page_size, self._config.prefill.max_requests
@@ -150,9 +155,16 @@ class Fleet:
             assert row == number, "rows are numbered as members are"
         self._views.add(pool, number)
 
+    def _hold_all(self, num_shards: int) -> bool:
+        return num_shards * self._slots_that_fit >= self.experts.placement.num_experts
+
+    def _planned(self, num_shards: int, redundant: int) -> Placement:
+        assert self._hold_all(num_shards), "shards hold every expert"
+        return self.experts.planned(num_shards, redundant)
+
     def _fill(self, num_shards: int, redundant: int) -> None:
         """Shards serve the old placement until the new one is in their slots."""
-        placement = self.experts.planned(num_shards, redundant)
+        placement = self._planned(num_shards, redundant)
         self.experts.asked_redundant = redundant
         moved = int((placement.physical_to_logical >= 0).sum())
         self._clock.after(self.experts.fill_s(moved), self._adopt, placement)

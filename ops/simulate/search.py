@@ -42,8 +42,7 @@ def search_fixed(scenario: Scenario, start: dict[str, int], attainment: float) -
     else:
         raise ConfigError("--search-fixed", f"{judged(sizes)[0]:.2%} with {sizes}", f"a load of which {attainment:.0%} "
                           "can be served in time", "loosen autoscaler.target_* or lower --attainment")  # fmt: skip
-    least = {"prefill": 1, "decode": 1}
-    least["experts"] = -(-scenario.shape.num_experts // scenario.options.slots_that_fit)
+    least = {"prefill": 1, "decode": 1, "experts": scenario.least_shards}
     for _ in range(_PASSES):
         before = dict(sizes)
         for pool in _POOLS:

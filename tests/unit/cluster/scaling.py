@@ -42,6 +42,7 @@ def experts(
     of_decode: float = 0.0,
     redundant: int = 0,
     prospects: tuple[tuple[int, float], ...] = (),
+    fit: int = 32,
 ) -> ExpertSignals:
     return ExpertSignals(
         members=members,
@@ -49,7 +50,7 @@ def experts(
         balancedness=level,
         decode_share=of_decode,
         num_redundant_experts=redundant,
-        slots_that_fit=16,
+        slots_that_fit=fit,
         num_experts=32,
         prospects=tuple(Prospect(num_redundant_experts=number, balancedness=b) for number, b in prospects),
     )

@@ -248,6 +248,21 @@ def test_requests_are_served_by_priority_then_arrival(model: Model) -> None:
     assert [event.request_id for event in prefill.events(TokenEvent)] == ["a", "b", "c"]
 
 
+def test_what_has_begun_counts_until_its_first_token_without_what_is_cached(model: Model) -> None:
+    prefill = Prefill(model, max_requests=1, chunk_tokens=4)
+    first, more = request(9), request(7)
+    longer = dataclasses.replace(more, token_ids=first.token_ids + more.token_ids)
+    found = []
+    for one in (first, longer):
+        prefill.engine.handle(one)
+        found.append(prefill.engine.load().begun_tokens)
+    for _ in range(5):
+        prefill.step()
+        found.append(prefill.engine.load().begun_tokens)
+    # Chunks of 4, 4 and 1 tokens, then two of 4: of the 16 tokens, two pages are known.
+    assert found == [0, 0, 9, 9, 0, 8, 0]
+
+
 def test_a_request_that_waits_for_pages_starts_when_they_come_back(model: Model) -> None:
     prefill = Prefill(model, num_pages=3)
     prefill.run(request(9, name="first"))

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.autoscaling.autoscaler import Decision, PoolState, State, decide
+from cluster.autoscaling.autoscaler import Decision, PoolState, State, decide, give_up
 from cluster.autoscaling.signals import Signals
 from cluster.autoscaling.stabilizer import Stabilizer
 from cluster.members import POOLS
@@ -252,7 +252,7 @@ def test_a_change_that_never_completes_is_given_up_and_said_so() -> None:
 
 def test_pools_go_to_zero_when_nothing_is_asked_for_and_come_back_at_once() -> None:
     config = scaling(**{name: {"min_replicas": 0, "downscale_delay_s": 60, "upscale_delay_s": 30} for name in POOLS})
-    idle = experts(member(0, busy=0), member(1, busy=0))
+    idle = experts(member(0, busy=0), member(1, busy=0), fit=16)
     quiet = signals(pool(member(busy=0, tokens_per_s=0)), pool(member()), idle, arriving=0)
     state, now_s = State(), 0.0
     while now_s <= 60:
@@ -262,7 +262,7 @@ def test_pools_go_to_zero_when_nothing_is_asked_for_and_come_back_at_once() -> N
     assert "after the workers" in of(decision, "experts").reason
     decision, state = decide(now_s, signals(pool(), pool(), idle, arriving=0), config, FLEET, state)
     assert [(one.pool, one.target) for one in decision.actions] == [("experts", 0)]
-    gone = signals(pool(), pool(), experts(redundant=8), arriving=0)
+    gone = signals(pool(), pool(), experts(redundant=8, fit=16), arriving=0)
     decision, state = decide(now_s + EVERY_S, gone, config, FLEET, state)
     assert decision.actions == ()
     asked = dataclasses.replace(gone, requests_waiting=1)
@@ -273,10 +273,50 @@ def test_pools_go_to_zero_when_nothing_is_asked_for_and_come_back_at_once() -> N
 
 def test_shards_stay_as_long_as_a_worker_is_on_its_way_in_or_out() -> None:
     config = scaling(**{name: {"min_replicas": 0} for name in POOLS})
-    idle = experts(*(member(number, busy=0) for number in range(5)))
+    idle = experts(*(member(number, busy=0) for number in range(5)), fit=16)
     for workers in (pool(starting=1), dataclasses.replace(pool(), num_draining=1)):
         decision = once(signals(pool(), workers, idle, arriving=0), config)
         assert of(decision, "experts").target == 2
+
+
+@pytest.mark.parametrize("limit", [{}, {"max_gpus": 3}, {"experts": {"min_replicas": 1, "max_replicas": 2}}])
+def test_there_are_always_as_many_shards_as_hold_every_expert(limit: dict[str, object]) -> None:
+    idle = experts(*(member(number, busy=0.01) for number in range(8)), fit=6)
+    decision = once(signals(shards=idle), scaling(**limit))
+    assert (of(decision, "experts").wanted, of(decision, "experts").target) == (6, 6)
+
+
+@pytest.mark.parametrize("load", [0.6, 1.9, 3.8])
+def test_what_a_pool_was_asked_for_before_it_was_empty_does_not_count_when_it_wakes(load: float) -> None:
+    """It grew by a member every 100 s when all requests ended; six hours later others come."""
+    bounds: dict[str, object] = {name: {"min_replicas": 0, "max_replicas": 64} for name in POOLS}
+    plant = Plant(scaling(forecast_horizon_s=180, **bounds), lambda now_s: 1 + now_s / 100 if now_s < 900 else load)
+    while plant.now_s < 900:
+        plant.tick()
+    state = plant.state
+    nobody = signals(pool(), pool(), experts(), arriving=0)
+    for now_s in (900.0, 6 * 3600.0):
+        _, state = decide(now_s, nobody, plant.config, FLEET, state)
+    plant.now_s, plant.state, plant.born = 6 * 3600.0, state, {name: [-1e6] for name in POOLS}
+    assert of(plant.tick(), "decode").wanted <= math.ceil(load)
+
+
+def test_the_budget_holds_while_members_leave_that_somebody_else_has_sent_away() -> None:
+    two = dataclasses.replace(pool(member(0, kv=1.0, ongoing=10, waiting=20), member(1, kv=1.0)), num_draining=3)
+    assert once(signals(decode=two), scaling(max_gpus=7)).actions == ()
+    assert of(once(signals(decode=two), scaling(max_gpus=8)), "decode").target == 3
+
+
+def test_shrinking_that_was_refused_is_no_reversal_and_keeps_no_pool_from_growing() -> None:
+    config = scaling(reversal_cooldown_s=600)
+    before = Stabilizer(wanted=((-700.0, 1, 1),), last_direction=1, last_action_s=-700.0, last_reversal_s=-2000.0)
+    quiet = signals(decode=pool(*(member(number, kv=0.2, ongoing=2) for number in range(2))))
+    decision, state = decide(0.0, quiet, config, FLEET, State(decode=PoolState(stabilizer=before)))
+    assert of(decision, "decode").target == 1
+    state = give_up(state, "decode")
+    assert dataclasses.replace(state.decode.stabilizer, wanted=before.wanted) == before
+    busy = signals(decode=pool(*(member(number, kv=1.0, ongoing=10) for number in range(2))))
+    assert of(decide(10.0, busy, config, FLEET, state)[0], "decode").target == 3
 
 
 def test_a_pool_turns_back_within_the_cooldown_once_requests_have_missed_their_target_for_long() -> None:

@@ -71,7 +71,7 @@ def test_slots_go_back_when_redundancy_no_longer_pays() -> None:
 
 
 def test_redundancy_never_outgrows_the_shards() -> None:
-    shards = experts(*(member(n, busy=0.5) for n in range(2)), level=0.5, prospects=((0, 0.5), (16, 0.97)))
+    shards = experts(*(member(n, busy=0.5) for n in range(2)), level=0.5, prospects=((0, 0.5), (16, 0.97)), fit=16)
     assert of(once(signals(shards=shards), scaling()), "redundant_experts").target == 0
 
 

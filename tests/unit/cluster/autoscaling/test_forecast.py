@@ -63,6 +63,12 @@ def test_samples_need_not_come_evenly() -> None:
     assert forecast(trend, 0.0) == pytest.approx(3 + 0.005 * trend.at_s, rel=0.1)
 
 
+def test_looks_that_were_missed_carry_a_trend_no_further_than_its_memory() -> None:
+    trend = after([5 + 0.1 * number for number in range(200)])
+    late = observe(trend, trend.at_s + 6 * 3600, 25.0)
+    assert late.level == pytest.approx(25.0, abs=1.0)
+
+
 def test_a_load_that_grows_rises_and_one_that_is_noisy_or_falls_does_not() -> None:
     rng = random.Random()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import numpy as np
@@ -12,14 +13,19 @@ from cluster.autoscaling.decision_log import DecisionLog
 from cluster.autoscaling.prospects import prospects
 from cluster.control.observe import observe
 from cluster.frontend.request_meter import RequestMeter
+from cluster.frontend.scheduler import Assignment
 from cluster.frontend.slo import Slo
+from cluster.frontend.workload import Workload
+from cluster.members import POOLS
 from octet.config import TelemetryConfig
 from octet.counters import FrameCounters, StepCounters
+from octet.errors import UnavailableError
 from octet.ids import WorkerId
 from octet.messages import WorkerLoad
 from router.balancing.skew import skewed_loads
 from router.telemetry import Telemetry
 from router.telemetry_samples import Sample, ShardSample, WorkerSample
+from router.telemetry_window import TelemetryWindow
 from tests.unit.cluster.scaling import FLEET, of, scaling, signals
 
 SLO = Slo(ttft_s=2.0, ttft_per_1k_tokens_s=1.0, tpot_s=0.1)
@@ -50,7 +56,7 @@ def test_answers_are_measured_by_what_their_targets_allow() -> None:
     assert (load.queued_prompt_tokens, load.waiting) == (7, 2)
 
 
-def samples(seconds: float, busy: float) -> list[Sample]:
+def samples(seconds: float, busy: float, begun: int = 0) -> list[Sample]:
     """Two shards that have computed for `busy` of their time, three quarters of it for decode; and two workers."""
     worked_s = busy * seconds
     shards: list[Sample] = [
@@ -71,13 +77,27 @@ def samples(seconds: float, busy: float) -> list[Sample]:
     ]
     load = WorkerLoad(kv_pages_total=100, kv_pages_free=40, running=6, waiting=2, tokens=0)
     steps = StepCounters(steps=10, step_s=0.5 * seconds, combine_s=0.3 * seconds, tokens=int(50 * seconds))
+    loads = {"prefill": dataclasses.replace(load, begun_tokens=begun), "decode": load}
     workers: list[Sample] = [
         WorkerSample(
-            worker_id=WorkerId(f"{role}-0"), incarnation=1, uptime_s=seconds, role=role, steps=steps, load=load
+            worker_id=WorkerId(f"{role}-0"), incarnation=1, uptime_s=seconds, role=role, steps=steps, load=loads[role]
         )
         for role in ("prefill", "decode")
     ]
     return shards + workers
+
+
+def heard(*told: list[Sample]) -> TelemetryWindow:
+    """The window after so many seconds, a round of samples in each."""
+    telemetry = Telemetry((3, 4), 4, 2, TelemetryConfig(), 0.0)
+    for at_s, of_round in enumerate(told, 1):
+        telemetry.record(float(at_s), of_round)
+    return telemetry.window(float(len(told)))
+
+
+def ages(prefill: int = 1, decode: int = 1, experts: int = 2) -> dict[WorkerId, float]:
+    sizes = {"prefill": prefill, "decode": decode, "experts": experts}
+    return {WorkerId(f"{name}-{number}"): 99.0 for name, size in sizes.items() for number in range(size)}
 
 
 def test_telemetry_becomes_signals() -> None:
@@ -114,6 +134,38 @@ def test_members_that_are_about_to_leave_are_no_signal() -> None:
     assert len(seen.experts.members) == 1
     assert seen.decode.members == ()
     assert seen.decode.num_draining == 1
+
+
+def test_a_prompt_that_is_being_computed_is_not_queued_and_asks_for_no_other_worker() -> None:
+    workload = Workload(16, 10_000)
+    workload.set_workers([WorkerId("prefill-0")], [WorkerId("decode-0")], [])
+    to = Assignment(prefill=WorkerId("prefill-0"), decode=WorkerId("decode-0"), reason="")
+    for number, num_cached in enumerate((0, 400)):
+        workload.assign((0,), number, 100_000, num_cached, to)
+    targets = {}
+    for begun in (0, 100_000, 200_000):
+        requests = meter().load(2.0, workload.unanswered_prompt_tokens, 2)
+        seen = observe(heard(*(samples(at_s, 0.4, begun) for at_s in (1.0, 2.0))), requests, ages(), {}, {}, 0, 9)
+        targets[seen.queued_prompt_tokens] = of(decide(0.0, seen, scaling(), FLEET, State())[0], "prefill").wanted
+    assert targets == {199_600: 8, 99_600: 8, 0: 1}
+
+
+def test_members_that_nobody_has_heard_of_are_counted_and_nothing_is_concluded_from_them() -> None:
+    window = heard(samples(1.0, 0.4), samples(2.0, 0.4))
+    seen = observe(window, meter().load(2.0, 0, 0), ages(prefill=3, decode=2, experts=4), {}, {}, 0, 9)
+    assert [len(pool.members) for pool in (seen.prefill, seen.decode, seen.experts)] == [3, 2, 4]
+    assert [member.age_s for member in seen.experts.members] == [99.0, 99.0, 0.0, 0.0]
+    assert [member.worker_id for member in seen.experts.members if not member.busy_share] == ["experts-2", "experts-3"]
+    assert of(decide(0.0, seen, scaling(), FLEET, State())[0], "decode").current == 2
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_without_a_word_of_a_pool_that_serves_there_are_no_signals(name: str) -> None:
+    told = [[one for one in samples(at_s, 0.4) if not one.worker_id.startswith(name)] for at_s in (1.0, 2.0)]
+    with pytest.raises(UnavailableError, match=f"none of the {name} pool was heard of"):
+        observe(heard(*told), meter().load(2.0, 0, 0), ages(), {}, {}, 0, 9)
+    nobody = observe(heard(*told), meter().load(2.0, 0, 0), ages(**{name: 0}), {}, {}, 0, 9)
+    assert getattr(nobody, name).members == ()
 
 
 def test_the_balancer_promises_more_for_more_replicas_and_no_more_than_fit() -> None:

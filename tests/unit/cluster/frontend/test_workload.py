@@ -50,6 +50,13 @@ def test_with_the_first_token_a_prompt_is_queued_no_more(workload: Workload) -> 
     assert (queued(workload), promised(workload)) == ([0, 0], [(3, 1), (0, 0)])
 
 
+def test_prompts_are_unanswered_until_their_first_token(workload: Workload) -> None:
+    stages = [assign(workload, (0, 1), prefill)[0] for prefill in (0, 1)]
+    assert workload.unanswered_prompt_tokens == 12
+    workload.note_token(stages[1], PREFILLS[1])
+    assert workload.unanswered_prompt_tokens == 6
+
+
 def test_with_the_decode_workers_first_token_pages_count_as_taken(workload: Workload) -> None:
     stages = assign(workload)
     workload.note_token(stages[0], DECODES[0])

@@ -111,6 +111,21 @@ def test_who_begins_again_too_often_fails() -> None:
     assert done.restarts == config().frontend.max_attempts + 1
 
 
+def test_idle_shards_stay_as_many_as_hold_every_expert_whoever_is_lost() -> None:
+    """A shard has room for two of eight experts; the config would be content with one shard."""
+    prompt = {"upscale_delay_s": 0, "downscale_delay_s": 0}
+    conf = config(
+        autoscaler={"metrics_interval_s": 2, "look_back_period_s": 2, "reversal_cooldown_s": 0, "action_timeout_s": 10}
+        | dict.fromkeys(("prefill", "decode", "experts"), prompt)
+    )
+    least = []
+    for seed in range(5):
+        opts = options(experts=7, slots_that_fit=2, autoscale=True, lose_every_s=7.0, seed=seed)
+        done = run(poisson(0.3, 60, seed), WORK, conf, opts)
+        least.append(min(moment.sizes["experts"] for moment in done.moments))
+    assert min(least) == 4
+
+
 def test_all_pools_go_to_zero_in_silence_and_come_back() -> None:
     bounds = {"min_replicas": 0, "max_replicas": 4, "downscale_delay_s": 10, "upscale_delay_s": 5}
     pools = dict.fromkeys(("prefill", "decode", "experts"), bounds)

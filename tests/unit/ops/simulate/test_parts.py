@@ -184,6 +184,19 @@ def test_a_pool_without_members_is_refused_before_anything_waits_for_it(fixed: t
         simulate(load_config(), options)
 
 
+def test_fewer_shards_than_hold_every_expert_are_refused(tmp_path: pathlib.Path) -> None:
+    """A GPU of 80 GB has room for 17 of the 160 experts of each layer."""
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text('{"timestamp": 0, "input_length": 3, "output_length": 4}\n')
+    for options, name in (
+        (SimulateOptions(trace=trace, fixed=(1, 1, 9)), "--fixed"),
+        (SimulateOptions(trace=trace, gpus=12), "--gpus"),
+        (SimulateOptions(trace=trace, autoscale=True), r"pools\.experts\.size"),
+    ):
+        with pytest.raises(ConfigError, match=rf"{name}.* shards.*at least 10 for 160 experts"):
+            simulate(load_config(), options)
+
+
 @pytest.mark.parametrize("suffix", [".npz", ".jsonl"])
 def test_recorded_loads_become_shares_of_tokens(tmp_path: pathlib.Path, suffix: str) -> None:
     counts_WLE = np.random.default_rng().integers(50, 100, (3, 2, 8)).astype(float)
