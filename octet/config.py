@@ -170,13 +170,14 @@ class BalancingConfig(ConfigNode):
     cooldown_s: float = pydantic.Field(60.0, ge=0)
     """Least time from one automatic move of experts to the next."""
     min_gain: float = pydantic.Field(0.05, ge=0, lt=1)
-    """Least part of the fullest shards' load that a plan has to take away, by the loads of the window."""
+    """Least part of the fullest shards' load that a plan by the window's earlier half has to take away in its later."""
     min_tokens: int = pydantic.Field(4096, ge=1)
     """Least tokens of a window: fewer say little about the next."""
     max_moves: int | None = pydantic.Field(None, ge=0)
     """Most slots filled at a time, over all layers; null takes a tenth of all."""
     two_domains: bool = False
-    """Keep every expert on two nodes if there are slots for it, so that the loss of one takes no expert with it."""
+    """Keep every expert on two nodes if there are slots for it, so that the loss of one takes no expert with it; on two
+    shards where all are on one node."""
     move_mib_per_s: float | None = pydantic.Field(512.0, gt=0)
     """Most MiB per second that one shard sends another; null sends as fast as it goes."""
 

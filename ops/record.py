@@ -32,7 +32,7 @@ def record(client: Client, file: pathlib.Path, seconds: float, step_s: float, co
     header = _header(client.model_info(), first)
     writer, num_windows = TraceWriter(file, header), 0
     with contextlib.closing(writer), contextlib.suppress(KeyboardInterrupt):
-        for window in _windows(client, header, first, seconds, step_s):
+        for window in _windows(client, header, first, seconds, step_s, console):
             writer.add(window)
             num_windows += 1
             console.print(
@@ -43,10 +43,11 @@ def record(client: Client, file: pathlib.Path, seconds: float, step_s: float, co
 
 
 def _windows(
-    client: Client, header: TraceHeader, first: pb.GetStatusResponse, seconds: float, step_s: float
+    client: Client, header: TraceHeader, first: pb.GetStatusResponse, seconds: float, step_s: float, console: Console
 ) -> Iterator[TraceWindow]:
     start_s = begun_s = time.monotonic()
-    before, next_s = first, start_s + step_s
+    before: pb.GetStatusResponse | None = first
+    next_s = start_s + step_s
     while begun_s < start_s + seconds:
         time.sleep(max(0.0, next_s - time.monotonic()))
         now_s = time.monotonic()
@@ -55,6 +56,12 @@ def _windows(
         after = client.status(window_s=now_s - begun_s)
         if not after.expert_counts:
             # The next answer makes up for it.
+            continue
+        if before is None or not _goes_on(before, after):
+            left_out = f"{now_s - begun_s:.1f} s are left out: the router service counts anew"
+            console.print(f"{now_s - start_s:8.1f} s  {left_out}")
+            # What a shard has counted by its first answer is long past: the next window begins after all of them.
+            before, begun_s = (after if _all_answered(after) else None), now_s
             continue
         yield window_between(before, after, header, begun_s - start_s, now_s - begun_s)
         before, begun_s = after, now_s
@@ -65,9 +72,7 @@ def window_between(
 ) -> TraceWindow:
     """What happened between two answers. Loads are the difference of what was counted since the start, so that no row
     is lost or counted twice; shares of members are those of the window that the second answer covers."""
-    counted_LE, now_LE = _total(before), _total(after)
-    # Counts fall when the router service is started again.
-    loads_LE = np.where(now_LE < counted_LE, now_LE, now_LE - counted_LE).astype(np.float64)
+    loads_LE = (_total(after) - _total(before)).astype(np.float64)
     return TraceWindow(
         t_s=t_s,
         duration_s=duration_s,
@@ -81,6 +86,16 @@ def window_between(
             if member.HasField("load")
         },
     )
+
+
+def _goes_on(before: pb.GetStatusResponse, after: pb.GetStatusResponse) -> bool:
+    """Whether the same router service has counted on. Another one does not know what shards that left had counted."""
+    same = before.telemetry_incarnation == after.telemetry_incarnation
+    return same and bool((_total(after) >= _total(before)).all())
+
+
+def _all_answered(status: pb.GetStatusResponse) -> bool:
+    return all(member.HasField("load") for pool in status.pools if pool.name == "experts" for member in pool.members)
 
 
 def _header(model: pb.GetModelInfoResponse, status: pb.GetStatusResponse) -> TraceHeader:

@@ -10,7 +10,11 @@ from router.telemetry import Telemetry
 class RouterService:
     """Holds routing and telemetry. Belongs to one thread."""
 
-    def __init__(self, routing: Routing, experts_per_token: int, config: TelemetryConfig, now_s: float) -> None:
+    def __init__(
+        self, routing: Routing, experts_per_token: int, config: TelemetryConfig, now_s: float, incarnation: int
+    ) -> None:
         self.routing = routing
         placement = routing.placement
-        self.telemetry = Telemetry(placement.layers, placement.num_experts, experts_per_token, config, now_s)
+        self.telemetry = Telemetry(
+            placement.layers, placement.num_experts, experts_per_token, config, now_s, incarnation
+        )

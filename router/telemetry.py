@@ -56,7 +56,9 @@ class Telemetry:
         experts_per_token: int,
         config: TelemetryConfig,
         now_s: float,
+        incarnation: int = 0,
     ) -> None:
+        self._incarnation = incarnation
         self._layers, self._experts_per_token, self._config = tuple(layers), experts_per_token, config
         self._steps: collections.deque[_Step] = collections.deque()
         self._members: dict[WorkerId, _Member] = {}
@@ -104,6 +106,7 @@ class Telemetry:
         ]
         return TelemetryWindow(
             end_s=self._recorded_s,
+            incarnation=self._incarnation,
             duration_s=sum(step.end_s - step.start_s for step in steps),
             layers=self._layers,
             experts_per_token=self._experts_per_token,
@@ -113,6 +116,20 @@ class Telemetry:
             shards=tuple(part for part in parts if isinstance(part, ShardTelemetry)),
             workers=tuple(part for part in parts if isinstance(part, WorkerTelemetry)),
         )
+
+    def halves(self, now_s: float) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """Token rows `[L, E]` of the window's earlier steps and of its later ones, about as many of each.
+
+        What holds of the one and of the other alike is not their noise.
+        """
+        self._forget_old_steps(now_s)
+        earlier_LE, later_LE = np.zeros(self._total_LE.shape), np.zeros(self._total_LE.shape)
+        half, before = sum(int(step.tokens_LE.sum()) for step in self._steps) / 2, 0
+        for step in self._steps:
+            part_LE = earlier_LE if before < half else later_LE
+            part_LE += step.tokens_LE
+            before += int(step.tokens_LE.sum())
+        return earlier_LE, later_LE
 
     def _step(self, now_s: float) -> _Step:
         """The step that a reading belongs to: the last one, unless it is as long as a step already."""

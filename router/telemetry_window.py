@@ -93,6 +93,8 @@ class HotExpert(NamedTuple):
 class TelemetryWindow:
     end_s: float
     """On the router service's clock."""
+    incarnation: int
+    """Of the router service: another one has not heard what members that had left by then counted."""
     duration_s: float
     """What the window covers: less than it may while the service is young."""
     layers: tuple[int, ...]

@@ -45,6 +45,8 @@ class Transition:
     fills: tuple[SlotFill, ...]
     gain: float
     """What the layers' largest shard loads fall by, in all, per window of the loads that it was planned for."""
+    needed: bool = False
+    """Whether it places experts that would be lost, or on fewer nodes than is asked for: not made for gain."""
     reason: str
 
 
@@ -99,6 +101,8 @@ def propose(
 ) -> Transition:
     """The next state of the expert pool: the balancer's, over the shards that there will be.
 
+    Only slots that are free now are filled. Where the shards stay the same, a plan is made of what fits.
+
     Args:
         loads_LE: load of each logical expert per window.
         epoch: of the target, if its shards are others.
@@ -128,8 +132,20 @@ def propose(
     # Imported here, so that the many who only know of transitions do without compiled loops.
     from router.balancing.planner import plan
 
-    wanted, moves, reason = plan(loads_LE, topology, budget, compact(placement))
-    return _settled(current, epoch, shards, wanted, gone, lost, reason, moves)
+    free_LX = _free(placement, len(shards))
+    wanted, moves, reason = plan(loads_LE, topology, budget, compact(placement), free_LX=free_LX)
+    reshaped = bool(joining or gone)
+    left_L = np.zeros(len(placement.layers), dtype=np.bool_)
+    if not reshaped:
+        left_L = ((_holds(wanted) & ~_holds(placement)).sum(2) > free_LX).any(1)
+        if left_L.any():
+            reason += f"; {left_L.sum()} layers stay as they are, as too few of their slots are free"
+        elif not moves and not free_LX.any():
+            reason = (
+                f"no slot is free to move an expert into: all {placement.slots_per_shard} of every shard are filled "
+                "(pools.experts.slots_per_shard)"
+            )
+    return _settled(current, epoch, shards, wanted, left_L, gone, lost, reason, moves)
 
 
 def _settled(
@@ -137,6 +153,7 @@ def _settled(
     epoch: Epoch,
     shards: Sequence[WorkerId],
     wanted: Placement,
+    left_L: npt.NDArray[np.bool_],
     gone: Collection[WorkerId],
     lost: Collection[WorkerId],
     reason: str,
@@ -145,7 +162,7 @@ def _settled(
     """A plan of the balancer without moving what can stay.
 
     An expert that a shard keeps stays in its slot; new ones go to slots that are free now, as what leaves is still
-    asked for until the target is adopted.
+    asked for until the target is adopted. Layers in `left_L` stay as they are.
     """
     placement = current.placement
     capacity = placement.slots_per_shard
@@ -159,7 +176,8 @@ def _settled(
         wanted_LS = wanted.held_by(shards.index(shard))
         for index, layer in enumerate(placement.layers):
             old_C = held_LXC[index, index_of[shard]] if shard in index_of else np.full(capacity, EMPTY, np.int32)
-            experts = wanted_LS[index][wanted_LS[index] != EMPTY]
+            wanted_C = old_C if left_L[index] else wanted_LS[index]
+            experts = wanted_C[wanted_C != EMPTY]
             keeps_C = np.isin(old_C, experts)
             target_LXC[index, number, keeps_C] = old_C[keeps_C]
             missing = np.setdiff1d(experts, old_C).tolist()
@@ -182,8 +200,15 @@ def _settled(
         shards=tuple(staying),
         placement=_of_slots(target_LXC, placement, version),
     )
-    gain = sum(move.gain for move in moves if move.gain < math.inf)
-    return Transition(target=target, fills=tuple(fills), gain=gain, reason=reason)
+    left = {layer for layer, stays in zip(placement.layers, left_L, strict=True) if stays}
+    gains = [move.gain for move in moves if move.layer not in left]
+    return Transition(
+        target=target,
+        fills=tuple(fills),
+        gain=sum(gain for gain in gains if gain < math.inf),
+        needed=math.inf in gains,
+        reason=reason,
+    )
 
 
 def missing_experts(routing: Routing, lost: Collection[WorkerId]) -> list[tuple[int, int]]:
@@ -214,6 +239,22 @@ class _Lenders:
         chosen: WorkerId = min(able, key=lambda shard: self._lent[shard])
         self._lent[chosen] += 1
         return chosen
+
+
+def _free(placement: Placement, num_shards: int) -> npt.NDArray[np.int64]:
+    """Slots `[L, X]` without an expert; those of shards beyond the placement's all are."""
+    free_LX = np.full((len(placement.layers), num_shards), placement.slots_per_shard)
+    free_LX[:, : placement.num_shards] -= (_slots(placement) != EMPTY).sum(2)
+    return free_LX
+
+
+def _holds(placement: Placement) -> npt.NDArray[np.bool_]:
+    """Whether each shard holds each expert, `[L, X, E]`."""
+    held_LXC = _slots(placement)
+    holds_LXE = np.zeros((*held_LXC.shape[:2], placement.num_experts), dtype=np.bool_)
+    layer_of, shard_of, slot_of = (held_LXC != EMPTY).nonzero()
+    holds_LXE[layer_of, shard_of, held_LXC[layer_of, shard_of, slot_of]] = True
+    return holds_LXE
 
 
 def _slots(placement: Placement) -> npt.NDArray[np.int32]:

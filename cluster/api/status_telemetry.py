@@ -12,6 +12,7 @@ _HOTTEST = 16
 def add_telemetry(status: pb.GetStatusResponse, window: TelemetryWindow) -> None:
     """Fill in the fields that the window has something about. Members that it does not know stay without a load."""
     status.window_s = window.duration_s
+    status.telemetry_incarnation = window.incarnation
     status.window_tokens_per_s = window.tokens / window.duration_s if window.duration_s else 0.0
     status.balancedness = window.balancedness
     columns = (window.layers, window.total_LE, window.balancedness_L, window.loads_LE, window.ewma_LE)

@@ -26,6 +26,7 @@ from cluster.plan import ServingPlan
 from octet.errors import ChangeRefusedError, ConfigError, OctetError, UnavailableError
 from octet.ids import Epoch, WorkerId
 from router.proposal import Proposal
+from router.routing import Routing
 from router.transition import Transition
 
 _log = logging.getLogger(__name__)
@@ -89,33 +90,44 @@ class Changes:
     async def _set_redundancy(self, num_redundant: int, reason: str) -> None:
         before, self.num_redundant = self.num_redundant, num_redundant
         try:
-            await self.rebalance(dry_run=False, reason=reason)
+            present = self._with_shards()
+            wanted = (await self._propose(present.epoch, resized=True)).transition.target
+            # Whatever it gains or loses by the loads: room is given back for other reasons.
+            if wanted.placement.version != present.placement.version:
+                await self._move(reason, resized=True)
         except BaseException:
             self.num_redundant = before
             raise
 
-    async def rebalance(self, *, dry_run: bool, min_gain: float = 0.0, reason: str) -> Proposal:
-        """Move experts after their load, if that takes at least `min_gain` off what the fullest shards have to do.
+    async def rebalance(self, *, dry_run: bool, min_gain: float | None = None, reason: str) -> Proposal:
+        """Move experts after their load, or to a second node where that is asked for.
+
+        Args:
+            min_gain: least part of what the fullest shards have to do that a plan by the earlier half of the window
+                takes off them in the later one; without it, whatever is no loss by the loads of the window.
 
         Returns: what was planned, and done unless it is a dry run.
         Raises: OctetError, and then the placement is as it was.
         """
-        if not self._membership.pool("experts"):
-            raise ChangeRefusedError("no expert shard serves, so that there is nothing to move")
-        if dry_run:
-            return await self._propose(self._membership.routing.epoch)
         # Not worth a record where there is nothing to do, so it is looked at first.
-        proposal = await self._propose(self._membership.routing.epoch)
-        if not proposal.transition.fills or proposal.relative_gain < min_gain:
+        proposal = await self._propose(self._with_shards().epoch, held_out=min_gain is not None)
+        if dry_run or not proposal.pays(min_gain or 0.0):
             return proposal
         return await self._through(self._move(reason))
 
-    async def _move(self, reason: str) -> Proposal:
+    def _with_shards(self) -> Routing:
+        """The routing in force. Raises: ChangeRefusedError where nobody serves by it."""
+        if not self._membership.pool("experts"):
+            raise ChangeRefusedError("no expert shard serves, so that there is nothing to move")
+        return self._membership.routing
+
+    async def _move(self, reason: str, resized: bool = False) -> Proposal:
+        """By the loads of the whole window: that a plan pays is known by now."""
         async with self.log.change("rebalance", reason) as record:
             proposals: list[Proposal] = []
 
             async def propose(epoch: Epoch) -> Transition:
-                proposals.append(await self._propose(epoch))
+                proposals.append(await self._propose(epoch, resized=resized))
                 return proposals[0].transition
 
             await self._membership.reroute(propose)
@@ -428,7 +440,20 @@ class Changes:
         joining: Sequence[WorkerId] = (),
         leaving: Collection[WorkerId] = (),
         lost: Collection[WorkerId] = (),
+        resized: bool = False,
+        held_out: bool = False,
     ) -> Proposal:
         router, asked = self._services.router, (self._membership.routing, epoch, self.num_redundant)
-        proposed = answer_of(lambda: router.propose.remote(*asked, tuple(joining), tuple(leaving), tuple(lost)))
+        others = (tuple(joining), tuple(leaving), tuple(lost), self._domains(joining, {*leaving, *lost}))
+        proposed = answer_of(lambda: router.propose.remote(*asked, *others, resized, held_out))
         return await call("the router", proposed, _PROPOSE_S)
+
+    def _domains(self, joining: Sequence[WorkerId], gone: Collection[WorkerId]) -> dict[WorkerId, int] | None:
+        """The node of every shard, as a number; None where all that stay are on one: each then fails for itself."""
+        shards = (*self._membership.routing.shards, *joining)
+        endpoints = {shard: self._membership.endpoint(shard) for shard in shards}
+        node_of: dict[WorkerId, str] = {shard: found.node_id if found else shard for shard, found in endpoints.items()}
+        if len({node_of[shard] for shard in shards if shard not in gone}) == 1:
+            return None
+        nodes = sorted(set(node_of.values()))
+        return {shard: nodes.index(node) for shard, node in node_of.items()}

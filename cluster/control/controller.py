@@ -445,4 +445,4 @@ class Controller(FaultCalls):
         except OctetError as error:
             _log.warning("the experts stay where they are: %s", error)
             return True
-        return bool(proposal.transition.fills) and proposal.relative_gain >= config.min_gain
+        return proposal.pays(config.min_gain)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -34,7 +35,9 @@ class Router(FaultCalls):
         self._tether = Tether(controller)
         self._config = plan.config.telemetry
         self._plan = plan
-        self._service = RouterService(plan.routing, plan.model.num_experts_per_tok, self._config, time.monotonic())
+        self._service = RouterService(
+            plan.routing, plan.model.num_experts_per_tok, self._config, time.monotonic(), secrets.randbits(63)
+        )
         self._members: Mapping[WorkerId, Any] = {}
         self._reading = asyncio.Lock()
         self._num_readings = 0
@@ -62,9 +65,20 @@ class Router(FaultCalls):
         joining: Sequence[WorkerId] = (),
         leaving: Sequence[WorkerId] = (),
         lost: Sequence[WorkerId] = (),
+        domains: Mapping[WorkerId, int] | None = None,
+        resized: bool = False,
+        held_out: bool = False,
     ) -> Proposal:
-        """The next routing by the loads of the window; see `router.proposal`. Raises: ConfigError."""
-        config, loads_LE = self._plan.config, self._service.telemetry.window(time.monotonic()).loads_LE
+        """The next routing by the loads of the window; see `router.proposal`. Raises: ConfigError.
+
+        Args:
+            held_out: plan by the earlier half of the window, and judge the plan by the later one.
+        """
+        config, telemetry, judged_LE = self._plan.config, self._service.telemetry, None
+        if held_out:
+            loads_LE, judged_LE = telemetry.halves(time.monotonic())
+        else:
+            loads_LE = telemetry.window(time.monotonic()).loads_LE
         return await asyncio.to_thread(
             make_proposal,
             current,
@@ -76,6 +90,9 @@ class Router(FaultCalls):
             joining=joining,
             leaving=leaving,
             lost=lost,
+            resized=resized,
+            judged_LE=judged_LE,
+            domains=domains,
         )
 
     async def telemetry(self, last_s: float | None = None, fresh: bool = False) -> TelemetryWindow:

@@ -494,7 +494,7 @@ class Change(_message.Message):
     def __init__(self, at_s: _Optional[float] = ..., duration_s: _Optional[float] = ..., kind: _Optional[str] = ..., reason: _Optional[str] = ..., outcome: _Optional[str] = ..., succeeded: _Optional[bool] = ...) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("state", "pools", "epoch", "placement_version", "live_requests", "tokens_served", "requests_finished", "requests_failed", "requests_cancelled", "expert_counts", "uptime_s", "reason", "window_s", "balancedness", "hottest", "changes", "change_under_way", "waiting_for", "window_tokens_per_s", "requests_refused", "strangers_refused", "messages_dropped", "autoscaler_enabled", "decisions", "latest_decisions")
+    __slots__ = ("state", "pools", "epoch", "placement_version", "live_requests", "tokens_served", "requests_finished", "requests_failed", "requests_cancelled", "expert_counts", "uptime_s", "reason", "window_s", "balancedness", "hottest", "changes", "change_under_way", "waiting_for", "window_tokens_per_s", "telemetry_incarnation", "requests_refused", "strangers_refused", "messages_dropped", "autoscaler_enabled", "decisions", "latest_decisions")
     STATE_FIELD_NUMBER: _ClassVar[int]
     POOLS_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -514,6 +514,7 @@ class GetStatusResponse(_message.Message):
     CHANGE_UNDER_WAY_FIELD_NUMBER: _ClassVar[int]
     WAITING_FOR_FIELD_NUMBER: _ClassVar[int]
     WINDOW_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    TELEMETRY_INCARNATION_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_REFUSED_FIELD_NUMBER: _ClassVar[int]
     STRANGERS_REFUSED_FIELD_NUMBER: _ClassVar[int]
     MESSAGES_DROPPED_FIELD_NUMBER: _ClassVar[int]
@@ -539,10 +540,11 @@ class GetStatusResponse(_message.Message):
     change_under_way: str
     waiting_for: str
     window_tokens_per_s: float
+    telemetry_incarnation: int
     requests_refused: int
     strangers_refused: int
     messages_dropped: int
     autoscaler_enabled: bool
     decisions: _containers.RepeatedCompositeFieldContainer[ScalingDecision]
     latest_decisions: _containers.RepeatedCompositeFieldContainer[ScalingDecision]
-    def __init__(self, state: _Optional[str] = ..., pools: _Optional[_Iterable[_Union[Pool, _Mapping]]] = ..., epoch: _Optional[int] = ..., placement_version: _Optional[int] = ..., live_requests: _Optional[int] = ..., tokens_served: _Optional[int] = ..., requests_finished: _Optional[int] = ..., requests_failed: _Optional[int] = ..., requests_cancelled: _Optional[int] = ..., expert_counts: _Optional[_Iterable[_Union[ExpertCounts, _Mapping]]] = ..., uptime_s: _Optional[float] = ..., reason: _Optional[str] = ..., window_s: _Optional[float] = ..., balancedness: _Optional[float] = ..., hottest: _Optional[_Iterable[_Union[HotExpert, _Mapping]]] = ..., changes: _Optional[_Iterable[_Union[Change, _Mapping]]] = ..., change_under_way: _Optional[str] = ..., waiting_for: _Optional[str] = ..., window_tokens_per_s: _Optional[float] = ..., requests_refused: _Optional[int] = ..., strangers_refused: _Optional[int] = ..., messages_dropped: _Optional[int] = ..., autoscaler_enabled: _Optional[bool] = ..., decisions: _Optional[_Iterable[_Union[ScalingDecision, _Mapping]]] = ..., latest_decisions: _Optional[_Iterable[_Union[ScalingDecision, _Mapping]]] = ...) -> None: ...
+    def __init__(self, state: _Optional[str] = ..., pools: _Optional[_Iterable[_Union[Pool, _Mapping]]] = ..., epoch: _Optional[int] = ..., placement_version: _Optional[int] = ..., live_requests: _Optional[int] = ..., tokens_served: _Optional[int] = ..., requests_finished: _Optional[int] = ..., requests_failed: _Optional[int] = ..., requests_cancelled: _Optional[int] = ..., expert_counts: _Optional[_Iterable[_Union[ExpertCounts, _Mapping]]] = ..., uptime_s: _Optional[float] = ..., reason: _Optional[str] = ..., window_s: _Optional[float] = ..., balancedness: _Optional[float] = ..., hottest: _Optional[_Iterable[_Union[HotExpert, _Mapping]]] = ..., changes: _Optional[_Iterable[_Union[Change, _Mapping]]] = ..., change_under_way: _Optional[str] = ..., waiting_for: _Optional[str] = ..., window_tokens_per_s: _Optional[float] = ..., telemetry_incarnation: _Optional[int] = ..., requests_refused: _Optional[int] = ..., strangers_refused: _Optional[int] = ..., messages_dropped: _Optional[int] = ..., autoscaler_enabled: _Optional[bool] = ..., decisions: _Optional[_Iterable[_Union[ScalingDecision, _Mapping]]] = ..., latest_decisions: _Optional[_Iterable[_Union[ScalingDecision, _Mapping]]] = ...) -> None: ...

@@ -59,6 +59,7 @@ def plan(
     budget: Budget,
     current: Placement | None,
     layers: Sequence[int] | None = None,
+    free_LX: Table | None = None,
 ) -> Rebalance:
     """The placement that levels these loads, within the budget.
 
@@ -72,6 +73,8 @@ def plan(
     Args:
         loads_LE: load of each logical expert per window, such as token rows.
         layers: decoder layers of the rows where there is no current placement; 0, 1, … if not given.
+        free_LX: how many experts each shard can take in, as many as it likes if not given. Only an expert that the
+            topology leaves without a slot is placed all the same.
 
     Raises: ConfigError if there are too few slots, or loads, topology and placement do not fit each other.
     """
@@ -79,8 +82,10 @@ def plan(
     _check(loads_LE, topology, current)
     start_LS = fitted(current, topology, len(loads_LE))
     homes_LE = home_nodes(loads_LE, topology, start_LS)
-    packed_LS = _packed(start_LS, homes_LE, loads_LE, topology, fill=current is None)
-    table_LS = _improved(packed_LS, homes_LE, loads_LE, topology, None if current is None else budget)
+    # Whatever places an expert counts it down.
+    free_LX = np.full((len(loads_LE), topology.num_shards), loads_LE.size) if free_LX is None else free_LX.copy()
+    packed_LS = _packed(start_LS, homes_LE, loads_LE, topology, free_LX, fill=current is None)
+    table_LS = _improved(packed_LS, homes_LE, loads_LE, topology, free_LX, None if current is None else budget)
     held_LS = np.where(table_LS == BLOCKED, EMPTY, table_LS).astype(np.int32)
     level = _balancedness(table_LS, loads_LE, topology)
     if current is None:
@@ -123,20 +128,27 @@ def _check(loads_LE: Floats, topology: Topology, current: Placement | None) -> N
         )
 
 
-def _packed(start_LS: Table, homes_LE: Table, loads_LE: Floats, topology: Topology, fill: bool) -> Table:
-    """Every expert has a slot, on its node; and a second node, where that is asked for."""
+def _packed(
+    start_LS: Table, homes_LE: Table, loads_LE: Floats, topology: Topology, free_LX: Table, fill: bool
+) -> Table:
+    """Every expert has a slot, on its node; and a second node, where that is asked for. Takes what it fills off
+    `free_LX`."""
     table_LS, nodes = start_LS.copy(), np.array(topology.nodes)
     homes_LS = np.take_along_axis(homes_LE, np.maximum(table_LS, 0), axis=1)
     strays_LS = (homes_LS != ANYWHERE) & (homes_LS != np.repeat(nodes, topology.slots_per_shard))
     table_LS[strays_LS & (table_LS >= 0)] = EMPTY
     spread = topology.min_domains == 2
     pack_layers(table_LS, topology.slots_per_shard, nodes, homes_LE, spread, loads_LE, fill)
+    arrived_LS = (table_LS != start_LS) & (table_LS >= 0)
+    free_LX -= arrived_LS.reshape(*free_LX.shape, -1).sum(2)
     if spread:
-        spread_layers(table_LS, topology.slots_per_shard, nodes, loads_LE)
+        spread_layers(table_LS, topology.slots_per_shard, nodes, loads_LE, free_LX)
     return table_LS
 
 
-def _improved(packed_LS: Table, homes_LE: Table, loads_LE: Floats, topology: Topology, budget: Budget | None) -> Table:
+def _improved(
+    packed_LS: Table, homes_LE: Table, loads_LE: Floats, topology: Topology, free_LX: Table, budget: Budget | None
+) -> Table:
     """The local search of every layer, and of its edits those that the budget allows; all of them without one."""
     num_layers, num_slots = packed_LS.shape
     room = num_layers * num_slots if budget is None or budget.max_moves is None else budget.max_moves
@@ -152,6 +164,7 @@ def _improved(packed_LS: Table, homes_LE: Table, loads_LE: Floats, topology: Top
         homes_LE,
         topology.min_domains == 2,
         loads_LE,
+        free_LX,
         room,
         _TOLERANCE,
         steps_L,

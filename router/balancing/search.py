@@ -26,6 +26,7 @@ def search_layers(
     homes: Any,
     spread: Any,
     loads: Any,
+    free: Any,
     max_moves: Any,
     tolerance: Any,
     steps: Any,
@@ -36,6 +37,7 @@ def search_layers(
     """Search from tables `[L, S]`, in place, and write down the way.
 
     Args:
+        free: `[L, X]`, how many experts each shard can take in; no edit beyond it is made.
         max_moves: slots that may be filled per layer.
         tolerance: a layer whose largest load is within this fraction of the mean is left alone.
         steps: `[L]`, written: edits made.
@@ -51,6 +53,7 @@ def search_layers(
             homes[layer],
             spread,
             loads[layer],
+            free[layer].copy(),
             max_moves,
             tolerance,
             moves[layer],
@@ -67,6 +70,7 @@ def _search(
     home: Any,
     spread: Any,
     load_e: Any,
+    free_x: Any,
     max_moves: Any,
     tolerance: Any,
     moves: Any,
@@ -93,10 +97,24 @@ def _search(
         if loads_x[hot] <= mean * (1 + tolerance):
             break
         source, target, gain = _best_swap(
-            table, per_shard, nodes, home, spread, share, held, on_node, loads_x, mean, hot
+            table, per_shard, nodes, home, spread, share, held, on_node, free_x, loads_x, mean, hot
         )
         expert, slot, gain_2 = _best_replica(
-            table, per_shard, nodes, home, spread, load_e, share, count, held, shards_of, on_node, loads_x, mean, hot
+            table,
+            per_shard,
+            nodes,
+            home,
+            spread,
+            load_e,
+            share,
+            count,
+            held,
+            shards_of,
+            on_node,
+            free_x,
+            loads_x,
+            mean,
+            hot,
         )
         if max(gain, gain_2) <= _LEAST_PROGRESS * mean * mean:
             break
@@ -107,6 +125,9 @@ def _search(
         else:
             edits[step, 0], edits[step, 1], edits[step, 2] = slot, expert, -1
             filled += 1
+        for change in range(0, 4, 2):
+            if edits[step, change] >= 0 and edits[step, change + 1] != EMPTY:
+                free_x[edits[step, change] // per_shard] -= 1
         _apply(edits[step], table, per_shard, nodes, count, held, shards_of, on_node)
         _add_up(load_e, count, shards_of, share, loads_x)
         moves[step], peaks[step] = filled, loads_x.max()
@@ -184,6 +205,7 @@ def _best_swap(
     share: Any,
     held: Any,
     on_node: Any,
+    free_x: Any,
     loads_x: Any,
     mean: Any,
     hot: Any,
@@ -198,7 +220,8 @@ def _best_swap(
             continue
         for shard in range(len(nodes)):
             if (
-                loads_x[shard] >= peak
+                free_x[shard] < 1
+                or loads_x[shard] >= peak
                 or held[expert, shard]
                 or (home[expert] != ANYWHERE and home[expert] != nodes[shard])
                 or not _may_leave(expert, nodes[hot], nodes[shard], spread, on_node)
@@ -209,7 +232,7 @@ def _best_swap(
                 continue
             for target in range(shard * per_shard, (shard + 1) * per_shard):
                 other = table[target]
-                if other < EMPTY:
+                if other < EMPTY or (other != EMPTY and free_x[hot] < 1):
                     continue
                 shift = share[expert]
                 if other != EMPTY:
@@ -244,6 +267,7 @@ def _best_replica(
     held: Any,
     shards_of: Any,
     on_node: Any,
+    free_x: Any,
     loads_x: Any,
     mean: Any,
     hot: Any,
@@ -263,7 +287,11 @@ def _best_replica(
             relief[expert] += _over(load, mean) - _over(load - fall, mean)
     for slot, old in enumerate(table):
         shard = slot // per_shard
-        if old < EMPTY or (old != EMPTY and (count[old] < 2 or not _may_leave(old, nodes[shard], -1, spread, on_node))):
+        if (
+            free_x[shard] < 1
+            or old < EMPTY
+            or (old != EMPTY and (count[old] < 2 or not _may_leave(old, nodes[shard], -1, spread, on_node)))
+        ):
             continue
         lost = rise = 0.0
         if old != EMPTY:

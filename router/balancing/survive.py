@@ -11,11 +11,12 @@ from router.placement import EMPTY
 
 
 @compiled  # type: ignore[untyped-decorator]
-def spread_layers(tables: Any, per_shard: Any, nodes: Any, loads: Any) -> None:
+def spread_layers(tables: Any, per_shard: Any, nodes: Any, loads: Any, free: Any) -> None:
     """Change tables `[L, S]` in place, the most loaded experts first.
 
     Where there are two slots for every expert, replicas of others give way if those stay on two nodes; where there are
-    not, replicas that exist only change places.
+    not, replicas that exist only change places. No shard takes in more than `free` `[L, X]` experts, which is counted
+    down.
     """
     num_nodes = nodes.max() + 1
     for layer in range(len(tables)):
@@ -29,9 +30,9 @@ def spread_layers(tables: Any, per_shard: Any, nodes: Any, loads: Any) -> None:
         everyone = (table != BLOCKED).sum() >= 2 * num_experts
         for expert in np.argsort(-loads[layer], kind="mergesort"):
             if (on_node[expert] > 0).sum() == 1 and not (
-                everyone and _take_slot(table, per_shard, nodes, expert, loads[layer], on_node, held)
+                everyone and _take_slot(table, per_shard, nodes, expert, loads[layer], free[layer], on_node, held)
             ):
-                _change_places(table, per_shard, nodes, expert, everyone, on_node, held)
+                _change_places(table, per_shard, nodes, expert, everyone, free[layer], on_node, held)
 
 
 @compiled  # type: ignore[untyped-decorator]
@@ -42,12 +43,15 @@ def _can_be_missed(table: Any, per_shard: Any, nodes: Any, slot: Any, on_node: A
 
 
 @compiled  # type: ignore[untyped-decorator]
-def _take_slot(table: Any, per_shard: Any, nodes: Any, expert: Any, load_e: Any, on_node: Any, held: Any) -> Any:
+def _take_slot(
+    table: Any, per_shard: Any, nodes: Any, expert: Any, load_e: Any, free_x: Any, on_node: Any, held: Any
+) -> Any:
     """One replica more, in an empty slot or in that of the least loaded replica that can be missed."""
     best, best_share = -1, np.inf
     for slot, other in enumerate(table):
         if (
             other != BLOCKED
+            and free_x[slot // per_shard] > 0
             and on_node[expert, nodes[slot // per_shard]] == 0
             and _can_be_missed(table, per_shard, nodes, slot, on_node)
         ):
@@ -56,12 +60,14 @@ def _take_slot(table: Any, per_shard: Any, nodes: Any, expert: Any, load_e: Any,
                 best, best_share = slot, share
     if best < 0:
         return False
-    _fill(table, per_shard, nodes, best, expert, on_node, held)
+    _fill(table, per_shard, nodes, best, expert, free_x, on_node, held)
     return True
 
 
 @compiled  # type: ignore[untyped-decorator]
-def _change_places(table: Any, per_shard: Any, nodes: Any, expert: Any, everyone: Any, on_node: Any, held: Any) -> None:
+def _change_places(
+    table: Any, per_shard: Any, nodes: Any, expert: Any, everyone: Any, free_x: Any, on_node: Any, held: Any
+) -> None:
     """Take the slot of an expert on another node, which goes to a slot here: to that of a second replica, or of one
     that can be missed."""
     for slot, found in enumerate(table):
@@ -75,10 +81,10 @@ def _change_places(table: Any, per_shard: Any, nodes: Any, expert: Any, everyone
             continue
         for target, other in enumerate(table):
             there = target // per_shard
-            if other in (BLOCKED, found) or nodes[there] == nodes[shard]:
+            if other in (BLOCKED, found) or nodes[there] == nodes[shard] or free_x[there] < 1:
                 continue
             if other != EMPTY:
-                if held[other, shard]:
+                if held[other, shard] or free_x[shard] < 1:
                     continue
                 on_node[other, nodes[there]] -= 1
                 on_node[other, nodes[shard]] += 1
@@ -87,13 +93,13 @@ def _change_places(table: Any, per_shard: Any, nodes: Any, expert: Any, everyone
                 on_node[other, nodes[shard]] -= 1
                 if not covered:
                     continue
-            _fill(table, per_shard, nodes, target, expert, on_node, held)
-            _fill(table, per_shard, nodes, slot, other, on_node, held)
+            _fill(table, per_shard, nodes, target, expert, free_x, on_node, held)
+            _fill(table, per_shard, nodes, slot, other, free_x, on_node, held)
             return
 
 
 @compiled  # type: ignore[untyped-decorator]
-def _fill(table: Any, per_shard: Any, nodes: Any, slot: Any, expert: Any, on_node: Any, held: Any) -> None:
+def _fill(table: Any, per_shard: Any, nodes: Any, slot: Any, expert: Any, free_x: Any, on_node: Any, held: Any) -> None:
     shard = slot // per_shard
     old = table[slot]
     if old != EMPTY:
@@ -101,5 +107,6 @@ def _fill(table: Any, per_shard: Any, nodes: Any, slot: Any, expert: Any, on_nod
         held[old, shard] = False
     table[slot] = expert
     if expert != EMPTY:
+        free_x[shard] -= 1
         on_node[expert, nodes[shard]] += 1
         held[expert, shard] = True

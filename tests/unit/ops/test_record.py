@@ -33,11 +33,6 @@ def test_loads_are_what_was_counted_in_between() -> None:
     assert (window.t_s, window.duration_s, window.tokens, window.balancedness) == (10.0, 5.0, 4.0, 0.5)
 
 
-def test_counts_that_fell_began_at_0_again() -> None:
-    window = window_between(status([9, 9, 9, 9], [5] * 4), status([1, 2, 0, 0], [0] * 4), HEADER, 0.0, 5.0)
-    assert window.loads_LE.tolist() == [[1, 2, 0, 0], [0] * 4]
-
-
 def test_members_that_do_not_answer_are_left_out() -> None:
     window = window_between(status([0] * 4, [0] * 4), status([0] * 4, [0] * 4), HEADER, 0.0, 5.0)
     assert list(window.members) == ["experts-1"]
@@ -60,6 +55,21 @@ class FakeClient:
         if self.asked in self.silent:
             return pb.GetStatusResponse()
         return status([self.asked] * 4, [self.asked] * 4)
+
+
+class ReplacedRouter(FakeClient):
+    """Another router service answers from the third time on: at first of one shard only, and never of one that left."""
+
+    def status(self, **window: Any) -> pb.GetStatusResponse:
+        answer = super().status(**window)
+        if self.asked < 3:
+            return answer
+        rows = self.asked - (2 if self.asked > 3 else 3)
+        answer = status([rows] * 4, [rows + 10] * 4)
+        answer.telemetry_incarnation = 1
+        if self.asked > 3:
+            answer.pools[0].members[0].load.CopyFrom(pb.MemberLoad())
+        return answer
 
 
 def recorded(file: pathlib.Path, client: FakeClient, seconds: float, step_s: float) -> tuple[list[np.ndarray], str]:
@@ -86,6 +96,28 @@ def test_windows_follow_each_other_until_the_time_is_up(tmp_path: pathlib.Path, 
 def test_an_answer_without_telemetry_makes_a_longer_window(tmp_path: pathlib.Path) -> None:
     loads, _ = recorded(tmp_path / "trace.jsonl", FakeClient(2, 3), seconds=0.25, step_s=0.1)
     assert loads[0].tolist() == [[3] * 4] * 2
+
+
+def test_a_window_in_which_the_router_service_was_replaced_is_left_out(tmp_path: pathlib.Path) -> None:
+    loads, said = recorded(tmp_path / "trace.jsonl", ReplacedRouter(), seconds=0.65, step_s=0.1)
+    assert len(loads) >= 2
+    assert all((load == 1).all() for load in loads)
+    assert said.count("are left out: the router service counts anew") == 2
+
+
+def test_a_window_in_which_counts_fall_is_left_out(tmp_path: pathlib.Path) -> None:
+    class Falling(FakeClient):
+        def status(self, **window: Any) -> pb.GetStatusResponse:
+            super().status(**window)
+            fallen = 20 if self.asked < 3 else 0
+            answer = status([self.asked + fallen, *[self.asked] * 3], [self.asked] * 4)
+            answer.pools[0].members[0].load.CopyFrom(pb.MemberLoad())
+            return answer
+
+    loads, said = recorded(tmp_path / "trace.jsonl", Falling(), seconds=0.45, step_s=0.1)
+    assert len(loads) >= 2
+    assert all((load == 1).all() for load in loads)
+    assert said.count("are left out: the router service counts anew") == 1
 
 
 def test_an_interrupt_keeps_what_was_recorded(tmp_path: pathlib.Path) -> None:

@@ -375,3 +375,21 @@ def test_any_stream_of_samples_is_counted_exactly() -> None:
             shard.told_LE = shard.sample.tokens_LE  # type: ignore[attr-defined]
         telemetry.record(second, [shard.sample for shard in answers])
     np.testing.assert_array_equal(telemetry.window(199.0).total_LE, expected_LE)
+
+
+def test_the_earlier_and_the_later_half_of_a_window_have_about_as_many_rows(telemetry: Telemetry) -> None:
+    shard, rows = Shard("experts-0"), [100, 1, 1, 1, 50, 50, 1]
+    for second, num_rows in enumerate(rows, start=1):
+        telemetry.record(second, [shard.work(tokens_LE=np.full((len(LAYERS), NUM_EXPERTS), num_rows))])
+    window_LE = telemetry.window(7.0).loads_LE
+    earlier_LE, later_LE = telemetry.halves(7.0)
+    assert np.array_equal(earlier_LE + later_LE, window_LE)
+    assert earlier_LE[0, 0] >= window_LE[0, 0] / 2 > earlier_LE[0, 0] - max(rows)
+    assert later_LE.min() > 0
+
+
+def test_a_window_of_one_step_has_no_later_half(telemetry: Telemetry) -> None:
+    telemetry.record(1.0, [Shard("experts-0").work(tokens_LE=random_tokens())])
+    earlier_LE, later_LE = telemetry.halves(1.0)
+    assert np.array_equal(earlier_LE, telemetry.window(1.0).loads_LE)
+    assert not later_LE.any()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import collections
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from octet.errors import ConfigError
 from octet.ids import Epoch, WorkerId
+from router.balancing.measure import shard_loads
 from router.balancing.topology import Budget
 from router.placement import EMPTY, place_evenly
 from router.routing import Routing
@@ -156,6 +158,51 @@ def test_moving_without_free_slots_is_refused_with_the_field_to_change() -> None
     current = routing(3, capacity=4)
     with pytest.raises(ConfigError, match=r"slots_per_shard.*0 free of 4 slots of experts-"):
         propose(current, random_loads(), epoch=EPOCH, num_redundant=0, budget=Budget(max_moves=0), leaving=[shard(1)])
+
+
+@pytest.mark.parametrize("num_shards", [2, 3, 4])
+@pytest.mark.parametrize("num_redundant", [0, 3])
+@pytest.mark.parametrize("spare", range(5))
+def test_a_plan_for_the_same_shards_fits_the_slots_that_are_free_now(
+    num_shards: int, num_redundant: int, spare: int
+) -> None:
+    base = shard_slots(NUM_EXPERTS, num_redundant, num_shards)[0]
+    current = routing(num_shards, base + spare)
+    for loads_LE in (random_loads() for _ in range(10)):
+        step = propose(current, loads_LE, epoch=EPOCH, num_redundant=num_redundant, budget=Budget())
+        assert_carried_out(current, step)
+        held = collections.Counter(place[:2] for place in contents(current))
+        for place, num_fills in collections.Counter((fill.shard, fill.layer) for fill in step.fills).items():
+            assert num_fills <= base + spare - held[place]
+        before, after = (shard_loads(r.placement, loads_LE).max(1).sum() for r in (current, step.target))
+        assert after < before if spare >= 2 else after <= before
+
+
+@pytest.mark.parametrize("min_domains", [1, 2])
+def test_where_no_slot_is_free_nothing_moves_and_the_reason_says_so(min_domains: int) -> None:
+    current = routing(3, capacity=4)
+    step = propose(current, random_loads(), epoch=EPOCH, num_redundant=0, budget=Budget(), min_domains=min_domains)
+    assert (step.fills, step.target.placement.version) == ((), current.placement.version)
+    assert "no slot is free to move an expert into: all 4 of every shard are filled" in step.reason
+
+
+@settings(deadline=None, max_examples=40)
+@given(data=st.data())
+def test_other_numbers_of_redundant_experts_never_ask_for_more_slots_than_are_free(data: st.DataObject) -> None:
+    num_shards, spare = data.draw(st.integers(2, 4)), data.draw(st.integers(0, 4))
+    min_domains = data.draw(st.integers(1, 2))
+    current = routing(num_shards, shard_slots(NUM_EXPERTS, 6, num_shards)[0] + spare)
+    for _ in range(4):
+        step = propose(
+            current,
+            random_loads(),
+            epoch=EPOCH,
+            num_redundant=data.draw(st.integers(0, 6)),
+            budget=Budget(),
+            min_domains=min_domains,
+        )
+        assert_carried_out(current, step)
+        current = step.target
 
 
 @settings(deadline=None, max_examples=40)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,9 +14,11 @@ from cluster.control.changes import Changes
 from cluster.control.membership import Membership
 from cluster.control.pools import Member
 from cluster.control.services import FRONTEND
+from cluster.members import Endpoint
 from octet.errors import UnavailableError
-from octet.ids import Epoch, WorkerId
-from router.proposal import Proposal, make_proposal
+from octet.ids import WorkerId
+from router.placement import EMPTY
+from router.proposal import make_proposal
 from router.routing import Routing
 from tests.unit.cluster.played import PATIENT_S, PLAN, soon
 from tests.unit.cluster.played_actors import Played, member, serving
@@ -32,20 +35,23 @@ class Pools:
 
 
 class Router(Played):
-    """Proposes that experts of the hottest shard change places with others."""
+    """Proposes that experts of the hottest shard change places with others; `level` says that this brings nothing."""
+
+    level, hot = False, 4
 
     async def _answer(self, method: str, *args: Any) -> Any:
         if method != "propose":
             return await super()._answer(method, *args)
-        current, epoch = args[0], args[1]
-        return proposed(current, epoch)
-
-
-def proposed(current: Routing, epoch: Epoch) -> Proposal:
-    """Some experts move."""
-    loads = np.ones((len(current.placement.layers), PLAN.model.n_routed_experts))
-    loads[:, :4] = 100.0
-    return make_proposal(current, epoch, loads, PLAN.config.balancing, num_redundant=0, expert_bytes=1)
+        self.asked.append((method, args))
+        current, epoch, num_redundant, _, _, _, domains, resized, held_out = args
+        loads = np.ones((len(current.placement.layers), PLAN.model.n_routed_experts))
+        judged = loads if self.level and held_out else None
+        loads = loads.copy()
+        loads[:, : self.hot] = 100.0
+        config = PLAN.config.balancing
+        return make_proposal(
+            current, epoch, loads, config, num_redundant, 1, domains=domains, resized=resized, judged_LE=judged
+        )
 
 
 class Services:
@@ -164,3 +170,55 @@ async def test_what_is_prepared_for_a_change_that_is_given_up_is_given_up_by_nam
     (attempt,) = (args[2] for method, args in slow.asked if method == "prepare")
     (given_up,) = (args[1] for method, args in slow.asked if method == "retire")
     assert given_up == attempt != ""
+
+
+def num_filled(routing: Routing) -> int:
+    return int((routing.placement.physical_to_logical != EMPTY).sum())
+
+
+async def test_redundant_experts_are_given_back_though_the_loads_gain_nothing_by_it() -> None:
+    router = Router("router")
+    router.hot = 1
+    cluster = await cluster_of(router=router)
+    before = cluster.membership.routing
+    await soon(cluster.changes.set_redundancy(16, "for a test"))
+    grown = cluster.membership.routing
+    assert num_filled(grown) > num_filled(before)
+    await soon(cluster.changes.set_redundancy(0, "for a test"))
+    assert num_filled(cluster.membership.routing) == num_filled(before)
+    assert cluster.membership.routing.placement.version > grown.placement.version
+    assert cluster.changes.num_redundant == 0
+    assert [change.kind for change in cluster.changes.log.records] == ["rebalance"] * 2
+
+
+async def test_experts_stay_where_a_plan_gains_nothing_by_loads_that_it_was_not_made_for() -> None:
+    router = Router("router")
+    cluster = await cluster_of(router=router)
+    before, router.level = cluster.membership.routing, True
+    proposal = await soon(cluster.changes.rebalance(dry_run=False, min_gain=0.05, reason="for a test"))
+    assert not proposal.pays(0.05)
+    assert cluster.membership.routing == before
+    router.level = False
+    proposal = await soon(cluster.changes.rebalance(dry_run=False, min_gain=0.05, reason="for a test"))
+    assert proposal.pays(0.05)
+    assert cluster.membership.routing.placement.version > before.placement.version
+
+
+@pytest.mark.parametrize(("nodes", "domains"), [("nn", None), ("nm", [1, 0])])
+async def test_the_router_service_hears_which_shards_share_a_node(nodes: str, domains: list[int] | None) -> None:
+    router = Router("router")
+    shards = [OnNode(shard, node) for shard, node in zip(PLAN.routing.shards, nodes, strict=True)]
+    cluster = await cluster_of(*shards, router=router)
+    await soon(cluster.changes.rebalance(dry_run=True, reason="for a test"))
+    ((_, args),) = (asked for asked in router.asked if asked[0] == "propose")
+    assert args[6] == (None if domains is None else dict(zip(PLAN.routing.shards, domains, strict=True)))
+
+
+class OnNode(Played):
+    def __init__(self, worker_id: str, node: str) -> None:
+        super().__init__(worker_id)
+        self.node = node
+
+    async def _answer(self, method: str, *args: Any) -> Any:
+        answer = await super()._answer(method, *args)
+        return dataclasses.replace(answer, node_id=self.node) if isinstance(answer, Endpoint) else answer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import AsyncIterator, Awaitable
 
@@ -114,3 +115,25 @@ async def test_what_a_leaving_member_counted_last_is_kept(router: Router) -> Non
     assert [seen.worker_id for seen in window.shards] == ["experts-1"]
     assert leaving.asked == asked + 1
     assert (window.total_LE == leaving.asked + staying.asked).all()
+
+
+async def test_a_plan_is_judged_by_the_later_half_of_the_window_where_that_is_asked_for(router: Router) -> None:
+    telemetry, begun_s, shard = router._service.telemetry, time.monotonic(), FakeShard("experts-0")
+    tokens_LE = np.zeros(SHAPE, dtype=np.int64)
+    for second, (busy, others) in enumerate([(1000, 0), (100, 100)], start=1):
+        tokens_LE[:, : SHAPE[1] // 2] += busy
+        tokens_LE[:, SHAPE[1] // 2 :] += others
+        telemetry.record(begun_s + second, [dataclasses.replace(await shard._answer(), tokens_LE=tokens_LE.copy())])
+    by_all = await router.propose(PLAN.routing, PLAN.routing.epoch, 0)
+    held_out = await router.propose(PLAN.routing, PLAN.routing.epoch, 0, held_out=True)
+    assert held_out.transition.fills
+    assert held_out.relative_gain == 0 < by_all.relative_gain
+
+
+async def test_with_the_nodes_of_the_shards_copies_go_to_another_node() -> None:
+    plan = make_plan(load_config(overrides=["pools.experts.size=4", "balancing.two_domains=true"]))
+    router, current = Router(plan), plan.routing
+    domains = {shard: number // 2 for number, shard in enumerate(current.shards)}
+    proposal = await router.propose(current, current.epoch, SHAPE[1], domains=domains)
+    held = proposal.transition.target.placement.physical_to_logical.reshape(SHAPE[0], 2, -1)
+    assert all(set(held_S[held_S >= 0].tolist()) == set(range(SHAPE[1])) for of_layer in held for held_S in of_layer)
