@@ -19,6 +19,9 @@ class ClusterStatus:
     state: str
     reason: str
     members: Mapping[str, list[MemberStatus]]
+    """By pool, with the processes on standby behind those that serve."""
+    sizes: Mapping[str, int]
+    """How many of each pool serve."""
     telemetry: TelemetryWindow | None
     epoch: Epoch
     placement_version: PlacementVersion

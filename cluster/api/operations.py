@@ -92,7 +92,7 @@ class ControllerOperations:
         await _change_by(self._controller.scale.remote(sizes))
         status = await self._status()
         return pb.ScaleResponse(
-            sizes=[pb.PoolSize(pool=pool, size=len(members)) for pool, members in status.members.items()],
+            sizes=[pb.PoolSize(pool=pool, size=size) for pool, size in status.sizes.items()],
             epoch=status.epoch,
             placement_version=status.placement_version,
         )

@@ -256,6 +256,7 @@ class Controller(FaultCalls):
             state=self._state,
             reason=reason,
             members=members,
+            sizes={pool: sum(member.pool == pool for member in known) for pool in POOLS},
             telemetry=telemetry,
             epoch=routing.epoch,
             placement_version=routing.placement.version,
