@@ -44,7 +44,7 @@ _LENDER, _BORROWER = HOST_SIDE, GUEST_SIDE
 _TRANSFER_CONNECT_S = 10.0
 """A lender that does not come within this time is done without: there is the checkpoint."""
 _READ_BYTES = 2**28
-"""Of the checkpoint, between two looks at whether anybody still waits for it."""
+"""Of the checkpoint at most, or one expert, between two looks at whether anybody still waits for it."""
 _ATTEMPTS_KEPT = 16
 """They come one after the other: a call of one that was given up before the last few is not on its way any more."""
 
@@ -161,7 +161,7 @@ class ShardWorker:
         """Empty every slot that is EMPTY here. No attention worker may route to one of them.
 
         Args:
-            given_up: an attempt whose `prepare` is to end, within one expert's time, rather than be waited for.
+            given_up: an attempt whose `prepare` is to end behind what it reads now, rather than be waited for.
         """
         assert self._slots is not None, "load comes before retire"
         reach("retire")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ops.bench.outputs import checked
+from ops.outputs import checked
 
 bench = typer.Typer(no_args_is_help=True, help="Measure; every command prints ratios taken in one run.")
 

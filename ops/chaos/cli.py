@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ops.bench.outputs import checked
+from ops.outputs import checked
 
 chaos = typer.Typer(no_args_is_help=True, help="Do harm on purpose, and check that every promise is kept.")
 

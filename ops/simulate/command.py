@@ -12,7 +12,7 @@ import numpy as np
 
 from octet.config import OctetConfig
 from octet.errors import ConfigError
-from ops.bench.outputs import check_output
+from ops.outputs import check_output
 from ops.simulate.costs import CPU, H100, Costs, calibrated, from_rates, read_calibration
 from ops.simulate.expert_loads import ExpertLoads, drawn, recorded
 from ops.simulate.load import Request, day, enveloped, read_requests, stacked

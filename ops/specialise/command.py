@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from octet.errors import ConfigError
-from ops.bench.outputs import check_output
+from ops.outputs import check_output
 from ops.specialise.corpus import SHIPPED, read_corpus
 from ops.specialise.observe import Observer
 from ops.specialise.page import render_page

@@ -11,8 +11,8 @@ import typer
 from octet.config import load_config
 from octet.errors import ConfigError
 from ops.bench.cli import bench
-from ops.bench.outputs import check_output
 from ops.chaos.cli import chaos
+from ops.outputs import check_output
 from ops.simulate.command import SimulateOptions, simulate
 
 NOWHERE = "nowhere/out"
