@@ -222,7 +222,8 @@ def test_a_long_conversation_is_no_harm() -> None:
 
 
 def test_threads_render_beside_one_that_does_harm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("model.template_meter._MAX_SECONDS", 0.3)
+    # With 0.3, a rendering that does no harm was refused once, beside other work on all cores.
+    monkeypatch.setattr("model.template_meter._MAX_SECONDS", 1.0)
     failed: list[Exception] = []
 
     def harm() -> None:
