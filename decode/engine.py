@@ -17,7 +17,7 @@ from decode.migration import Migration
 from decode.speculation import Speculator
 from model.batch import Span
 from model.runner import ModelRunner, tensor_from
-from model.sampler import logprobs, sample
+from model.sampler import NO_TOKEN, NO_TOKEN_REASON, logprobs, sample
 from octet.config import DecodeConfig
 from octet.errors import ExpertMissingError, WireError
 from octet.ids import Epoch, LeaseId, RequestId, WorkerId
@@ -217,9 +217,14 @@ class DecodeEngine:
         """Sample, append, report; sequences that end leave the batch."""
         tokens = sample(logits_BV, [sequence.sample_row() for sequence in sequences])
         reported = self._logprobs(logits_BV, sequences, tokens)
-        self._num_tokens += len(tokens)
         for index, (sequence, token_id) in enumerate(zip(sequences, tokens, strict=True)):
             request = sequence.request
+            if token_id == NO_TOKEN:
+                sequence.ended = True
+                self._batch.remove(sequence)
+                self._tell_failed(request, sequence.choice, NO_TOKEN_REASON, retryable=False)
+                continue
+            self._num_tokens += 1
             sequence.token_ids.append(token_id)
             reason = request.stopping.finish_reason(token_id, sequence.num_new_tokens)
             self._events[request.frontend].append(
@@ -244,7 +249,7 @@ class DecodeEngine:
         asked = [
             (index, sequence.request.output.logprobs)
             for index, sequence in enumerate(sequences)
-            if sequence.request.output.logprobs is not None
+            if sequence.request.output.logprobs is not None and tokens[index] != NO_TOKEN
         ]
         return {index: logprobs(logits_BV[index : index + 1], [tokens[index]], num)[0] for index, num in asked}
 

@@ -70,7 +70,8 @@ class MtpDrafter:
             choices = [sequences[index].sample_row(drafts[index]) for index in rows]
             # With the noise of its position a draft is the token sampled there, as far as the head knows the model.
             for index, token_id in zip(rows, sample(self._runner.logits(hidden_BH), choices), strict=True):
-                drafts[index].append(token_id)
+                # A head whose numbers overflow drafts as badly as any.
+                drafts[index].append(max(token_id, 0))
         return drafts
 
     def note(

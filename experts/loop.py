@@ -71,8 +71,10 @@ class ShardLoop:
         self._turns = _Turns()
         self._decoded_s = -math.inf
         """When the last decode frame came."""
+        self._changing = threading.Lock()
+        """While lanes come and go: one may end just when another of its name takes its place."""
         self._lanes: dict[str, LaneEnd] = {}
-        self._threads: dict[str, threading.Thread] = {}
+        self._threads: set[threading.Thread] = set()
         self._total = FrameMeter()
         self._meters: dict[str, FrameMeter] = {}
 
@@ -92,22 +94,25 @@ class ShardLoop:
 
     def add(self, name: str, lane: LaneEnd, priority: int) -> None:
         """Serve a lane from now on, until it closes or fails. It takes the place of one of the same name."""
-        if (before := self._lanes.get(name)) is not None:
+        meter = FrameMeter()
+        thread = threading.Thread(
+            target=self._serve, args=(name, lane, priority, meter), name=f"lane-{name}", daemon=True
+        )
+        with self._changing:
+            before = self._lanes.get(name)
+            self._lanes[name], self._meters[name] = lane, meter
+            self._threads.add(thread)
+            thread.start()
+        if before is not None:
             before.close()
-        self._lanes[name] = lane
-        self._meters[name] = FrameMeter()
-        thread = threading.Thread(target=self._serve, args=(name, lane, priority), name=f"lane-{name}", daemon=True)
-        self._threads[name] = thread
-        thread.start()
 
     def close(self, timeout_s: float = 5.0) -> None:
         for lane in list(self._lanes.values()):
             lane.close()
-        for thread in list(self._threads.values()):
+        for thread in list(self._threads):
             thread.join(timeout_s)
 
-    def _serve(self, name: str, lane: LaneEnd, priority: int) -> None:
-        meter = self._meters[name]
+    def _serve(self, name: str, lane: LaneEnd, priority: int, meter: FrameMeter) -> None:
         # A worker that has sent a frame has others to send yet, and its shared expert to compute.
         step_back(COMPUTING)
         wake_behind()
@@ -131,9 +136,10 @@ class ShardLoop:
         finally:
             # The other end must notice at once, whatever the reason.
             lane.close()
-            if self._lanes.get(name) is lane:
-                del self._lanes[name]
-                self._meters.pop(name, None)
+            with self._changing:
+                if self._lanes.get(name) is lane:
+                    del self._lanes[name], self._meters[name]
+                self._threads.discard(threading.current_thread())
 
     def _answer(self, lane: LaneEnd, call: LaneCall, priority: int) -> float:
         """Returns: seconds for which others were let pass."""

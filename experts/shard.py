@@ -187,19 +187,20 @@ class ExpertShard:
         num_operations: int,
         y: _Panels,
     ) -> None:
-        """Each thread reads the weights of its own slots: few rows are bound by that."""
-        parts: dict[int, _Panels] = {}
+        """Each thread reads the weights of its own slots: few rows are bound by that. What they compute is added up in
+        the order of the slots, as one thread does it: the bits of a row are the same beside any others."""
+        x, slots, weights = rows.arrays
+        begins = np.concatenate(([0], counts_S.cumsum()))
+        out = np.empty((begins[-1], x.shape[1]), np.float32)
 
         def compute(first: int, last: int) -> None:
-            part = parts[first] = np.zeros_like(y)
-            grouped_cpu().grouped_swiglu(*rows.arrays, gate_up, down, first, last, 0, _NEVER, part)
+            some = out[begins[first] : begins[last]]
+            grouped_cpu().each_swiglu(x, slots, weights, gate_up, down, first, last, some)
 
         # Those behind the last one that is asked for are no thread's share.
         num_asked = len(counts_S) - int((counts_S[::-1] > 0).argmax())
         in_parts(compute, num_asked, num_operations, parts_per_thread=2)
-        # In the order of the slots, whichever thread was first.
-        for first in sorted(parts):
-            y += parts[first]
+        grouped_cpu().add_each(out, slots, weights, len(counts_S), y)
 
     @staticmethod
     def _share_rows(

@@ -32,8 +32,13 @@ def attention_tensors(config: ModelConfig) -> Shapes:
         shapes |= _layer_tensors(config, layer, sparse=layer in config.moe_layers)
     shapes["model.norm.weight"] = (config.hidden_size,)
     if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, config.hidden_size)
+        shapes |= _head_tensors(config)
     return shapes
+
+
+def duplicate_tensors(config: ModelConfig) -> Shapes:
+    """What a checkpoint may hold and nobody reads: the head where it is the embedding, as in `transformers`."""
+    return _head_tensors(config) if config.tie_word_embeddings else {}
 
 
 def expert_tensors(config: ModelConfig, layer: int, expert: int) -> Shapes:
@@ -173,6 +178,10 @@ def take_census(config: ModelConfig, element_bytes: int, kv_element_bytes: int, 
         expert_bytes=expert_parameters * element_bytes,
         kv_bytes_per_token=config.kv_bytes_per_token(kv_element_bytes, num_draft_layers),
     )
+
+
+def _head_tensors(config: ModelConfig) -> Shapes:
+    return {"lm_head.weight": (config.vocab_size, config.hidden_size)}
 
 
 def _mtp_layer_tensors(config: ModelConfig, layer: int) -> Shapes:

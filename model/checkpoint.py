@@ -15,7 +15,14 @@ from typing import Any
 import safetensors
 import torch
 
-from model.census import Shapes, is_gate_tensor, mtp_tensors, optional_mtp_tensors, required_tensors
+from model.census import (
+    Shapes,
+    duplicate_tensors,
+    is_gate_tensor,
+    mtp_tensors,
+    optional_mtp_tensors,
+    required_tensors,
+)
 from model.config import ARCHITECTURE, CONFIG_FILE, ModelConfig, read_config, read_json
 from model.load_progress import LoadProgress
 from octet.errors import CheckpointError
@@ -251,7 +258,7 @@ def _open(path: pathlib.Path) -> Any:
 def _check_tensors(config: ModelConfig, listing: str, tensors: Mapping[str, TensorInfo]) -> bool:
     """Whether the MTP layers are there. Raises: CheckpointError."""
     required, mtp, optional = required_tensors(config), mtp_tensors(config), optional_mtp_tensors(config)
-    known = required | mtp | optional
+    known = required | mtp | optional | duplicate_tensors(config)
     unknown = [name for name in tensors if name not in known]
     if unknown:
         found = f"a tensor that the model does not have{_others(unknown)}"

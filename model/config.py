@@ -9,6 +9,8 @@ import sys
 from typing import Any
 
 from octet.errors import CheckpointError
+from octet.interval import Interval
+from octet.request import SAMPLING_RANGES
 
 ARCHITECTURE = "Glm4MoeForCausalLM"
 CONFIG_FILE = "config.json"
@@ -19,6 +21,9 @@ _MAX_EXPERTS = 2**17
 """Over all layers. Each tensor's name is made before the files are looked at."""
 _MAX_LAYERS = 2**12
 _MAX_FILE_BYTES = 256 * 2**20
+_FINITE, _POSITIVE = Interval(), Interval(0, above_low=True)
+_YARN = Interval(1e-6, 1e6)
+"""Its numbers, whose quotients and logarithms are to be finite."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,9 +112,11 @@ class GenerationDefaults:
 
 
 def read_config(model_dir: pathlib.Path) -> ModelConfig:
-    """Read and check `config.json`; end-of-sequence ids of `generation_config.json` are added to its own.
+    """Read and check `config.json`; end-of-sequence ids of `generation_config.json` are added to its own, and those
+    beyond the vocabulary, which no token ever is, are left out.
 
-    A field left out has the default of `transformers`' `Glm4MoeConfig`.
+    A field left out has the default of `transformers`' `Glm4MoeConfig`, but for sizes, which have to be there: of the
+    vocabulary, of rows and of experts, and how many layers, heads and experts there are.
 
     Raises: CheckpointError naming the field, what was found and what is supported.
     """
@@ -126,8 +133,9 @@ def read_config(model_dir: pathlib.Path) -> ModelConfig:
     hidden_size, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     head_dim = fields.integer("head_dim", default=hidden_size // max(num_heads, 1))
     max_positions = fields.integer("max_position_embeddings", default=131072)
+    vocab_size = fields.integer("vocab_size")
     config = ModelConfig(
-        vocab_size=fields.integer("vocab_size"),
+        vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=fields.integer("intermediate_size"),
         moe_intermediate_size=fields.integer("moe_intermediate_size"),
@@ -145,12 +153,12 @@ def read_config(model_dir: pathlib.Path) -> ModelConfig:
         routed_scaling_factor=fields.number("routed_scaling_factor", default=1.0),
         use_qk_norm=fields.boolean("use_qk_norm", default=False),
         attention_bias=fields.boolean("attention_bias", default=False),
-        rms_norm_eps=fields.number("rms_norm_eps", default=1e-5, positive=True),
+        rms_norm_eps=fields.number("rms_norm_eps", default=1e-5, within=_POSITIVE),
         tie_word_embeddings=fields.boolean("tie_word_embeddings", default=False),
         max_position_embeddings=max_positions,
         num_nextn_predict_layers=fields.integer("num_nextn_predict_layers", default=1, minimum=0),
         rope=_read_rope(fields, max_positions),
-        eos_token_ids=_read_eos(model_dir, fields),
+        eos_token_ids=tuple(token_id for token_id in _read_eos(model_dir, fields) if token_id < vocab_size),
     )
     _check_shapes(config, fields)
     return config
@@ -164,12 +172,16 @@ def read_generation_defaults(model_dir: pathlib.Path) -> GenerationDefaults:
     fields = _Fields(GENERATION_FILE, read_json(file))
     sampled = fields.boolean("do_sample", default=False)
     max_new_tokens = fields.raw.get("max_new_tokens")
+
+    def number(field: str, default: float) -> float:
+        return fields.number(field, default=default, within=SAMPLING_RANGES[field])
+
     return GenerationDefaults(
-        temperature=fields.number("temperature", default=1.0) if sampled else 0.0,
-        top_p=fields.number("top_p", default=1.0),
+        temperature=number("temperature", 1.0) if sampled else 0.0,
+        top_p=number("top_p", 1.0),
         top_k=fields.integer("top_k", default=0, minimum=0),
-        min_p=fields.number("min_p", default=0.0),
-        repetition_penalty=fields.number("repetition_penalty", default=1.0),
+        min_p=number("min_p", 0.0),
+        repetition_penalty=number("repetition_penalty", 1.0),
         max_new_tokens=None if max_new_tokens is None else fields.integer("max_new_tokens"),
     )
 
@@ -187,10 +199,8 @@ def _read_rope(fields: _Fields, max_positions: int) -> RopeConfig:
     rope_type = nested.get("rope_type", nested.get("type", "default"))
     if rope_type not in ("default", "yarn"):
         raise rope.error("rope_type", repr(rope_type), "'default' or 'yarn'", "other scalings are not implemented")
-    partial = rope.number("partial_rotary_factor", default=0.5)
-    if not 0 < partial <= 1:
-        raise rope.error("partial_rotary_factor", partial, "a number in (0, 1]")
-    theta = rope.number("rope_theta", default=10000.0, positive=True)
+    partial = rope.number("partial_rotary_factor", default=0.5, within=Interval(0, 1, above_low=True))
+    theta = rope.number("rope_theta", default=10000.0, within=Interval(1, above_low=True))
     if rope_type == "default":
         return RopeConfig(rope_type="default", theta=theta, partial_rotary_factor=partial)
     original = rope.integer("original_max_position_embeddings", default=max_positions)
@@ -202,10 +212,10 @@ def _read_rope(fields: _Fields, max_positions: int) -> RopeConfig:
         rope_type="yarn",
         theta=theta,
         partial_rotary_factor=partial,
-        factor=rope.number("factor", default=max_positions / original, positive=True),
+        factor=rope.number("factor", default=max_positions / original, within=_YARN),
         original_max_position_embeddings=original,
-        beta_fast=rope.number("beta_fast", default=32.0),
-        beta_slow=rope.number("beta_slow", default=1.0),
+        beta_fast=rope.number("beta_fast", default=32.0, within=_YARN),
+        beta_slow=rope.number("beta_slow", default=1.0, within=_YARN),
         attention_factor=attention_factor,
         mscale=mscale,
         mscale_all_dim=mscale_all_dim,
@@ -314,12 +324,13 @@ class _Fields:
             raise self.error(field, repr(value), f"an integer of at most {_MAX_INTEGER}")
         return value
 
-    def number(self, field: str, *, default: float | None = None, positive: bool = False) -> float:
+    def number(self, field: str, *, default: float | None = None, within: Interval = _FINITE) -> float:
         value = self._get(field, default)
+        # JSON knows integers that no float holds.
         if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
-            raise self.error(field, repr(value), "a finite number")
-        if positive and value <= 0:
-            raise self.error(field, repr(value), "a number > 0")
+            raise self.error(field, repr(value), str(within))
+        if value not in within:
+            raise self.error(field, repr(value), str(within))
         return float(value)
 
     def boolean(self, field: str, *, default: bool) -> bool:

@@ -62,6 +62,9 @@ class ModelRunner:
                 hidden_TH = self._graphs.run(spans)
                 self._check([hidden_TH])
             return list(hidden_TH.split([len(span.token_ids) for span in spans]))
+        whole = [span.wanted == "all" for span in spans]
+        if any(whole) and not all(whole):
+            return self._run_apart(spans, whole)
         num_tokens = sum(len(span.token_ids) for span in spans)
         if self._ping_pong_rows is None or num_tokens < max(self._ping_pong_rows, 2) or not self._takes_turns():
             return self._forward([spans])[0]
@@ -71,6 +74,15 @@ class ModelRunner:
             return hidden[0] + hidden[1]
         # The span in the middle was cut in two.
         return [*hidden[0][:-1], torch.cat((hidden[0][-1], hidden[1][0])), *hidden[1][1:]]
+
+    def _run_apart(self, spans: Sequence[Span], whole: Sequence[bool]) -> list[torch.Tensor]:
+        """Those that are wanted as a whole one after the others: in a last layer that computes every row, the others'
+        last rows would take another way, and not come out with the bits that they have without these."""
+        hidden: dict[int, torch.Tensor] = {}
+        for chosen in (False, True):
+            indices = [index for index, is_whole in enumerate(whole) if is_whole is chosen]
+            hidden |= zip(indices, self.run([spans[index] for index in indices]), strict=True)
+        return [hidden[index] for index in range(len(spans))]
 
     def logits(self, hidden_TH: torch.Tensor) -> torch.Tensor:
         """`[T, V]` in fp32."""

@@ -22,6 +22,10 @@ import torch
 from octet.messages import TokenLogprob
 from octet.request import Output, Sampling, Stopping
 
+NO_TOKEN = -1
+NO_TOKEN_REASON = (
+    "the logits of its next token are no finite numbers: the model's numbers overflow, or its weights are damaged"
+)
 LEAST_TEMPERATURE = 1e-30
 """Below it, which is as good as greedy, logits divided by the temperature would not be numbers any more."""
 
@@ -67,14 +71,18 @@ def sampler_cpu() -> ModuleType:
 
 @torch.inference_mode()
 def sample(logits_BV: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
-    """The next token of each row. `logits_BV` is fp32 and is not changed."""
+    """The next token of each row, NO_TOKEN where its logits are no numbers. `logits_BV` is fp32 and is not changed."""
     if logits_BV.device.type != "cpu":
+        # There `ModelRunner` looks at hidden states, once for all rows.
         return sample_by_operators(logits_BV, rows)
+    logits = logits_BV.numpy()
     if all(row.plain for row in rows):
-        # Numpy compares whole vectors, and torch takes ten times as long.
-        greedy: list[int] = logits_BV.numpy().argmax(-1).tolist()
-        return greedy
-    return sampler_cpu().sample(logits_BV.numpy(), rows)  # type: ignore[no-any-return]
+        # Numpy compares whole vectors, and torch takes ten times as long. Of a row with NaN it finds that.
+        tokens: list[int] = logits.argmax(-1).tolist()
+    else:
+        tokens = sampler_cpu().sample(logits, rows)
+    finite = np.isfinite(logits[np.arange(len(tokens)), tokens])
+    return tokens if finite.all() else np.where(finite, tokens, NO_TOKEN).tolist()
 
 
 @torch.inference_mode()
@@ -114,10 +122,10 @@ def filtered_probabilities(logits_BV: torch.Tensor, samplings: Sequence[Sampling
 
 @torch.inference_mode()
 def logprobs(logits_BV: torch.Tensor, token_ids: Sequence[int], num_top: int) -> list[TokenLogprob]:
-    """Log-probabilities of the given tokens and of the `num_top` most likely, before any processor."""
+    """Log-probabilities of the given tokens and of the `num_top` most likely, or of all, before any processor."""
     logprobs_BV = logits_BV.log_softmax(-1)
     chosen = logprobs_BV.gather(1, torch.tensor(token_ids, device=logits_BV.device).unsqueeze(1)).squeeze(1).tolist()
-    top = logprobs_BV.topk(num_top, dim=-1)
+    top = logprobs_BV.topk(min(num_top, logprobs_BV.shape[1]), dim=-1)
     return [
         TokenLogprob(token_id=token_id, logprob=logprob, top=tuple(zip(ids, values, strict=True)))
         for token_id, logprob, ids, values in zip(

@@ -78,10 +78,12 @@ def in_parts(
     try:
         share()
     finally:
-        # Nobody may write to what the caller goes on with; an error of another thread is the caller's.
-        for other in others:
-            if not other.cancel():
-                other.result()
+        # Nobody may write to what the caller goes on with.
+        begun = [other for other in others if not other.cancel()]
+        errors = [error for other in begun if (error := other.exception()) is not None]
+    for error in errors:
+        # Of another thread, it is the caller's.
+        raise error
 
 
 @functools.lru_cache(maxsize=256)

@@ -5,7 +5,20 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from octet.interval import Interval
+
 FinishReason = Literal["stop", "length", "aborted"]
+
+SAMPLING_RANGES = {
+    "temperature": Interval(0, 100),
+    "top_p": Interval(0, 1, above_low=True),
+    "min_p": Interval(0, 1),
+    # Below, logits that it multiplies or divides might not be finite any more.
+    "repetition_penalty": Interval(0.01, 100),
+    "presence_penalty": Interval(-2, 2),
+    "frequency_penalty": Interval(-2, 2),
+}
+"""What fields of `Sampling` a request may ask for, and a checkpoint's defaults."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ import torch
 
 from model.batch import Span, Wanted
 from model.runner import ModelRunner, tensor_bytes
-from model.sampler import SampleRow, logprobs, sample
+from model.sampler import NO_TOKEN, NO_TOKEN_REASON, SampleRow, logprobs, sample
 from octet.config import PrefillConfig
 from octet.errors import ExpertMissingError, WireError
 from octet.ids import Epoch, LeaseId, WorkerId
@@ -218,11 +218,14 @@ class PrefillEngine:
         """Sample the next token of every choice, and offer the pages to the decode worker if any goes on."""
         request = task.request
         self._queue.finish(task)
-        if self._cache is not None:
-            self._cache.add(task.token_ids, task.pages)
         rows = [_sample_row(task, choice) for choice in request.choices]
         logits = logits_V.expand(len(rows), -1)
         tokens = sample(logits, rows)
+        if NO_TOKEN in tokens:
+            self._fail([task], NO_TOKEN_REASON, retryable=False)
+            return
+        if self._cache is not None:
+            self._cache.add(task.token_ids, task.pages)
         num_top = request.output.logprobs
         reported = None if num_top is None else logprobs(logits, tokens, num_top)
         going_on: list[tuple[int, int]] = []

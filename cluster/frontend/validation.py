@@ -16,7 +16,7 @@ from octet.config import OctetConfig
 from octet.errors import RequestError
 from octet.ids import RequestId, WorkerId
 from octet.messages import PrefillRequest, pack_ids
-from octet.request import Output, Sampling, Stopping
+from octet.request import SAMPLING_RANGES, Output, Sampling, Stopping
 from octet.v1 import octet_pb2 as pb
 
 _MAX_ID_BYTES = 256
@@ -242,21 +242,20 @@ def _received(message: pb.GenerateRequest, limits: Limits, n: int) -> tuple[tupl
 
 
 def _sampling(sampling: pb.Sampling, defaults: GenerationDefaults) -> Sampling:
-    def value(field: str, default: float, low: float, high: float, *, above_low: bool = False) -> float:
+    def value(field: str, default: float) -> float:
         found: float = getattr(sampling, field) if sampling.HasField(field) else default
-        if not (math.isfinite(found) and low <= found <= high) or (above_low and found == low):
-            interval = f"{'(' if above_low else '['}{low:g}, {high:g}]"
-            raise RequestError(f"sampling.{field}", f"{found:g}", f"a number in {interval}")
+        if found not in SAMPLING_RANGES[field]:
+            raise RequestError(f"sampling.{field}", f"{found:g}", str(SAMPLING_RANGES[field]))
         return found
 
     return Sampling(
-        temperature=value("temperature", defaults.temperature, 0, 100),
-        top_p=value("top_p", defaults.top_p, 0, 1, above_low=True),
+        temperature=value("temperature", defaults.temperature),
+        top_p=value("top_p", defaults.top_p),
         top_k=sampling.top_k if sampling.HasField("top_k") else defaults.top_k,
-        min_p=value("min_p", defaults.min_p, 0, 1),
-        repetition_penalty=value("repetition_penalty", defaults.repetition_penalty, 0, 100, above_low=True),
-        presence_penalty=value("presence_penalty", 0.0, -2, 2),
-        frequency_penalty=value("frequency_penalty", 0.0, -2, 2),
+        min_p=value("min_p", defaults.min_p),
+        repetition_penalty=value("repetition_penalty", defaults.repetition_penalty),
+        presence_penalty=value("presence_penalty", 0.0),
+        frequency_penalty=value("frequency_penalty", 0.0),
         seed=sampling.seed if sampling.HasField("seed") else secrets.randbits(63),
     )
 

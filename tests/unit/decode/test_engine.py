@@ -17,6 +17,7 @@ from cluster.frontend.journal import Journal
 from cluster.planning import EMBEDDED_MODEL
 from decode.engine import DecodeEngine
 from decode.handoff import KvReceiver
+from decode.migration import Migration
 from experts.shard import ExpertShard
 from model.checkpoint import Checkpoint
 from model.kv_cache import KvCache
@@ -40,6 +41,7 @@ from octet.messages import (
     StepReport,
     TokenEvent,
     pack_ids,
+    unpack_ids,
 )
 from octet.request import Output, Sampling, Stopping
 from ops.local import load_slots
@@ -138,7 +140,10 @@ class Pair:
         self._arrived = threading.Event()
         runner = model.runner(num_pages, self.routed)
         self.receiver = KvReceiver(DECODE, runner.cache, {PREFILL: self._channel}, self._ask, self._arrived.set)
-        self.decode = DecodeEngine(DECODE, Epoch(1), runner, self.receiver, DecodeConfig(max_batch=max_batch))
+        moved = LeaseTable(LEASE_S)
+        migration = Migration(DECODE, moved, KvSender(runner.cache, moved, {}))
+        config = DecodeConfig(max_batch=max_batch)
+        self.decode = DecodeEngine(DECODE, Epoch(1), runner, self.receiver, config, migration=migration)
         self.held: queue.Queue[KvPull] | None = None
         self.journals: dict[str, Journal] = {}
         self.events: list[TokenEvent | Evicted | Failed] = []
@@ -338,6 +343,30 @@ def test_the_first_of_a_burst_wait_no_longer_than_they_may(pairs: Callable[..., 
     assert [event.index for event in pair.of(TokenEvent)] == [0, 0, 1, 1]
 
 
+def test_the_first_of_a_burst_do_not_wait_for_one_that_was_aborted(pairs: Callable[..., Pair]) -> None:
+    pair = pairs(chunk_tokens=12)
+    requests = [request(6, max_new_tokens=_LONG) for _ in range(3)]
+    pair.submit(*requests)
+    pair.step_prefill()
+    until_s = time.monotonic() + PATIENT_S
+    while pair.decode.load().running < 2:
+        assert time.monotonic() < until_s
+        pair.step_decode()
+    assert not pair.decode.busy
+    pair.abort(requests[2])
+    pair.step_decode()
+    assert [event.index for event in pair.of(TokenEvent)] == [0, 0, 1, 1]
+
+
+def test_the_first_of_a_later_burst_wait_as_well(pairs: Callable[..., Pair]) -> None:
+    pair = pairs(chunk_tokens=12)
+    for _ in range(2):
+        pair.events.clear()
+        pair.run(*(request(6, max_new_tokens=3) for _ in range(5)))
+        pair.step_decode()
+        assert [event.index for event in pair.of(TokenEvent)] == [0] * 5 + [1] * 5 + [2] * 5
+
+
 def test_a_request_gets_as_many_tokens_as_it_asked_for(pair: Pair) -> None:
     asked = request(max_new_tokens=9)
     pair.run(asked)
@@ -478,6 +507,22 @@ def test_aborting_one_incoming_choice_leaves_the_others(pair: Pair) -> None:
     assert [event.choice for event in pair.of(TokenEvent) if event.index > 0] == [1] * 7
 
 
+def test_aborting_another_attempt_leaves_what_is_offered_and_what_is_incoming(pairs: Callable[..., Pair]) -> None:
+    pair = pairs(max_batch=1)
+    pair.hold_pulls()
+    incoming, offered = request(), request()
+    pair.submit(incoming, offered)
+    pair.step()
+    assert pair.decode.load().waiting == 2
+    for each in (incoming, offered):
+        pair.decode.handle(Abort(request_id=each.request_id, attempt=7))
+    pair.release_pull()
+    pair.held = None
+    pair.wait_for_arrival()
+    pair.run()
+    assert pair.tokens() == alone(pairs, incoming, offered)
+
+
 def test_aborting_an_unknown_request_does_nothing(pair: Pair) -> None:
     pair.decode.handle(Abort(request_id=RequestId("nobody")))
     pair.step()
@@ -545,6 +590,73 @@ def test_an_offer_waits_while_the_batch_is_full(pairs: Callable[..., Pair]) -> N
     assert most == 2
 
 
+def test_of_those_that_wait_the_most_urgent_comes_first(pairs: Callable[..., Pair]) -> None:
+    pair = pairs(max_batch=1)
+    running, later, urgent = request(), request(), dataclasses.replace(request(), priority=-1)
+    pair.submit(running)
+    pair.until_running()
+    for each in (later, urgent):
+        pair.submit(each)
+        pair.step_prefill()
+    pair.run()
+    ends = [event.request_id for event in pair.of(TokenEvent) if event.finish_reason is not None]
+    assert ends == [running.request_id, urgent.request_id, later.request_id]
+
+
+# Leaving.
+
+
+def test_who_leaves_hands_every_sequence_over_and_keeps_its_pages_until_they_were_taken(pair: Pair) -> None:
+    first, second = request(9, max_new_tokens=_LONG), request(5, max_new_tokens=_LONG)
+    pair.submit(first, second)
+    pair.until_running(2)
+    pair.step_decode()
+    tokens, heir = pair.tokens(), WorkerId("decode-1")
+    pair.decode.hand_over_to([heir])
+    said = pair.decode.step(pair.now_s)
+    offers = {
+        message.request.request_id: message for to, message in said if to == heir and isinstance(message, KvOffer)
+    }
+    for each in (first, second):
+        (last,) = offers[each.request_id].next_tokens
+        assert [*unpack_ids(offers[each.request_id].request.token_ids), last] == [
+            *unpack_ids(each.token_ids),
+            *tokens[each.request_id, 0],
+        ]
+    load = pair.decode.load()
+    assert (load.running, load.leases) == (0, 2)
+    assert load.kv_pages_free == NUM_PAGES - sum(-(-offer.request.num_tokens // PAGE) for offer in offers.values())
+    pair.decode.handle(KvAck(lease_id=offers[first.request_id].lease_id))
+    pair.decode.handle(Abort(request_id=second.request_id))
+    assert pair.decode.step(pair.now_s) == []
+    assert (pair.decode.load().leases, pair.decode.load().kv_pages_free) == (0, NUM_PAGES)
+
+
+def test_a_sequence_that_was_handed_over_is_kept_for_an_heir_that_asks_for_time(pair: Pair) -> None:
+    pair.submit(request(9, max_new_tokens=_LONG))
+    pair.until_running()
+    pair.decode.hand_over_to([WorkerId("decode-1")])
+    (offer,) = [message for _, message in pair.decode.step(0.0) if isinstance(message, KvOffer)]
+    for now_s in (0.9 * LEASE_S, 1.8 * LEASE_S):
+        pair.decode.handle(KvRenew(lease_id=offer.lease_id))
+        pair.decode.step(now_s)
+        assert pair.decode.load().leases == 1
+    pair.decode.step(2.8 * LEASE_S)
+    assert (pair.decode.load().leases, pair.decode.load().kv_pages_free) == (0, NUM_PAGES)
+
+
+def test_where_nobody_takes_over_sequences_are_computed_again(pair: Pair) -> None:
+    asked = request(9, max_new_tokens=_LONG, choices=(0, 1))
+    pair.submit(asked)
+    pair.until_running(2)
+    pair.decode.hand_over_to([])
+    pair.step_decode()
+    assert [(event.choice, event.reason) for event in pair.of(Evicted)] == [
+        (choice, "its decode worker leaves") for choice in (0, 1)
+    ]
+    assert pair.num_free[1] == NUM_PAGES
+
+
 # Faults.
 
 
@@ -595,6 +707,34 @@ def test_a_missing_expert_yields_no_token(pair: Pair) -> None:
     assert len(pair.of(TokenEvent)) == before
 
 
+def test_a_sequence_whose_numbers_overflow_fails_alone(model: Model) -> None:
+    """As where an embedding is damaged: what is written after that token has no logits."""
+    embedding = model.weights.embedding
+    assert isinstance(embedding, torch.Tensor)
+    undisturbed = Pair(model)
+    requests = [request(max_new_tokens=_LONG, output=Output(logprobs=2)) for _ in range(3)]
+    undisturbed.run(*requests)
+    expected = {name: tokens for (name, _), tokens in undisturbed.tokens().items()}
+    undisturbed.close()
+    others = {token for each in requests[1:] for token in (*unpack_ids(each.token_ids), *expected[each.request_id])}
+    unlucky, name = requests[0], requests[0].request_id
+    fatal = next((token for token in expected[name] if token not in {*others, *unpack_ids(unlucky.token_ids)}), None)
+    if fatal is None:
+        pytest.skip("none of its tokens is its own")
+    damaged = embedding.clone()
+    damaged[fatal] = torch.nan
+    pair = Pair(dataclasses.replace(model, weights=dataclasses.replace(model.weights, embedding=damaged)))
+    pair.run(*requests)
+    (failed,) = pair.of(Failed)
+    assert (failed.request_id, failed.retryable) == (name, False)
+    assert "no finite numbers" in failed.reason
+    told = pair.tokens()
+    assert told[name, 0] == expected[name][: expected[name].index(fatal) + 1]
+    assert [told[each.request_id, 0] for each in requests[1:]] == [expected[each.request_id] for each in requests[1:]]
+    pair.until_free()
+    pair.close()
+
+
 def test_failing_all_ends_running_offered_and_incoming_requests(pairs: Callable[..., Pair]) -> None:
     pair = pairs(max_batch=2)
     running, incoming, offered = request(), request(), request()
@@ -639,3 +779,6 @@ def test_a_failure_is_told_once(pair: Pair) -> None:
 def test_a_message_for_someone_else_is_an_error(pair: Pair) -> None:
     with pytest.raises(WireError, match="PrefillRequest"):
         pair.decode.handle(request())
+
+
+#         self.decode = DecodeEngine(DECODE, Epoch(1), runner, self.receiver, config, migration=migration)

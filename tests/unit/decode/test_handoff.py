@@ -220,3 +220,25 @@ def test_closing_ends_a_pull_that_waits() -> None:
     start_s = time.monotonic()
     ends.receiver.close(PATIENT_S)
     assert time.monotonic() - start_s < PATIENT_S / 2
+
+
+def test_whoever_is_woken_finds_the_arrival() -> None:
+    """An engine that looked too early would sleep on, with pages that have come."""
+    ends, found = Ends(), queue.Queue[list[Arrival]]()
+    receiver = KvReceiver(DECODE, ends.cache, ends.channels, ends._ask, lambda: found.put(receiver.arrived()))
+    for number in range(4):
+        receiver.pull(offer(str(number)), [number])
+        ends.channels[PREFILLS[0]].answers.put(None if number % 2 else ends.some_pages(1).flatten().view(torch.uint8))
+        assert [arrival.lease_id for arrival in found.get(timeout=PATIENT_S)] == [str(number)]
+    receiver.close()
+    ends.receiver.close()
+
+
+def test_no_thread_is_left_behind_by_a_channel_that_another_one_replaced() -> None:
+    ends = Ends()
+    threads = [thread for thread in threading.enumerate() if thread.name == f"kv-from-{PREFILLS[0]}"]
+    ends.receiver.connect(PREFILLS[0], FakeChannel(), 1)
+    assert len(threads) == 1
+    assert not threads[0].is_alive()
+    ends.receiver.close()
+    assert not any(thread.name.startswith("kv-from-") for thread in threading.enumerate())

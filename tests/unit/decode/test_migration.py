@@ -11,7 +11,7 @@ from decode.migration import Migration
 from model.config import read_config
 from model.kv_cache import KvCache
 from octet.ids import RequestId, WorkerId
-from octet.messages import Abort, KvAck, PrefillRequest, pack_ids, unpack_ids
+from octet.messages import Abort, KvAck, KvRenew, PrefillRequest, pack_ids, unpack_ids
 from octet.request import Output, Sampling, Stopping
 from router.kv_sender import KvSender
 from router.leases import LeaseTable
@@ -76,3 +76,11 @@ def test_pages_come_back_when_the_request_is_aborted_or_nobody_comes(migration: 
     assert migration.reclaim(1.0) == [2]
     migration.offer(sequence(5, 1, [3]), HEIRS, now_s=1.0)
     assert migration.reclaim(11.1) == [3]
+
+
+def test_pages_are_kept_for_an_heir_that_asks_for_time(migration: Migration) -> None:
+    _, offer = migration.offer(sequence(5, 1, [2]), HEIRS, now_s=0.0)
+    migration.handle(KvRenew(lease_id=offer.lease_id))
+    assert migration.reclaim(9.0) == []
+    assert migration.reclaim(18.9) == []
+    assert migration.reclaim(19.0) == [2]

@@ -144,6 +144,34 @@ def test_right_drafts_save_a_step_each(plain: LocalEngine, engine: LocalEngine, 
     assert engine.load()[DECODE].accepted_tokens == 18
 
 
+def test_between_steps_no_page_is_held_for_drafts(plain: LocalEngine, engine: LocalEngine, oracle: Oracle) -> None:
+    asked = request(random.randint(1, 12))
+    oracle.truth = 0.0
+    oracle.answers[asked.request_id, 0] = [event.token_id for event in events(plain, asked)]
+    journal, running = engine.submit(asked), 0
+    while not journal.ended:
+        engine.step()
+        load = engine.load()[DECODE]
+        if load.running and (num_new := len(journal.token_ids(0))):
+            running += 1
+            held = load.kv_pages_total - load.kv_pages_free
+            assert held <= -(-(asked.num_prompt_tokens + num_new) // 4)
+    assert running > 10
+
+
+def test_what_a_drafter_has_not_seen_stays_bounded_while_it_drafts_nothing(
+    plain: LocalEngine, engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MtpDrafter, "draft", lambda _, sequences, lengths: [[] for _ in sequences])
+    asked = request(stopping=Stopping(max_new_tokens=100))
+    journal, most = engine.submit(asked), 0
+    while not journal.ended:
+        engine.step()
+        for sequence in engine._decode._batch.running:
+            most = max(most, sum(map(len, sequence.unseen)))
+    assert 1 < most <= 32
+
+
 def test_a_step_that_loses_its_lane_may_be_run_again(
     plain: LocalEngine, engine: LocalEngine, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -117,3 +117,17 @@ def test_what_becomes_due_in_its_midst_ends_it_behind_a_slot() -> None:
     assert 0 < stopped < num_slots
     assert grouped_cpu().grouped_swiglu(*arguments, stopped, num_slots, num_rows * 4, due, y) == num_slots
     np.testing.assert_array_equal(y, expected)
+
+
+@pytest.mark.parametrize(
+    ("most", "ends"), [(0, [1, 2, 3, 4, 5]), (9, [1, 2, 3, 4, 5]), (10, [2, 4, 5]), (14, [2, 4, 5])]
+)
+def test_between_two_pauses_no_more_rows_are_computed_than_may_be(most: int, ends: list[int]) -> None:
+    """Five slots of five rows each; a single slot is never cut."""
+    weights = packed(torch.randn(5, 2 * 8, 16), torch.randn(5, 16, 8))
+    rows = torch.randn(5, 16), torch.stack([torch.randperm(5) for _ in range(5)]).int(), torch.rand(5, 5)
+    arguments, due = [part.numpy() for part in (*rows, *weights)], np.ones(1, np.int64)
+    found, y = [0], np.zeros((5, 16), np.float32)
+    while found[-1] < 5:
+        found.append(grouped_cpu().grouped_swiglu(*arguments, found[-1], 5, most, due, y))
+    assert found[1:] == ends

@@ -17,6 +17,7 @@ from model.census import is_gate_tensor, mtp_tensors, optional_mtp_tensors, requ
 from model.checkpoint import Checkpoint
 from model.config import read_config
 from model.load_progress import LoadProgress
+from model.weights import load_attention_weights
 from octet.errors import CheckpointError
 
 Tensors = dict[str, torch.Tensor]
@@ -165,6 +166,20 @@ def test_an_unknown_tensor_is_refused(model_dir: pathlib.Path) -> None:
     tensors = tensors_for(model_dir) | {name: torch.randn(3)}
     error = refusal(write_single(model_dir, tensors))
     assert_says(error, "model.safetensors", name, "a tensor that the model does not have", "Glm4MoeForCausalLM")
+
+
+def test_a_head_beside_the_embedding_that_it_is_tied_to_is_not_read(model_dir: pathlib.Path) -> None:
+    """Some tools write it nevertheless; `transformers` ties it whatever it holds."""
+    config = model_dir / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": True}))
+    tensors = tensors_for(model_dir)
+    embedding = tensors["model.embed_tokens.weight"]
+    write_single(model_dir, tensors | {"lm_head.weight": torch.zeros_like(embedding)})
+    weights = load_attention_weights(Checkpoint.open(model_dir), torch.float64, torch.device("cpu"))
+    assert isinstance(weights.lm_head, torch.Tensor)
+    assert torch.equal(weights.lm_head, embedding.double())
+    write_single(model_dir, tensors | {"lm_head.weight": torch.zeros(3, 3)})
+    assert_says(refusal(model_dir), "model.safetensors", "lm_head.weight", "shape [3, 3]", "from config.json")
 
 
 @pytest.mark.parametrize(("dtype", "code"), [(torch.int8, "I8"), (torch.float64, "F64"), (torch.float8_e4m3fn, "F8")])

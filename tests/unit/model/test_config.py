@@ -156,6 +156,12 @@ def test_eos_ids_of_both_files_are_joined_once_each(tmp_path: pathlib.Path, rng:
     assert read_config(write(tmp_path, fields_of(rng, eos_token_id=5))).eos_token_ids == (5, 7)
 
 
+def test_eos_ids_that_no_token_can_have_are_left_out(tmp_path: pathlib.Path, rng: random.Random) -> None:
+    """A small model's directory often has the `generation_config.json` of a large one."""
+    write(tmp_path, {"eos_token_id": [151329, 50, 3]}, "generation_config.json")
+    assert read_config(write(tmp_path, fields_of(rng, vocab_size=50, eos_token_id=49))).eos_token_ids == (49, 3)
+
+
 @pytest.mark.parametrize(
     ("changes", "field", "found", "expected"),
     [
@@ -166,9 +172,13 @@ def test_eos_ids_of_both_files_are_joined_once_each(tmp_path: pathlib.Path, rng:
         ({"rope_scaling": {"type": "llama3"}}, "rope_scaling.rope_type", "llama3", "yarn"),
         ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters.rope_type", "linear", "yarn"),
         ({"rope_parameters": "yarn"}, "rope_parameters", "yarn", "a mapping"),
-        ({"rope_parameters": {"rope_theta": "big"}}, "rope_parameters.rope_theta", "big", "a finite number"),
-        ({"rope_theta": 0}, "rope_theta", "0", "> 0"),
-        ({"rope_scaling": {"type": "yarn", "factor": -1.0}}, "rope_scaling.factor", "-1.0", "> 0"),
+        ({"rope_parameters": {"rope_theta": "big"}}, "rope_parameters.rope_theta", "big", "a number > 1"),
+        ({"rope_theta": 0}, "rope_theta", "0", "> 1"),
+        ({"rope_theta": 1e-300}, "rope_theta", "1e-300", "> 1"),
+        ({"rope_scaling": {"type": "yarn", "rope_theta": 1}}, "rope_scaling.rope_theta", "1", "> 1"),
+        ({"rope_scaling": {"type": "yarn", "factor": -1.0}}, "rope_scaling.factor", "-1.0", "[1e-06, 1e+06]"),
+        ({"rope_scaling": {"type": "yarn", "beta_fast": 0}}, "rope_scaling.beta_fast", "0", "[1e-06, 1e+06]"),
+        ({"rope_scaling": {"type": "yarn", "beta_slow": 1e308}}, "rope_scaling.beta_slow", "1e+308", "[1e-06, 1e+06]"),
         ({"rope_scaling": {"type": "yarn", "truncate": 1}}, "rope_scaling.truncate", "1", "true or false"),
         ({"partial_rotary_factor": 1.5}, "partial_rotary_factor", "1.5", "(0, 1]"),
         ({"head_dim": 6, "partial_rotary_factor": 0.5}, "head_dim", "6", "even"),
@@ -236,9 +246,27 @@ def test_generation_defaults_sample_only_if_asked_to(tmp_path: pathlib.Path) -> 
     assert (defaults.repetition_penalty, defaults.max_new_tokens) == (1.1, 9)
 
 
-@pytest.mark.parametrize("changes", [{"do_sample": 1}, {"top_k": 1.5}, {"top_p": "all"}, {"max_new_tokens": 0}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"do_sample": 1},
+        {"top_k": 1.5},
+        {"top_p": "all"},
+        {"top_p": 0.0},
+        {"min_p": 1.5},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": 1e-40},
+        {"max_new_tokens": 0},
+    ],
+)
 def test_a_wrong_generation_default_is_refused(tmp_path: pathlib.Path, changes: dict[str, Any]) -> None:
     (field,) = changes
     with pytest.raises(CheckpointError) as raised:
         read_generation_defaults(write(tmp_path, changes, "generation_config.json"))
     assert_names(raised.value, f"generation_config.json: '{field}': found {changes[field]!r}")
+
+
+def test_a_default_temperature_that_no_request_may_ask_for_is_refused(tmp_path: pathlib.Path) -> None:
+    write(tmp_path, {"do_sample": True, "temperature": 150}, "generation_config.json")
+    with pytest.raises(CheckpointError, match=r"'temperature': found 150, expected a number in \[0, 100\]"):
+        read_generation_defaults(tmp_path)

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from model.batch import Span
+from model.batch import Span, Wanted
 from model.pages import PagePool
 from model.runner import ModelRunner
 from tests.unit.model.subject import CPU, MODELS, NUM_PAGES, PAGE, Counting, Scaled, build
@@ -36,6 +36,27 @@ def test_micro_batches_take_turns_where_there_are_cores_for_both(tmp_path: pathl
     (whole_TH,) = runner.run([span])
     assert {rows for _, rows in routed.rows} == {20}
     assert torch.equal(halves_TH, whole_TH)
+
+
+@pytest.mark.parametrize("ping_pong_rows", [None, 2])
+def test_a_prompt_is_the_same_bit_for_bit_beside_one_that_is_wanted_as_a_whole(
+    tmp_path: pathlib.Path, ping_pong_rows: int | None
+) -> None:
+    pool, spans = PagePool(NUM_PAGES, PAGE), list[Span]()
+    wanted: list[Wanted] = ["none", "last", "all", "last", "all"]
+    random.shuffle(wanted)
+    for each in wanted:
+        num_tokens = random.randint(2, 30)
+        pages = pool.allocate(pool.pages_for(num_tokens))
+        assert pages is not None
+        spans.append(Span(token_ids=random.choices(range(90), k=num_tokens), start=0, pages=pages, wanted=each))
+    subject = build(tmp_path, "plain", spans, pool)
+    runner = ModelRunner(subject.transformer, Scaled(), pool, subject.cache, CPU, ping_pong_rows=ping_pong_rows)
+    hidden = runner.run(spans)
+    assert [len(h_TH) for h_TH in hidden] == [span.num_wanted for span in spans]
+    for span, h_TH in zip(spans, hidden, strict=True):
+        (alone_TH,) = runner.run([span])
+        assert torch.equal(h_TH, alone_TH)
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from model.sampler import SampleRow, filtered_probabilities, sample, sample_by_operators
+from model.sampler import NO_TOKEN, SampleRow, filtered_probabilities, sample, sample_by_operators
 from model.sampler_cpu import _BINS, draw
 from octet.request import Output, Sampling, Stopping
 
@@ -100,6 +100,26 @@ def test_next_to_no_temperature_the_most_likely_token_is_drawn(
         num_prompt_tokens=1,
     )
     assert choose(logits_BV, [row] * 20) == logits_BV.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_without_finite_logits_has_no_token_and_the_others_have_theirs(value: float, temperature: float) -> None:
+    rows = [
+        SampleRow(
+            sampling=Sampling(temperature=temperature, seed=random.getrandbits(60)),
+            stopping=Stopping(max_new_tokens=9),
+            output=Output(),
+            choice=0,
+            token_ids=[1],
+            num_prompt_tokens=1,
+        )
+        for _ in range(3)
+    ]
+    logits_BV = torch.randn(3, 300)
+    expected = sample(logits_BV, rows)
+    logits_BV[1] = value
+    assert sample(logits_BV, rows) == [expected[0], NO_TOKEN, expected[2]]
 
 
 @pytest.mark.parametrize("value", [-torch.inf, torch.nan])

@@ -87,6 +87,23 @@ def test_a_failure_on_any_thread_is_raised(bad: int) -> None:
         in_parts(work, 6, 2**40)
 
 
+def test_a_failure_is_raised_when_nobody_is_at_work_any_more() -> None:
+    """Not before: others may still write to what the caller goes on with."""
+    met, written = threading.Barrier(3, timeout=30), list[int]()
+
+    def work(first: int, last: int) -> None:
+        met.wait()
+        if first == 2:
+            time.sleep(0.1)
+            written.append(first)
+        else:
+            raise ValueError("early")
+
+    with pytest.raises(ValueError, match="early"):
+        in_parts(work, 3, 2**40)
+    assert written == [2]
+
+
 def test_torch_keeps_one_thread_where_work_is_divided_here(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", told.append)

@@ -28,11 +28,13 @@ from octet.messages import (
     KvAck,
     KvOffer,
     KvPull,
+    KvRenew,
     Message,
     PrefillRequest,
     StepReport,
     TokenEvent,
     pack_ids,
+    unpack_ids,
 )
 from octet.request import Output, Sampling, Stopping
 from ops.local import load_slots
@@ -217,6 +219,16 @@ def test_chunks_of_few_requests_are_shorter_beside_a_decode_worker(
     assert prefill.routed.rows[1] == sizes
 
 
+def test_the_shortest_chunks_go_on_beside_a_decode_worker(model: Model) -> None:
+    """A part of a chunk of one token would be none, and nothing would ever be computed."""
+    prefill = Prefill(model, chunk_tokens=3, beside=[DECODE], few_requests=2)
+    prefill.engine.handle(request(5))
+    for _ in range(5):
+        prefill.step()
+    assert prefill.routed.rows[1] == [1] * 5
+    assert len(prefill.offers()) == 1
+
+
 def test_it_gathers_until_a_chunk_is_full(model: Model) -> None:
     prefill = Prefill(model, chunk_tokens=16)
     prefill.engine.handle(request(7))
@@ -347,6 +359,14 @@ def test_an_offer_to_a_worker_on_the_same_cores_says_how_many_the_next_chunk_bri
     assert [offer.following for offer in elsewhere.offers()] == [0] * len(sizes)
 
 
+def test_what_follows_for_another_decode_worker_is_not_counted(model: Model) -> None:
+    """Whoever waits for those would wait until the end of its patience."""
+    other = WorkerId("decode-1")
+    prefill = Prefill(model, chunk_tokens=12, beside=[DECODE, other])
+    prefill.run(*(dataclasses.replace(request(6), decode_worker=to) for to in (DECODE, other, other, DECODE)))
+    assert [offer.following for offer in prefill.offers()] == [1, 1, 0, 0]
+
+
 def test_of_the_last_layer_only_what_the_next_token_depends_on_is_computed(model: Model) -> None:
     prefill = Prefill(model, chunk_tokens=5)
     prefill.run(request(12), request(3))
@@ -357,7 +377,7 @@ def test_of_the_last_layer_only_what_the_next_token_depends_on_is_computed(model
 def test_prompt_logprobs_take_all_of_the_last_layer(model: Model) -> None:
     prefill = Prefill(model)
     prefill.run(request(12, output=Output(logprobs=0, prompt_logprobs=True)), request(3))
-    assert prefill.routed.rows[LAST_LAYER] == [15]
+    assert prefill.routed.rows[LAST_LAYER] == [1, 12]
 
 
 def test_a_recomputed_choice_goes_on_at_its_next_index(prefill: Prefill) -> None:
@@ -436,6 +456,25 @@ def test_aborting_one_choice_of_several_leaves_the_others(prefill: Prefill) -> N
     assert prefill.offers()[0].request.choices == (0, 1)
 
 
+@pytest.mark.parametrize("state", ["waiting", "running", "leased"])
+def test_aborting_another_attempt_leaves_this_one(model: Model, state: str) -> None:
+    """It was computed elsewhere, or here before: whoever asked again still waits for an answer."""
+    prefill = Prefill(model, chunk_tokens=4)
+    again = dataclasses.replace(request(9), attempt=2)
+    prefill.engine.handle(again)
+    for _ in range({"waiting": 0, "running": 1, "leased": 3}[state]):
+        prefill.step()
+    prefill.engine.handle(Abort(request_id=again.request_id, attempt=1))
+    while prefill.engine.busy:
+        prefill.step()
+    prefill.step()
+    assert [offer.request.attempt for offer in prefill.offers()] == [2]
+    assert prefill.engine.load().leases == 1
+    prefill.engine.handle(Abort(request_id=again.request_id, attempt=2))
+    prefill.step()
+    assert (prefill.engine.load().leases, prefill.engine.load().running, prefill.engine.load().waiting) == (0, 0, 0)
+
+
 def test_an_acknowledged_lease_frees_its_pages(prefill: Prefill) -> None:
     prefill.run(request(9))
     prefill.engine.handle(KvAck(lease_id=prefill.offers()[0].lease_id))
@@ -451,6 +490,20 @@ def test_a_lease_frees_its_pages_at_its_deadline(prefill: Prefill) -> None:
     prefill.now_s = LEASE_S
     prefill.step()
     assert prefill.num_free == NUM_PAGES
+
+
+def test_a_renewed_lease_keeps_its_pages(prefill: Prefill) -> None:
+    prefill.run(request(9))
+    (offer,) = prefill.offers()
+    prefill.engine.handle(KvRenew(lease_id=offer.lease_id))
+    prefill.now_s = LEASE_S - 1
+    prefill.step()
+    prefill.now_s = LEASE_S + 1
+    prefill.step()
+    assert prefill.engine.load().leases == 1
+    prefill.now_s = 2 * LEASE_S
+    prefill.step()
+    assert prefill.engine.load().leases == 0
 
 
 # The hand-off.
@@ -502,6 +555,27 @@ def test_a_missing_expert_fails_the_requests_of_its_step_retryably_and_says_why(
     prefill.run(request(choices=(0, 1)), request())
     told = [(failure.reason, failure.retryable) for failure in prefill.events(Failed)]
     assert told == [("layer 2: no expert in slots [7]", True)] * 3
+
+
+def test_a_prompt_whose_numbers_overflow_fails_alone_and_is_never_taken_from_the_cache(model: Model) -> None:
+    """As where an embedding is damaged."""
+    embedding = model.weights.embedding
+    assert isinstance(embedding, torch.Tensor)
+    fatal, lucky = request(12), request(12)
+    damaged = embedding.clone()
+    damaged[next(token for token in unpack_ids(fatal.token_ids) if token not in unpack_ids(lucky.token_ids))] = (
+        torch.nan
+    )
+    prefill = Prefill(dataclasses.replace(model, weights=dataclasses.replace(model.weights, embedding=damaged)))
+    prefill.run(fatal, lucky)
+    prefill.run(again := dataclasses.replace(fatal, request_id=RequestId("again")))
+    assert [(failure.request_id, failure.retryable) for failure in prefill.events(Failed)] == [
+        (fatal.request_id, False),
+        (again.request_id, False),
+    ]
+    assert [event.request_id for event in prefill.events(TokenEvent)] == [lucky.request_id]
+    assert prefill.engine.load().cached_tokens == 0
+    prefill.sender.close()
 
 
 def test_a_missing_expert_fails_no_request_that_was_not_in_the_step(model: Model) -> None:

@@ -115,3 +115,21 @@ def test_two_more_slots_on_each_of_16_shards_level_a_batch(num_tokens: int, goal
         rows = np.bincount(shards_TK.ravel(), minlength=16)
         levels.append(rows.mean() / rows.max())
     assert np.mean(levels) >= goal
+
+
+def test_batches_of_few_rows_do_not_all_go_to_the_same_of_equal_replicas() -> None:
+    """Every expert is on every shard."""
+    num_experts, num_shards = 16, 4
+    held = np.tile(np.arange(num_experts, dtype=np.int32), num_shards)[None]
+    placement = from_physical(held, (0,), num_experts, num_shards, version=1)
+    batches = (Batch(placement=placement, expert_ids_TK=np.array([[expert]])) for expert in range(num_experts))
+    assert np.sum([batch.rows(ALWAYS_FEW) for batch in batches], axis=0).tolist() == [num_experts // num_shards] * 4
+
+
+def test_a_token_goes_to_no_more_shards_than_it_has_to() -> None:
+    """Of shards that can be levelled either way, a token prefers one that it is sent to anyway."""
+    # Expert 0 is on shard 0 alone, 1 on shard 1 alone, and 2 on both.
+    placement = from_physical(np.array([[0, 2, 1, 2]], np.int32), (0,), 3, 2, version=1)
+    tokens = np.array(np.random.default_rng().permutation([[0, 2]] * 8 + [[1, 2]] * 8))
+    shards_TK = Batch(placement=placement, expert_ids_TK=tokens).chosen(NEVER_FEW) // 2
+    assert (shards_TK[:, 0] == shards_TK[:, 1]).all()

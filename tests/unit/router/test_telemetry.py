@@ -149,6 +149,24 @@ def test_readings_within_a_step_count_as_one_step(telemetry: Telemetry) -> None:
     np.testing.assert_array_equal(window.loads_LE, sum(counted[-num_ticks:]))
 
 
+def test_what_a_member_did_within_a_step_is_added_however_often_it_was_read(telemetry: Telemetry) -> None:
+    """Whether someone looks at the status ten times a second is not to be seen in it."""
+    shard, worker, often = Shard("experts-0"), Worker(), random.randint(2, 9)
+    for second in range(5):
+        for tick in range(1, often + 1):
+            part_s, tokens_LE = 1 / often, random_tokens()
+            samples: list[ShardSample | WorkerSample] = [
+                shard.work(part_s, tokens_LE, frames=4, rows=100, busy_s=part_s / 2),
+                worker.work(part_s, steps=3, tokens=30, step_s=part_s / 4),
+            ]
+            telemetry.record(second + tick / often, samples)
+    window = telemetry.window(5.0)
+    (found,), (other,) = window.shards, window.workers
+    np.testing.assert_array_equal(found.tokens_L, window.loads_LE.sum(1))
+    assert (found.frames_per_s, found.rows_per_s, found.busy_share) == pytest.approx((4 * often, 100 * often, 0.5))
+    assert (other.steps_per_s, other.tokens_per_s, other.busy_share) == pytest.approx((3 * often, 30 * often, 0.25))
+
+
 def test_readings_that_come_a_little_early_or_late_are_steps_all_the_same(telemetry: Telemetry) -> None:
     shard, now_s = Shard("experts-0"), 0.0
     for _ in range(50):
@@ -386,6 +404,15 @@ def test_the_earlier_and_the_later_half_of_a_window_have_about_as_many_rows(tele
     assert np.array_equal(earlier_LE + later_LE, window_LE)
     assert earlier_LE[0, 0] >= window_LE[0, 0] / 2 > earlier_LE[0, 0] - max(rows)
     assert later_LE.min() > 0
+
+
+@pytest.mark.parametrize("num_steps", [2, 6])
+def test_of_equal_steps_as_many_are_earlier_as_later(telemetry: Telemetry, num_steps: int) -> None:
+    shard = Shard("experts-0")
+    for second in range(1, num_steps + 1):
+        telemetry.record(second, [shard.work(tokens_LE=7)])
+    for half_LE in telemetry.halves(float(num_steps)):
+        assert (half_LE == 7 * num_steps / 2).all()
 
 
 def test_a_window_of_one_step_has_no_later_half(telemetry: Telemetry) -> None:

@@ -13,7 +13,7 @@ from octet.errors import ConfigError
 from octet.ids import Epoch, WorkerId
 from router.balancing.measure import shard_loads
 from router.balancing.topology import Budget
-from router.placement import EMPTY, place_evenly
+from router.placement import EMPTY, from_physical, place_evenly
 from router.routing import Routing
 from router.transition import Transition, compact, missing_experts, propose, shard_slots, with_capacity
 
@@ -232,3 +232,25 @@ def test_any_chain_of_changes_keeps_every_expert_reachable(data: st.DataObject) 
                 held = row[row != EMPTY].tolist()
                 assert len(held) == len(set(held))
         current = step.target
+
+
+def test_what_is_copied_is_spread_over_those_that_hold_it() -> None:
+    current = routing(2)
+    doubled = propose(
+        current, random_loads(), epoch=EPOCH, num_redundant=NUM_EXPERTS, budget=Budget(), min_domains=2
+    ).target
+    step = reshaped(doubled, joining=[shard(7)])
+    lent = collections.Counter(fill.source for fill in step.fills)
+    assert lent.keys() == {shard(0), shard(1)}
+    assert max(lent.values()) - min(lent.values()) <= 1
+
+
+def test_layers_that_cannot_be_changed_count_for_nothing_and_the_reason_names_their_number() -> None:
+    """Half of the experts would lose their last slot, and no slot is free for them."""
+    held_S = [*range(9), *range(6), *range(9, 12)]
+    placement = from_physical(np.array([held_S] * len(LAYERS), np.int32), LAYERS, NUM_EXPERTS, 2, version=5)
+    current = Routing(epoch=Epoch(3), shards=(shard(0), shard(1)), placement=placement)
+    step = propose(current, random_loads(), epoch=EPOCH, num_redundant=0, budget=Budget())
+    assert (step.fills, step.target.placement.version) == ((), 5)
+    assert f"; {len(LAYERS)} layers stay as they are" in step.reason
+    assert (step.gain, step.needed) == (0, False)

@@ -217,6 +217,40 @@ def test_long_frames_hold_up_neither_end_before_it_has_to_wait() -> None:
         served.result(PATIENT_S)
 
 
+def test_a_long_reply_goes_behind_one_that_is_not_read_yet() -> None:
+    worker, shard = form_pair(PATIENT_S)
+    exchange, port = LaneExchange([Link(worker, LONG, EPOCH)]), LanePort(shard, LONG, EPOCH, PATIENT_S)
+    x_TH = torch.randn(LONG.max_rows, LONG.hidden_size)
+    plan = PlanByShard((_everything(LONG),))
+    with ThreadPoolExecutor(1) as pool:
+
+        def answer_both_at_last() -> None:
+            calls = [next_call(port) for _ in range(2)]
+            # Views of the inbox, which the answers do not touch.
+            for call in calls:
+                port.reply(call, call.rows.x_UH * (call.layer + 1))
+            assert port.receive() is None
+
+        served = pool.submit(answer_both_at_last)
+        tickets = [exchange.send(layer, x_TH, plan) for layer in range(2)]
+        for layer, ticket in enumerate(tickets):
+            y_TH = torch.zeros_like(x_TH)
+            exchange.receive(ticket, y_TH)
+            assert torch.equal(y_TH, x_TH * (layer + 1))
+        exchange.close()
+        served.result(PATIENT_S)
+
+
+def test_a_link_that_closes_says_so_and_breaks_its_connection() -> None:
+    worker, shard = form_pair(PATIENT_S)
+    exchange = LaneExchange([Link(worker, LONG, EPOCH)])
+    exchange.close()
+    assert LanePort(shard, LONG, EPOCH, PATIENT_S).receive() is None
+    # A shard that never reads again holds no port of the worker's open.
+    with within(MARGIN_S):
+        assert os.read(shard.fd, 1) == b""
+
+
 def test_few_rows_go_behind_a_long_frame_that_is_not_taken_yet() -> None:
     """What compiled code sends and waits for at all shards, beside what is sent to each."""
     pairs = [form_pair(PATIENT_S) for _ in range(2)]
