@@ -51,6 +51,11 @@ class ModelRunner:
             sampler_cpu()
 
     @property
+    def invariant(self) -> bool:
+        """See `Transformer.invariant`."""
+        return self._transformer.invariant
+
+    @property
     def drafts(self) -> bool:
         """Whether there is an MTP head, whose keys and values have to be kept."""
         return self._mtp is not None

@@ -57,6 +57,11 @@ class Transformer:
         if packs(cache.dtype, cache.device):
             self._compiled = compiled_layers().CompiledLayers(config, cache)
 
+    @property
+    def invariant(self) -> bool:
+        """Whether a token that attends on its own has the same bits in any batch: compiled sums have one order."""
+        return self._compiled is not None
+
     @torch.inference_mode()
     def forward(
         self, batches: Sequence[Batch], routed: RoutedLayer[_Pending], between: Callable[[], None] = lambda: None

@@ -118,7 +118,7 @@ class PrefillEngine:
         chunks = self._queue.chunks(self._budget)
         if chunks:
             try:
-                hidden = self._runner.run([self._span(chunk) for chunk in chunks])
+                hidden = self._run(chunks)
             except ExpertMissingError as error:
                 # What waits was not asked for, and what was may be answered elsewhere, or later.
                 for chunk in chunks:
@@ -176,7 +176,7 @@ class PrefillEngine:
         # The log-probabilities of a prompt take every position's hidden state.
         if self._cache is None or _wants_prompt_logprobs(task):
             return []
-        return self._cache.find(task.token_ids)
+        return self._cache.find(task.prompt_ids)
 
     def _pages_of(self, task: Task) -> int:
         return self._pool.pages_for(len(task.token_ids))
@@ -194,13 +194,35 @@ class PrefillEngine:
             for (task, last_H), logits_V in zip(finished, logits, strict=True):
                 self._finish(task, logits_V, last_H, now_s)
 
-    def _span(self, chunk: Chunk) -> Span:
+    def _run(self, chunks: Sequence[Chunk]) -> list[torch.Tensor]:
+        """The hidden states of each chunk that somebody reads. Raises: LaneError."""
+        spans = [self._spans(chunk) for chunk in chunks]
+        hidden = iter(self._runner.run([span for parts in spans for span in parts]))
+        return [torch.cat([next(hidden) for _ in parts]) for parts in spans]
+
+    def _spans(self, chunk: Chunk) -> list[Span]:
+        """The chunk's part of a prompt, and of an answer that is computed again: its tokens attend one by one, as they
+        did when they were written, so that it goes on with the same bits."""
         task = chunk.task
-        wanted: Wanted = "last" if chunk.last else "none"
+        last: Wanted = "last" if chunk.last else "none"
+        before: Wanted = "none"
         if self._runner.drafts or _wants_prompt_logprobs(task):
-            wanted = "all"
-        token_ids = task.token_ids[task.done : chunk.stop]
-        return Span(token_ids=token_ids, start=task.done, pages=task.pages, wanted=wanted)
+            last = before = "all"
+        cut = chunk.stop
+        if self._runner.invariant:
+            cut = min(max(task.done, task.request.num_prompt_tokens), chunk.stop)
+        parts = [(task.done, cut, False), (cut, chunk.stop, True)]
+        return [
+            Span(
+                token_ids=task.token_ids[start:stop],
+                start=start,
+                pages=task.pages,
+                by_token=by_token,
+                wanted=last if stop == chunk.stop else before,
+            )
+            for start, stop, by_token in parts
+            if start < stop
+        ]
 
     def _write_draft_kv(self, chunks: Sequence[Chunk], hidden: Sequence[torch.Tensor]) -> None:
         """The MTP layer's part of the pages. What a prompt's last position holds is up to each choice's first token."""
@@ -225,7 +247,7 @@ class PrefillEngine:
             self._fail([task], NO_TOKEN_REASON, retryable=False)
             return
         if self._cache is not None:
-            self._cache.add(task.token_ids, task.pages)
+            self._cache.add(task.prompt_ids, task.pages)
         num_top = request.output.logprobs
         reported = None if num_top is None else logprobs(logits, tokens, num_top)
         going_on: list[tuple[int, int]] = []

@@ -29,6 +29,11 @@ class Task:
     def remaining(self) -> int:
         return len(self.token_ids) - self.done
 
+    @property
+    def prompt_ids(self) -> list[int]:
+        """Without what is known of the answer, where it is computed again."""
+        return self.token_ids[: self.request.num_prompt_tokens]
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Chunk:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 from cluster.api.chunks import concatenate, to_chunk
 from cluster.api.pace import Pace
@@ -23,6 +26,10 @@ from octet.v1 import octet_pb2_grpc as rpc
 
 _LONG_BYTES = 2**15
 """A request of this size takes some milliseconds to tokenize."""
+_CORES_PER_LONG = 4
+"""So many of the machine's cores for each long request that is tokenized: streams go on meanwhile."""
+
+_T = TypeVar("_T")
 
 
 class GenerationService(rpc.GenerationServicer):
@@ -33,6 +40,8 @@ class GenerationService(rpc.GenerationServicer):
         """
         self._frontend, self._model_name, self._num_parameters = frontend, model_name, num_parameters
         self._max_stall_s, self._pace = max_stall_s, Pace()
+        num_threads = max(1, (os.cpu_count() or 1) // _CORES_PER_LONG)
+        self._long = ThreadPoolExecutor(num_threads, thread_name_prefix="tokenize")
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
         response = pb.GenerateResponse()
@@ -70,9 +79,7 @@ class GenerationService(rpc.GenerationServicer):
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         async with _errors_as_status(context):
             tokenizer = require_tokenizer(self._frontend.tokenizer, request.WhichOneof("input") or "input")
-            if request.ByteSize() <= _LONG_BYTES:
-                return pb.TokenizeResponse(token_ids=input_ids(request, tokenizer))
-            return pb.TokenizeResponse(token_ids=await asyncio.to_thread(input_ids, request, tokenizer))
+            return pb.TokenizeResponse(token_ids=await self._tokenize(request, lambda: input_ids(request, tokenizer)))
         raise AssertionError("an error is raised again as a status")
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
@@ -100,12 +107,16 @@ class GenerationService(rpc.GenerationServicer):
         )
 
     async def _parse(self, request: pb.GenerateRequest, context: Context) -> GenerateSpec:
-        """Refuse what can be refused unread; tokenize a long prompt where it holds up nobody's stream."""
+        """Refuse what can be refused unread, before any work; then what is malformed."""
         self._frontend.refuse_early(RequestId(request.request_id), request.priority, context.time_remaining())
         limits, tokenizer = self._frontend.limits, self._frontend.tokenizer
+        return await self._tokenize(request, lambda: parse_request(request, limits, tokenizer))
+
+    async def _tokenize(self, request: pb.GenerateRequest | pb.TokenizeRequest, work: Callable[[], _T]) -> _T:
+        """Long requests in threads of their own, a few at a time. Whose call ends before their turn are left out."""
         if request.ByteSize() <= _LONG_BYTES:
-            return parse_request(request, limits, tokenizer)
-        return await asyncio.to_thread(parse_request, request, limits, tokenizer)
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._long, work)
 
     async def _stream(self, reader: Reader, context: Context) -> None:
         await _tell_accepted(context, reader)

@@ -50,12 +50,14 @@ class Transcript:
 
     def read(self, first: int) -> Piece:
         """Everything from entry `first` on, which is also the number of the first token."""
+        # Of the tokens that its client had received before, which come first, there are none.
+        without = self.num_tokens - len(self._logprobs)
         return Piece(
             choice=self._choice,
             offset=min(first, self.num_tokens),
             token_ids=tuple(self._token_ids[first:]),
             text="".join(self._texts[first:]),
-            logprobs=tuple(self._logprobs[first:]),
+            logprobs=tuple(self._logprobs[max(0, first - without) :]),
             finish_reason=self.finish_reason,
             matched_stop=self._matched_stop,
         )

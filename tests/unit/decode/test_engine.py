@@ -603,6 +603,27 @@ def test_of_those_that_wait_the_most_urgent_comes_first(pairs: Callable[..., Pai
     assert ends == [running.request_id, urgent.request_id, later.request_id]
 
 
+@pytest.mark.parametrize("num_pages", [NUM_PAGES, 64])
+@pytest.mark.parametrize("chunk_tokens", [7, 512])
+def test_what_is_computed_again_has_the_same_bits(
+    pairs: Callable[..., Pair], chunk_tokens: int, num_pages: int
+) -> None:
+    """The answer's tokens attend one by one again, as they did: else a near tie might end another way."""
+    num_prompt, num_new = int(torch.randint(1, 40, (), generator=_random)), 60
+    asked = request(num_prompt, max_new_tokens=num_new, output=Output(logprobs=2))
+    undisturbed, disturbed = pairs(num_pages=num_pages), pairs(num_pages=num_pages, chunk_tokens=chunk_tokens)
+    undisturbed.run(asked)
+    disturbed.submit(asked)
+    known = int(torch.randint(2, num_new, (), generator=_random))
+    disturbed.until(lambda: len(disturbed.of(TokenEvent)) >= known)
+    disturbed.abort(asked)
+    (again,) = disturbed.journals[asked.request_id].compute_again([0])
+    disturbed.prefill.handle(again)
+    disturbed.until(lambda: disturbed.journals[asked.request_id].ended)
+    told = [[event.logprob for event in pair.of(TokenEvent)] for pair in (undisturbed, disturbed)]
+    assert told[0] == told[1]
+
+
 # Leaving.
 
 

@@ -2,6 +2,8 @@ import json
 import pathlib
 import random
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -110,6 +112,28 @@ def test_a_corrupt_tokenizer_file_is_named(tmp_path: pathlib.Path, content: byte
 @pytest.mark.parametrize("text", SAMPLES)
 def test_text_survives_the_round_trip(embedded: Tokenizer, text: str) -> None:
     assert embedded.decode(embedded.encode(text)) == text
+
+
+def test_other_threads_go_on_while_a_long_text_is_encoded(embedded: Tokenizer) -> None:
+    text = " ".join(random.choices(["bread", "kitchen", "a", "river", "7", "octet"], k=200_000))
+    longest_s, ended = 0.0, threading.Event()
+
+    def watch() -> None:
+        nonlocal longest_s
+        before_s = time.perf_counter()
+        while not ended.wait(0.001):
+            now_s = time.perf_counter()
+            longest_s, before_s = max(longest_s, now_s - before_s), now_s
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    begun_s = time.perf_counter()
+    ids = embedded.encode(text)
+    took_s = time.perf_counter() - begun_s
+    ended.set()
+    watching.join()
+    assert embedded.decode(ids) == text
+    assert longest_s < took_s / 2
 
 
 def test_special_tokens_are_dropped_unless_kept(embedded: Tokenizer) -> None:

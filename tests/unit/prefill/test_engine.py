@@ -263,7 +263,7 @@ def test_requests_are_served_by_priority_then_arrival(model: Model) -> None:
 def test_what_has_begun_counts_until_its_first_token_without_what_is_cached(model: Model) -> None:
     prefill = Prefill(model, max_requests=1, chunk_tokens=4)
     first, more = request(9), request(7)
-    longer = dataclasses.replace(more, token_ids=first.token_ids + more.token_ids)
+    longer = dataclasses.replace(more, token_ids=first.token_ids + more.token_ids, num_prompt_tokens=16)
     found = []
     for one in (first, longer):
         prefill.engine.handle(one)

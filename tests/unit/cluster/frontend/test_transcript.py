@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from cluster.frontend.answer import Piece
@@ -40,6 +42,17 @@ def test_it_is_read_from_any_token_on(
     assert (read.offset, read.token_ids, read.text) == (first, token_ids, text)
     assert [entry.token_id for entry in read.logprobs] == list(token_ids)
     assert (read.choice, read.finish_reason, read.matched_stop) == (3, "stop", 7)
+
+
+@pytest.mark.parametrize("first", range(6))
+def test_log_probabilities_stand_beside_their_tokens_though_received_ones_have_none(first: int) -> None:
+    transcript = Transcript(3)
+    for offset in range(2):
+        transcript.add(dataclasses.replace(piece(offset, "r"), logprobs=()))
+    for offset in range(2, 5):
+        transcript.add(piece(offset, "n"))
+    transcript.add(piece(5, "held", "aborted", tokens=0))
+    assert [entry.token_id for entry in transcript.read(first).logprobs] == list(range(100 + max(first, 2), 105))
 
 
 def test_what_an_abort_adds_has_no_token() -> None:
