@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,7 @@ from octet.config import OctetConfig, load_config
 from octet.errors import ConfigError, OctetError, StartupError
 
 _POLL_S = 0.3
+_CONNECT_S = 10.0
 _ANSWER_S = 30.0
 _OBJECT_STORE_BYTES = 128 * 2**20
 """Octet puts nothing large into Ray's object store."""
@@ -109,6 +111,8 @@ def attach(ray_address: str, namespace: str) -> RunningCluster:
 
 
 def _connect(config: OctetConfig) -> None:
+    """Raises: ConfigError."""
+    _check_address(config.ray.address)
     # Nothing is sent anywhere unless the user asks for it.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
@@ -120,6 +124,19 @@ def _connect(config: OctetConfig) -> None:
             ray.init(address=config.ray.address or "local", namespace=config.ray.namespace, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ConfigError("ray.address", config.ray.address, "a running Ray cluster", str(error)) from error
+
+
+def _check_address(address: str | None) -> None:
+    """Whether anybody listens there: Ray itself tries for minutes. Raises: ConfigError."""
+    host, separator, port = (address or "").rpartition(":")
+    if not separator or not port.isdigit() or "://" in host:
+        # Not given, or a name such as 'auto'.
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_S).close()
+    except OSError as error:
+        fix = f"nothing answers there ({error.strerror or error}); `ray start --head` says what its address is"
+        raise ConfigError("ray.address", repr(address), "HOST:PORT of a Ray head that runs, or 'auto'", fix) from error
 
 
 def _start_controller(plan: ServingPlan) -> Any:

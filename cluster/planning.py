@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import re
 
 import numpy as np
 
@@ -24,6 +25,14 @@ from router.transition import shard_slots, with_capacity
 EMBEDDED_MODEL = pathlib.Path(__file__).resolve().parent.parent / "model" / "embedded"
 _CPU_ELEMENT_BYTES = 4
 _GPU_ELEMENT_BYTES = 2
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+
+
+def _not_a_hub(path: str | None) -> str:
+    """What to do about a path that looks like a model's name on a hub."""
+    if not _HUB_ID.fullmatch(path or ""):
+        return ""
+    return f"models are not downloaded: first `hf download {path} --local-dir DIRECTORY`"
 
 
 def make_plan(config: OctetConfig) -> ServingPlan:
@@ -33,7 +42,7 @@ def make_plan(config: OctetConfig) -> ServingPlan:
     """
     model_dir = pathlib.Path(config.model.path).expanduser().resolve() if config.model.path else EMBEDDED_MODEL
     if not model_dir.is_dir():
-        raise ConfigError("model.path", str(model_dir), "a Hugging Face model directory")
+        raise ConfigError("model.path", str(model_dir), "a Hugging Face model directory", _not_a_hub(config.model.path))
     checkpoint = Checkpoint.open(model_dir)
     model = checkpoint.config
     device = _device(config)

@@ -1,7 +1,8 @@
 """Clients of the gRPC API, one blocking and one for asyncio. They need neither torch nor Ray.
 
-Every call carries a deadline. A prompt is a string, a sequence of token ids, or a sequence of (role, content) pairs.
-Options are the fields of `Sampling`, `Stopping` and `Output` in octet.proto, by name.
+Every call carries a deadline. A prompt is a string, a sequence of token ids, or a conversation: a sequence of pairs
+(role, content), or of mappings with these two keys. Options are the fields of `Sampling`, `Stopping` and `Output` in
+octet.proto, by name.
 
 Generation goes on after a lost connection, without a gap or a repeat, up to the call's deadline: see
 `octet.resumption`. Whoever leaves a stream, interrupts a call, or closes the client has the requests aborted that are
@@ -12,6 +13,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import difflib
+import math
 import reprlib
 import threading
 import time
@@ -26,7 +29,8 @@ from octet.tls import Tls
 from octet.v1 import octet_pb2 as pb
 from octet.v1 import octet_pb2_grpc as rpc
 
-Prompt: TypeAlias = str | Sequence[int] | Sequence[tuple[str, str]]
+Chat: TypeAlias = Sequence[tuple[str, str]] | Sequence[Mapping[str, str]]
+Prompt: TypeAlias = str | Sequence[int] | Chat
 
 _SECTIONS: dict[str, Any] = {"sampling": pb.Sampling, "stopping": pb.Stopping, "output": pb.Output}
 _OPTIONS = {field.name: section for section, cls in _SECTIONS.items() for field in cls.DESCRIPTOR.fields}
@@ -57,8 +61,9 @@ class Client:
             resume: whether generation goes on after a lost connection.
             tls: None speaks in the clear.
 
-        Raises: ConfigError for a TLS file that cannot be read.
+        Raises: ConfigError for a TLS file that cannot be read, RequestError for a timeout that is none.
         """
+        self._timeout_s, self._resume = _deadline_s(timeout_s, timeout_s), resume
         self._channel = (
             grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
             if tls is None
@@ -66,7 +71,6 @@ class Client:
         )
         self._generation = rpc.GenerationStub(self._channel)
         self._cluster = rpc.ClusterStub(self._channel)
-        self._timeout_s, self._resume = timeout_s, resume
         self._under_way, self._closed, self._lock = set[Resumption](), False, threading.Lock()
 
     def __enter__(self) -> Client:
@@ -132,7 +136,7 @@ class Client:
         """End a live request; an unknown one is no error."""
         self._call(self._generation.Abort, pb.AbortRequest(request_id=request_id), timeout_s)
 
-    def tokenize(self, prompt: str | Sequence[tuple[str, str]], *, timeout_s: float | None = None) -> list[int]:
+    def tokenize(self, prompt: str | Chat, *, timeout_s: float | None = None) -> list[int]:
         request = make_tokenize_request(prompt)
         return list(self._call(self._generation.Tokenize, request, timeout_s).token_ids)
 
@@ -163,7 +167,8 @@ class Client:
         return response
 
     def _ask(self, prompt: Prompt, timeout_s: float | None, options: dict[str, Any]) -> Resumption:
-        asked = Resumption(make_request(prompt, **options), timeout_s or self._timeout_s, resume=self._resume)
+        deadline_s = _deadline_s(timeout_s, self._timeout_s)
+        asked = Resumption(make_request(prompt, **options), deadline_s, resume=self._resume)
         with self._lock:
             if self._closed:
                 raise CallError(grpc.StatusCode.CANCELLED, _CLOSED)
@@ -200,8 +205,9 @@ class Client:
                 self.abort(asked.request_id, timeout_s=_ABORT_S)
 
     def _call(self, method: Any, request: Any, timeout_s: float | None) -> Any:
+        deadline_s = _deadline_s(timeout_s, self._timeout_s)
         try:
-            return self._unless_closed(lambda: method(request, timeout=timeout_s or self._timeout_s))
+            return self._unless_closed(lambda: method(request, timeout=deadline_s))
         except grpc.RpcError as error:
             raise typed(error) from None
 
@@ -211,6 +217,7 @@ class AsyncClient:
 
     def __init__(self, address: str, timeout_s: float = 300.0, *, resume: bool = True, tls: Tls | None = None) -> None:
         """As for `Client`."""
+        self._timeout_s, self._resume = _deadline_s(timeout_s, timeout_s), resume
         self._channel = (
             grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
             if tls is None
@@ -218,7 +225,6 @@ class AsyncClient:
         )
         self._generation: Any = rpc.GenerationStub(self._channel)
         self._cluster: Any = rpc.ClusterStub(self._channel)
-        self._timeout_s, self._resume = timeout_s, resume
         self._under_way, self._closed = set[Resumption](), False
 
     async def __aenter__(self) -> AsyncClient:
@@ -284,7 +290,7 @@ class AsyncClient:
         """End a live request; an unknown one is no error."""
         await self._call(self._generation.Abort, pb.AbortRequest(request_id=request_id), timeout_s)
 
-    async def tokenize(self, prompt: str | Sequence[tuple[str, str]], *, timeout_s: float | None = None) -> list[int]:
+    async def tokenize(self, prompt: str | Chat, *, timeout_s: float | None = None) -> list[int]:
         response = await self._call(self._generation.Tokenize, make_tokenize_request(prompt), timeout_s)
         return list(response.token_ids)
 
@@ -318,7 +324,8 @@ class AsyncClient:
         return response
 
     def _ask(self, prompt: Prompt, timeout_s: float | None, options: dict[str, Any]) -> Resumption:
-        asked = Resumption(make_request(prompt, **options), timeout_s or self._timeout_s, resume=self._resume)
+        deadline_s = _deadline_s(timeout_s, self._timeout_s)
+        asked = Resumption(make_request(prompt, **options), deadline_s, resume=self._resume)
         if self._closed:
             raise CallError(grpc.StatusCode.CANCELLED, _CLOSED)
         self._under_way.add(asked)
@@ -354,9 +361,10 @@ class AsyncClient:
                 await self.abort(asked.request_id, timeout_s=_ABORT_S)
 
     async def _call(self, method: Any, request: Any, timeout_s: float | None) -> Any:
+        deadline_s = _deadline_s(timeout_s, self._timeout_s)
         try:
             with self._unless_closed():
-                return await method(request, timeout=timeout_s or self._timeout_s)
+                return await method(request, timeout=deadline_s)
         except grpc.RpcError as error:
             raise typed(error) from None
 
@@ -372,18 +380,22 @@ def make_request(prompt: Prompt, *, request_id: str = "", priority: int = 0, **o
     try:
         if isinstance(prompt, str):
             request.text = prompt
-        elif prompt and isinstance(prompt[0], tuple):
+        elif prompt and isinstance(prompt[0], tuple | Mapping):
             request.chat.CopyFrom(_chat(prompt))
         else:
             request.token_ids.ids.extend(prompt)  # type: ignore[arg-type]
             request.token_ids.SetInParent()
     except (TypeError, ValueError) as error:
-        expected = "a text, token ids of 32 bits, or pairs (role, text)"
+        expected = "a text, token ids of 32 bits, or messages: pairs (role, content), or mappings with these keys"
         raise RequestError("prompt", reprlib.repr(prompt), expected, str(error)) from error
     sections: dict[str, dict[str, Any]] = {section: {} for section in _SECTIONS}
     for name, value in options.items():
         if name not in _OPTIONS:
-            raise RequestError(name, repr(value), f"one of {', '.join(sorted(_OPTIONS))}")
+            known = sorted({*_OPTIONS, "request_id", "priority", "timeout_s"})
+            near = difflib.get_close_matches(name, known, n=1)
+            raise RequestError(
+                name, repr(value), f"one of {', '.join(known)}", f"did you mean '{near[0]}'?" if near else ""
+            )
         if value is not None:
             sections[_OPTIONS[name]][name] = value
     for section, fields in sections.items():
@@ -394,12 +406,12 @@ def make_request(prompt: Prompt, *, request_id: str = "", priority: int = 0, **o
     return request
 
 
-def make_tokenize_request(prompt: str | Sequence[tuple[str, str]]) -> pb.TokenizeRequest:
+def make_tokenize_request(prompt: str | Chat) -> pb.TokenizeRequest:
     """Raises: RequestError."""
     try:
         return pb.TokenizeRequest(text=prompt) if isinstance(prompt, str) else pb.TokenizeRequest(chat=_chat(prompt))
     except (TypeError, ValueError) as error:
-        raise RequestError("prompt", reprlib.repr(prompt), "a text, or pairs (role, text)", str(error)) from error
+        raise RequestError("prompt", reprlib.repr(prompt), "a text, or pairs (role, content)", str(error)) from error
 
 
 def make_scale_request(sizes: Mapping[str, int]) -> pb.ScaleRequest:
@@ -411,4 +423,24 @@ def make_scale_request(sizes: Mapping[str, int]) -> pb.ScaleRequest:
 
 
 def _chat(messages: Any) -> pb.Chat:
-    return pb.Chat(messages=[pb.Message(role=role, content=content) for role, content in messages])
+    """Raises: TypeError, ValueError."""
+    chat = pb.Chat()
+    for message in messages:
+        if isinstance(message, Mapping):
+            if set(message) != {"role", "content"}:
+                raise ValueError(f"a message has 'role' and 'content', found {sorted(message)}")
+            chat.messages.add(role=message["role"], content=message["content"])
+        else:
+            role, content = message
+            chat.messages.add(role=role, content=content)
+    return chat
+
+
+def _deadline_s(timeout_s: float | None, default_s: float) -> float:
+    """Raises: RequestError."""
+    if timeout_s is None:
+        return default_s
+    # gRPC takes an infinite one for one that has passed.
+    if not (isinstance(timeout_s, int | float) and math.isfinite(timeout_s) and timeout_s > 0):
+        raise RequestError("timeout_s", repr(timeout_s), "a finite number of seconds above 0")
+    return timeout_s

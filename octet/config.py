@@ -388,7 +388,18 @@ def load_config(
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "config"
-        raise ConfigError(field, repr(first["input"]) if first["loc"] else "a contradiction", first["msg"]) from error
+        raise _invalid(field, first["type"], first["input"], first["msg"]) from error
+
+
+def _invalid(field: str, kind: str, found: object, message: str) -> ConfigError:
+    """In our words rather than pydantic's."""
+    if kind == "value_error":
+        # A check of ours, often of several fields together.
+        return ConfigError(field, "a contradiction", "fields that agree", message.removeprefix("Value error, "))
+    expected = message.removeprefix("Input should be ")
+    if expected.startswith(("greater", "less")):
+        expected = f"a value {expected}"
+    return ConfigError(field, repr(found), expected)
 
 
 def _read_yaml(file: pathlib.Path) -> dict[str, Any]:

@@ -250,11 +250,13 @@ class Frontend:
 
     def _left_alone(self, live: LiveRequest) -> None:
         """The last client went away, or its deadline passed: its handler was cancelled."""
-        error = RequestCancelledError("nobody reads it any more")
         if not live.resumable:
+            error = RequestCancelledError("its client left, and it was not `resumable`: nobody reads it any more")
             self._end(live, Outcome(kind="cancelled", error=error))
         elif live.record.outcome is None:
-            grace_s, outcome = self._config.resume_grace_s, Outcome(kind="cancelled", error=error)
+            grace_s = self._config.resume_grace_s
+            error = RequestCancelledError(f"nobody reads it any more, for {grace_s:g} s (frontend.resume_grace_s)")
+            outcome = Outcome(kind="cancelled", error=error)
             live.set_timer("grace", asyncio.get_running_loop().call_later(grace_s, self._end, live, outcome))
 
     def _prolong(self, live: LiveRequest, timeout_s: float) -> None:

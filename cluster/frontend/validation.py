@@ -76,13 +76,16 @@ def parse_request(message: pb.GenerateRequest, limits: Limits, tokenizer: Tokeni
         # It is told in the call's metadata, which takes nothing else.
         raise RequestError("request_id", repr(message.request_id), "visible ASCII characters")
     received = _received(message, limits, n)
+    sampling = _sampling(message.sampling, limits.generation)
+    if any(received) and not sampling.greedy and not message.sampling.HasField("seed"):
+        raise RequestError("sampling.seed", "none", "the seed of the answer that `received` is of", "or temperature 0")
     request = PrefillRequest(
         request_id=RequestId(message.request_id or uuid.uuid4().hex),
         attempt=0,
         choices=tuple(range(n)),
         token_ids=pack_ids(token_ids),
         num_prompt_tokens=len(token_ids),
-        sampling=_sampling(message.sampling, limits.generation),
+        sampling=sampling,
         stopping=stopping,
         output=_output(message.output, limits),
         priority=message.priority,

@@ -32,6 +32,13 @@ def test_speculation_without_an_mtp_layer_is_refused(tmp_path: pathlib.Path) -> 
         make_plan(load_config(None, [model, DRAFTS]))
 
 
+def test_a_name_on_a_hub_is_told_what_to_do_and_other_paths_are_not() -> None:
+    with pytest.raises(ConfigError, match=r"hf download zai-org/GLM-4\.6 --local-dir"):
+        make_plan(load_config(None, ["model.path=zai-org/GLM-4.6"]))
+    with pytest.raises(ConfigError, match=r"expected a Hugging Face model directory$"):
+        make_plan(load_config(None, ["model.path=/no/such/model"]))
+
+
 def test_pools_share_the_cores_and_decode_workers_take_turns_with_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)))
     assert make_plan(load_config()).threads == {"prefill": 12, "decode": 12, "experts": 3}

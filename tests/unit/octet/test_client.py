@@ -213,6 +213,31 @@ def test_what_the_protocol_cannot_carry_is_named(prompt: Any, options: dict[str,
         make_request(prompt, **options)
 
 
+def test_a_conversation_is_pairs_or_mappings() -> None:
+    pairs = make_request([("system", "be brief"), ("user", "hi")])
+    mappings = make_request([{"role": "system", "content": "be brief"}, {"content": "hi", "role": "user"}])
+    assert pairs == mappings
+    assert [message.role for message in mappings.chat.messages] == ["system", "user"]
+
+
+def test_a_wrong_option_is_told_the_nearest() -> None:
+    with pytest.raises(RequestError, match="did you mean 'max_new_tokens'"):
+        make_request("hi", max_tokens=3)
+
+
+@pytest.mark.parametrize("timeout_s", [0, -1.0, float("inf"), float("nan")])
+async def test_a_timeout_that_is_none_is_refused_and_no_call_is_made(timeout_s: float) -> None:
+    with pytest.raises(RequestError, match="'timeout_s'"):
+        Client("127.0.0.1:1", timeout_s)
+    with Client("127.0.0.1:1") as client:
+        for call in (client.generate, client.tokenize):
+            with pytest.raises(RequestError, match="'timeout_s'"):
+                call("hi", timeout_s=timeout_s)
+    async with AsyncClient("127.0.0.1:1") as asking:
+        with pytest.raises(RequestError, match="'timeout_s'"):
+            await asking.generate("hi", timeout_s=timeout_s)
+
+
 def test_sizes_that_are_no_numbers_of_members_are_refused() -> None:
     with Client("127.0.0.1:1") as client, pytest.raises(RequestError, match="sizes"):
         client.scale(experts=2**40)

@@ -198,5 +198,19 @@ def test_a_contradiction_in_the_autoscalers_section_names_the_fields(overrides: 
         load_config(None, overrides)
 
 
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("pools.decode.size=many", "'pools.decode.size': found 'many', expected a valid integer"),
+        ("frontend.max_message_mib=4096", "found 4096, expected a value less than or equal to 2047"),
+        ("autoscaler.look_back_period_s=5", "found a contradiction, expected fields that agree; autoscaler.look_back"),
+    ],
+)
+def test_what_a_field_takes_is_told_in_our_words(override: str, says: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load_config(None, [override])
+    assert says in str(raised.value)
+
+
 def test_sizes_outside_the_bounds_are_fine_while_the_autoscaler_is_off() -> None:
     assert load_config(None, ["pools.decode.size=20"]).pools.decode.size == 20

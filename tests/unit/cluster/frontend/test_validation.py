@@ -271,8 +271,16 @@ def test_an_answer_is_kept_if_anybody_can_ask_for_it(
 
 
 def test_received_tokens_are_taken_by_choice(limits: Limits) -> None:
-    asked = message(sampling=pb.Sampling(n=3), received=[pb.TokenIds(ids=[5, 6]), pb.TokenIds()])
+    asked = message(sampling=pb.Sampling(n=3, seed=1), received=[pb.TokenIds(ids=[5, 6]), pb.TokenIds()])
     assert parse(asked, limits).received == ((5, 6), ())
+
+
+def test_an_answer_that_was_sampled_goes_on_with_its_seed_or_not_at_all(limits: Limits) -> None:
+    sampled, greedy = pb.Sampling(temperature=0.5), pb.Sampling(temperature=0)
+    with pytest.raises(RequestError, match=r"'sampling.seed'.*the seed of the answer"):
+        parse(message(sampling=sampled, received=[pb.TokenIds(ids=[5])]), limits)
+    assert parse(message(sampling=sampled, received=[pb.TokenIds()]), limits).received == ((),)
+    assert parse(message(sampling=greedy, received=[pb.TokenIds(ids=[5])]), limits).received == ((5,),)
 
 
 @pytest.mark.parametrize(
