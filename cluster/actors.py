@@ -53,7 +53,14 @@ async def call(name: str, awaitable: Awaitable[_T], timeout_s: float | None = No
             raise cause from None
         raise StartupError(f"{name}: {error}") from error
     except ray.exceptions.RayActorError as error:
-        raise UnavailableError(f"{name}: its process is gone ({type(error).__name__})") from error
+        raise UnavailableError(f"{name}: its process is gone ({_why(error)})") from error
+
+
+def _why(error: ray.exceptions.RayActorError) -> str:
+    """Of one that could not even be made, Ray tells the traceback, whose last line says what the matter is."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    made = not lines or "creation task" not in lines[0]
+    return type(error).__name__ if made else lines[-1]
 
 
 class Gone:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from typing import Protocol
@@ -14,6 +15,9 @@ from octet.ids import WorkerId
 _log = logging.getLogger(__name__)
 
 _RETRY_S = 1.0
+_LONGEST_RETRY_S = 15.0
+_PATIENT_TRIES = 3
+"""What has failed so often, one time after the other, will hardly be better a second later."""
 
 
 class Mender(Protocol):
@@ -40,6 +44,8 @@ class Recovery:
         """
         self._mender, self._short, self._retry_s = mender, short, retry_s
         self._lost: dict[WorkerId, str] = {}
+        self._failures = 0
+        """In a row."""
         self._more = asyncio.Event()
         self._replacing: dict[Pool, asyncio.Task[None]] = {}
 
@@ -51,6 +57,11 @@ class Recovery:
     def reason(self) -> str:
         """Who is to be done without, and why."""
         return "; ".join(f"{worker_id}: {why}" for worker_id, why in self._lost.items())
+
+    @property
+    def pause_s(self) -> float:
+        """Until the next try, if nobody else is lost."""
+        return min(self._retry_s * 2.0 ** max(0, self._failures - _PATIENT_TRIES), _LONGEST_RETRY_S)
 
     def add(self, worker_id: WorkerId, reason: str) -> None:
         self._lost[worker_id] = reason
@@ -79,8 +90,12 @@ class Recovery:
             await self._mender.recover(lost)
         except Exception as error:
             _say("no recovery yet", error)
-            await asyncio.sleep(self._retry_s)
+            self._failures += 1
+            with contextlib.suppress(TimeoutError):
+                # Another loss may be why it failed.
+                await asyncio.wait_for(self._more.wait(), self.pause_s)
             return
+        self._failures = 0
         self._lost = {worker_id: why for worker_id, why in self._lost.items() if worker_id not in lost}
 
     async def _replace(self, reason: str) -> None:

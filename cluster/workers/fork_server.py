@@ -40,6 +40,8 @@ PRELOADED = (
     "cluster.workers.attention_worker",
     "cluster.workers.shard_worker",
     "cluster.workers.router_actor",
+    "cluster.api.frontend_actor",
+    "cluster.control.controller",
     "experts.grouped_cpu",
     "model.compiled_layers",
     "router.frames_cpu",

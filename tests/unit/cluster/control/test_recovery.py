@@ -74,6 +74,25 @@ async def test_a_pool_without_room_holds_up_neither_other_pools_nor_the_next_los
     assert cluster.sizes == cluster.wanted
 
 
+async def test_what_fails_again_and_again_is_tried_less_often_until_another_one_is_lost() -> None:
+    cluster = Cluster(no_room=set())
+    cluster.recovery = Recovery(cluster, cluster.short, retry_s=1.0)
+    pauses = [cluster.recovery.pause_s]
+    for cluster.recovery._failures in range(1, 10):
+        pauses.append(cluster.recovery.pause_s)
+    assert pauses == [1, 1, 1, 1, 2, 4, 8, 15, 15, 15]
+    cluster.refusals = 1
+    cluster.lose("decode", "decode-0")
+    running = asyncio.create_task(cluster.recovery.run())
+    while cluster.refusals:
+        await asyncio.sleep(0)
+    cluster.lose("experts", "experts-0")
+    # At once, not after fifteen seconds.
+    await asyncio.wait_for(running, 5)
+    assert cluster.sizes == cluster.wanted
+    assert cluster.recovery.pause_s == 1
+
+
 async def waited_until_less_was_wanted() -> Cluster:
     """It had no room for a decode worker, and then was to have one less."""
     cluster = Cluster(no_room={"decode"})
