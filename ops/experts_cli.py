@@ -39,7 +39,7 @@ def report(
         pathlib.Path | None, typer.Option(help="FILE.html, FILE.png or FILE.txt; default: print it.")
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="Text to be shown token by token.")] = None,
-    seed: Annotated[int, typer.Option(help="Shuffles labels, to tell what is chance.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Shuffles labels, to tell what is chance.")] = 0,
 ) -> None:
     """Run a labelled corpus through a model in this process, and show which experts fire on what."""
     from cluster.planning import EMBEDDED_MODEL

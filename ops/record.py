@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 from rich.console import Console
+from rich.text import Text
 
 from octet.client import Client
 from octet.errors import UnavailableError
@@ -22,7 +23,7 @@ from router.trace.values import MEMBER_NUMBERS, MemberRecord, TraceHeader, Trace
 
 
 def record(client: Client, file: pathlib.Path, seconds: float, step_s: float, console: Console) -> None:
-    """Write a window every `step_s` seconds, for so many seconds or until Ctrl-C.
+    """Write a window every `step_s` seconds, for so many seconds or until Ctrl-C. The last one ends when they are over.
 
     Raises: TraceError, CallError; UnavailableError if the cluster has no telemetry.
     """
@@ -39,23 +40,26 @@ def record(client: Client, file: pathlib.Path, seconds: float, step_s: float, co
                 f"{window.t_s + window.duration_s:8.1f} s  {window.tokens / window.duration_s:10,.1f} tokens/s  "
                 f"balancedness {window.balancedness:.3f}"
             )
-    console.print(f"{num_windows} windows are in {file}")
+    console.print(Text(f"{num_windows} windows are in {file}"))
 
 
 def _windows(
     client: Client, header: TraceHeader, first: pb.GetStatusResponse, seconds: float, step_s: float, console: Console
 ) -> Iterator[TraceWindow]:
-    start_s = begun_s = time.monotonic()
+    start_s = begun_s = now_s = time.monotonic()
     before: pb.GetStatusResponse | None = first
-    next_s = start_s + step_s
-    while begun_s < start_s + seconds:
-        time.sleep(max(0.0, next_s - time.monotonic()))
+    next_s, end_s = start_s + step_s, start_s + seconds
+    while now_s < end_s:
+        time.sleep(max(0.0, min(next_s, end_s) - time.monotonic()))
         now_s = time.monotonic()
         # A slow answer makes its window longer, and skips the steps that it took.
         next_s += step_s * max(1, -(-(now_s - next_s) // step_s))
         after = client.status(window_s=now_s - begun_s)
         if not after.expert_counts:
-            # The next answer makes up for it.
+            # The next answer makes up for it, if there is one.
+            if now_s >= end_s:
+                left_out = f"{now_s - begun_s:.1f} s are left out: the router service tells nothing"
+                console.print(f"{now_s - start_s:8.1f} s  {left_out}")
             continue
         if before is None or not _goes_on(before, after):
             left_out = f"{now_s - begun_s:.1f} s are left out: the router service counts anew"

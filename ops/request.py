@@ -24,28 +24,30 @@ def parse_prompt(text: str, *, token_ids: bool, chat: bool) -> Prompt:
 
 
 def run(client: Client, prompt: Prompt, options: dict[str, Any], *, stream: bool, as_json: bool) -> None:
-    """Print the answer: text, or token ids where the checkpoint has no tokenizer."""
+    """Print the answer: text, or token ids where the checkpoint has no tokenizer.
+
+    Raises: CallError; RequestError for an option that is none, or for several choices in one stream of text.
+    """
+    if as_json:
+        messages = client.stream(prompt, **options) if stream else [client.generate(prompt, **options)]
+        for message in messages:
+            print(_json(message), flush=True)
+        return
+    if stream and (options.get("n") or 1) > 1:
+        raise RequestError("n", options["n"], "1 with --stream", "with --json, chunks name the choice that they are of")
+    # Text that is empty says nothing: a part of a character, or of a stop string, waits for the rest.
+    has_text = client.model_info().has_tokenizer
     if stream:
-        _stream(client, prompt, options, as_json)
+        for chunk in client.stream(prompt, **options):
+            text = chunk.text if has_text else "".join(f"{token_id} " for token_id in chunk.token_ids)
+            print(text, end="", flush=True)
+        print()
         return
     response = client.generate(prompt, **options)
-    if as_json:
-        print(_json(response))
-        return
     several = len(response.choices) > 1
     for choice in response.choices:
         prefix = f"[{choice.index}] " if several else ""
-        print(prefix + (choice.text or " ".join(map(str, choice.token_ids))))
-
-
-def _stream(client: Client, prompt: Prompt, options: dict[str, Any], as_json: bool) -> None:
-    for chunk in client.stream(prompt, **options):
-        if as_json:
-            print(_json(chunk), flush=True)
-        else:
-            print(chunk.text or "".join(f"{token_id} " for token_id in chunk.token_ids), end="", flush=True)
-    if not as_json:
-        print()
+        print(prefix + (choice.text if has_text else " ".join(map(str, choice.token_ids))))
 
 
 _json = as_json

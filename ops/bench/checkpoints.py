@@ -7,10 +7,12 @@ import pathlib
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from model.census import mtp_tensors, required_tensors
 from model.config import ARCHITECTURE, CONFIG_FILE, read_config
+from octet.errors import ConfigError
 
 BENCH: dict[str, Any] = {
     "architectures": [ARCHITECTURE],
@@ -44,7 +46,18 @@ BENCH: dict[str, Any] = {
 
 
 def write_checkpoint(model_dir: pathlib.Path, fields: dict[str, Any], seed: int = 0) -> None:
-    """A random fp32 checkpoint of these `config.json` fields, with the MTP layers that they announce."""
+    """A random fp32 checkpoint of these `config.json` fields, with the MTP layers that they announce.
+
+    Raises: ConfigError where it cannot be written.
+    """
+    try:
+        _write(model_dir, fields, seed)
+    except (OSError, SafetensorError) as error:
+        found = f"{model_dir} ({error})"
+        raise ConfigError("MODEL_DIR", found, "a directory that can be made or written to, with room") from error
+
+
+def _write(model_dir: pathlib.Path, fields: dict[str, Any], seed: int) -> None:
     model_dir.mkdir(parents=True, exist_ok=True)
     (model_dir / CONFIG_FILE).write_text(json.dumps(fields, indent=2))
     generator, config = np.random.default_rng(seed), read_config(model_dir)

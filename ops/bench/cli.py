@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import random
 from typing import Annotated
 
 import typer
@@ -18,6 +19,9 @@ _ENV_DIR = pathlib.Path("~/.cache/octet/peers")
 _EnvDir = Annotated[pathlib.Path, typer.Option(help="Where peers' environments are built (3.4 GiB for vLLM) and kept.")]
 _Running = Annotated[
     str | None, typer.Option(metavar="HOST:PORT", help="Ask the cluster that runs there with this model, start none.")
+]
+_LoadSeed = Annotated[
+    int | None, typer.Option(min=0, help="Of arrivals and prompts; default: drawn, and printed, for no cache to know.")
 ]
 _JsonFile = Annotated[
     pathlib.Path | None, typer.Option("--json", callback=checked, help="Write the numbers to this file.")
@@ -48,7 +52,7 @@ def bench_serve(
     length_scale: Annotated[float, typer.Option(min=0.0001, help="Of a trace's prompts and answers.")] = 1.0,
     slo_ttft: Annotated[float, typer.Option(help="Goodput: seconds to the first token.")] = 2.0,
     slo_tpot: Annotated[float, typer.Option(help="Goodput: seconds per token after it.")] = 0.2,
-    seed: int = 0,
+    seed: _LoadSeed = None,
     stream_interval: Annotated[
         int | None, typer.Option(min=1, help="Tokens in a chunk after the first; default: the server's.")
     ] = None,
@@ -73,7 +77,7 @@ def bench_serve(
         length_scale=length_scale,
         slo_ttft_s=slo_ttft,
         slo_tpot_s=slo_tpot,
-        seed=seed,
+        seed=_drawn(seed),
         stream_interval=stream_interval,
     )
     run(grpc, options, json_file, plot)
@@ -88,7 +92,7 @@ def bench_overload(
     deadline: Annotated[float, typer.Option(min=0.1, help="Seconds of every request.")] = 10.0,
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 64,
     new_tokens: Annotated[int, typer.Option(min=1)] = 32,
-    seed: int = 0,
+    seed: _LoadSeed = None,
     json_file: _JsonFile = None,
 ) -> None:
     """Goodput and refusals of a running cluster at multiples of the rate that it sustains; by default 0.5 to 10."""
@@ -102,7 +106,7 @@ def bench_overload(
         deadline_s=deadline,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
-        seed=seed,
+        seed=_drawn(seed),
     )
     run(grpc, options, json_file)
 
@@ -302,7 +306,7 @@ def bench_interference(
     from ops.bench.interference.command import bench_interference as run
 
     options = InterferenceOptions(
-        variants=tuple(variant or ("octet",)),
+        variants=tuple(variant or ()),
         address=grpc,
         vllm=vllm,
         streams=streams,
@@ -395,8 +399,12 @@ def bench_simulator(
     run(SimulatorOptions(rounds=rounds, streams=streams, requests=requests), json_file)
 
 
+def _drawn(seed: int | None) -> int:
+    return random.randrange(2**32) if seed is None else seed
+
+
 def _numbers(option: str, text: str) -> tuple[int, ...]:
-    """Raises: typer.BadParameter."""
+    """Different ones. Raises: typer.BadParameter."""
     try:
         numbers = tuple(int(part) for part in text.split(","))
     except ValueError:
@@ -405,4 +413,6 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
         raise typer.BadParameter(
             f"found {text!r}, expected whole numbers from 1, separated by commas", param_hint=option
         )
+    if len(set(numbers)) < len(numbers):
+        raise typer.BadParameter(f"found {text!r}, expected each number once", param_hint=option)
     return numbers

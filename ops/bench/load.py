@@ -1,7 +1,13 @@
-"""Load over gRPC: who asks when and for how much, and what each request experienced."""
+"""Load over gRPC: who asks when and for how much, and what each request experienced.
+
+Latencies of an open loop count from the time at which a request was to be sent, not from its sending: a generator that
+falls behind would otherwise leave out just the waits that the load has brought about. How far it was behind is on
+record. Prompts are drawn before the first request, so that drawing them delays none.
+"""
 
 from __future__ import annotations
 
+import array
 import asyncio
 import dataclasses
 import pathlib
@@ -26,15 +32,21 @@ class Arrival:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What a request experienced, in seconds from its sending."""
+    """What a request experienced, in seconds from when it was due."""
 
-    sent_s: float
-    """When it was sent, in seconds from the beginning of the load."""
+    due_s: float
+    """In an open loop its planned time, in a closed one that of its sending; in seconds from the beginning of the
+    load."""
+    lag_s: float = 0.0
+    """How much later it was sent."""
     prompt_tokens: int
     token_times_s: tuple[float, ...]
     """When each token came; those of one chunk came together."""
     end_s: float
     error: str = ""
+    """The status code that it ended with, if that was none of success."""
+    problem: str = ""
+    """All that the error said."""
 
     @property
     def ttft_s(self) -> float:
@@ -70,7 +82,7 @@ def read_trace(
     Args:
         time_scale: 2 plays it twice as fast.
         length_scale: 0.1 makes prompts and answers a tenth as long.
-        max_len: prompts are cut so that prompt and answer fit this context.
+        max_len: the context. Answers are cut to half of it, and prompts to what an answer leaves.
 
     Raises: ConfigError naming the file, and the line.
     """
@@ -82,38 +94,62 @@ def read_trace(
     return arrivals
 
 
+def draw_prompts(arrivals: Sequence[Arrival], vocab_size: int, draw: random.Random) -> list[array.array[int]]:
+    """Random ids for each; packed, as a trace can have very many."""
+    return [array.array("I", draw.choices(range(vocab_size), k=arrival.prompt_tokens)) for arrival in arrivals]
+
+
 async def closed_loop(
-    client: AsyncClient, arrivals: Sequence[Arrival], streams: int, vocab_size: int
+    client: AsyncClient, arrivals: Sequence[Arrival], streams: int, vocab_size: int, draw: random.Random
 ) -> tuple[list[Outcome], float]:
-    """`streams` users, each asking again when its answer is complete. Returns: outcomes, and seconds in all."""
-    waiting, outcomes = list(reversed(arrivals)), list[Outcome]()
+    """`streams` users, each asking again when its answer is complete.
+
+    Args:
+        draw: of the prompts.
+
+    Returns: outcomes, and seconds in all.
+    """
+    prompts = draw_prompts(arrivals, vocab_size, draw)
+    waiting, outcomes = list(zip(arrivals, prompts, strict=True))[::-1], list[Outcome]()
 
     async def user() -> None:
         while waiting:
-            outcomes.append(await ask(client, waiting.pop(), vocab_size, start_s))
+            outcomes.append(await ask(client, *waiting.pop(), start_s))
 
     start_s = time.perf_counter()
     await asyncio.gather(*(user() for _ in range(streams)))
     return outcomes, time.perf_counter() - start_s
 
 
-async def open_loop(client: AsyncClient, arrivals: Sequence[Arrival], vocab_size: int) -> tuple[list[Outcome], float]:
-    """Each request at its time, however many are under way."""
-    start_s = time.perf_counter()
+async def open_loop(
+    client: AsyncClient, arrivals: Sequence[Arrival], vocab_size: int, draw: random.Random
+) -> tuple[list[Outcome], float]:
+    """Each request at its time, however many are under way. Arguments and what is returned: as for `closed_loop`."""
+    prompts = draw_prompts(arrivals, vocab_size, draw)
 
-    async def one(arrival: Arrival) -> Outcome:
+    async def one(arrival: Arrival, prompt: Sequence[int]) -> Outcome:
         await asyncio.sleep(max(0.0, start_s + arrival.at_s - time.perf_counter()))
-        return await ask(client, arrival, vocab_size, start_s)
+        return await ask(client, arrival, prompt, start_s, due_s=arrival.at_s)
 
-    outcomes = await asyncio.gather(*map(one, arrivals))
+    start_s = time.perf_counter()
+    outcomes = await asyncio.gather(*map(one, arrivals, prompts))
     return list(outcomes), time.perf_counter() - start_s
 
 
-async def ask(client: AsyncClient, arrival: Arrival, vocab_size: int, load_start_s: float) -> Outcome:
-    """A prompt of random ids, greedy, as many tokens as asked for."""
-    prompt = random.choices(range(vocab_size), k=arrival.prompt_tokens)
+async def ask(
+    client: AsyncClient, arrival: Arrival, prompt: Sequence[int], load_start_s: float, due_s: float | None = None
+) -> Outcome:
+    """Greedy, as many tokens as asked for.
+
+    Args:
+        load_start_s: when the load began, on the clock of `time.perf_counter`.
+        due_s: from when latencies count, in seconds since then; None is now.
+    """
+    sent_s = time.perf_counter() - load_start_s
+    due_s = sent_s if due_s is None else due_s
+    zero_s = load_start_s + due_s
     times: list[float] = []
-    start_s, error = time.perf_counter(), ""
+    error = problem = ""
     try:
         chunks = client.stream(
             prompt,
@@ -123,13 +159,15 @@ async def ask(client: AsyncClient, arrival: Arrival, vocab_size: int, load_start
             stream_interval=arrival.stream_interval,
         )
         async for chunk in chunks:
-            times += [time.perf_counter() - start_s] * len(chunk.token_ids)
+            times += [time.perf_counter() - zero_s] * len(chunk.token_ids)
     except CallError as failure:
-        error = failure.code.name
+        error, problem = failure.code.name, str(failure)
     return Outcome(
-        sent_s=start_s - load_start_s,
+        due_s=due_s,
+        lag_s=sent_s - due_s,
         prompt_tokens=arrival.prompt_tokens,
         token_times_s=tuple(times),
-        end_s=time.perf_counter() - start_s,
+        end_s=time.perf_counter() - zero_s,
         error=error,
+        problem=problem,
     )

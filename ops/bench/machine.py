@@ -69,17 +69,21 @@ def describe() -> Machine:
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Machine(
         cpu=names[0] if names else platform.processor() or platform.machine(),
         cores=len(os.sched_getaffinity(0)),
-        memory_gib=round(memory / 2**30),
+        memory_gib=round(memory_bytes() / 2**30),
         gpu=torch.cuda.get_device_name(0) if torch.cuda.is_available() else "",
         python=platform.python_version(),
         torch=torch.__version__,
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
         load=os.getloadavg()[0],
     )
+
+
+def memory_bytes() -> int:
+    """Physical memory, in use or not."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def cpu_rates(threads: int) -> Rates:

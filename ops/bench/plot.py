@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from octet.errors import ConfigError
 from ops.bench.load import Outcome
-from ops.bench.summary import Percentiles, Summary
+from ops.bench.summary import Percentiles, Summary, counted
 
 INK, MUTED, GRID = "#1f2933", "#6b7785", "#e4e8ec"
 BLUE, TEAL, AMBER, RED = "#2f6fb0", "#2a9d8f", "#c77d0a", "#c0392b"
@@ -68,7 +68,7 @@ def draw_load(
         _under_way(axes["live"], outcomes, summary.duration_s)
         axes["live"].sharex(axes["tokens"])
         axes["tokens"].tick_params(labelbottom=False)
-        errors = ", ".join(f"{count} × {code}" for code, count in summary.errors.items()) or "none"
+        errors = counted(summary.errors) or "none"
         figure.suptitle(
             f"{summary.requests} requests in {summary.duration_s:.1f} s: "
             f"{summary.tokens_per_s:.1f} tokens/s generated, {summary.prompt_tokens_per_s:.1f} prompt tokens/s, "
@@ -81,12 +81,12 @@ def draw_load(
 
 
 def _distribution(
-    axis: Any, title: str, of_what: str, values_s: Sequence[float], marks: Percentiles, slo_s: float | None
+    axis: Any, title: str, of_what: str, values_s: Sequence[float], marks: Percentiles | None, slo_s: float | None
 ) -> None:
-    """An empirical cumulative distribution in ms, with its percentiles named on the curve."""
+    """An empirical cumulative distribution in ms, with its percentiles named on the curve; none of no values."""
     _title(axis, title)
     axis.set(xlabel="ms", ylabel=f"% of {of_what} within", ylim=(0, 104))
-    if not values_s:
+    if marks is None:
         axis.text(0.5, 0.5, "nothing to show", ha="center", color=MUTED, transform=axis.transAxes)
         return
     x_ms = np.sort(np.asarray(values_s)) * 1000
@@ -114,7 +114,7 @@ def _distribution(
 
 def _throughput(axis: Any, outcomes: Sequence[Outcome], duration_s: float) -> None:
     edges_s = np.linspace(0, duration_s, _BINS + 1)
-    times_s = [outcome.sent_s + time_s for outcome in outcomes for time_s in outcome.token_times_s]
+    times_s = [outcome.due_s + time_s for outcome in outcomes for time_s in outcome.token_times_s]
     rates = np.histogram(times_s, edges_s)[0] / (duration_s / _BINS)
     axis.stairs(rates, edges_s, fill=True, color=TEAL, alpha=0.25)
     axis.stairs(rates, edges_s, color=TEAL, linewidth=1.6)
@@ -130,15 +130,15 @@ def _under_way(axis: Any, outcomes: Sequence[Outcome], duration_s: float) -> Non
     times_s = np.linspace(0, duration_s, 4 * _BINS)
     waiting, streaming = np.zeros_like(times_s), np.zeros_like(times_s)
     for outcome in outcomes:
-        end_s = outcome.sent_s + outcome.end_s
-        first_s = outcome.sent_s + outcome.ttft_s if outcome.token_times_s else end_s
-        waiting += _between(times_s, outcome.sent_s, first_s)
+        end_s = outcome.due_s + outcome.end_s
+        first_s = outcome.due_s + outcome.ttft_s if outcome.token_times_s else end_s
+        waiting += _between(times_s, outcome.due_s, first_s)
         streaming += _between(times_s, first_s, end_s)
     axis.stackplot(
         times_s, streaming, waiting, labels=["receiving tokens", "before the first token"], colors=[TEAL, AMBER],
         alpha=0.45, linewidth=0,
     )  # fmt: skip
-    failed_s = [outcome.sent_s + outcome.end_s for outcome in outcomes if outcome.error]
+    failed_s = [outcome.due_s + outcome.end_s for outcome in outcomes if outcome.error]
     if failed_s:
         axis.plot(failed_s, np.zeros(len(failed_s)), "x", color=RED, clip_on=False, label="failed")
     axis.set(xlabel="seconds", ylabel="requests", ylim=(0, None))

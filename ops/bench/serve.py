@@ -1,4 +1,4 @@
-"""`octet bench serve`: load on a running cluster, closed-loop or open-loop."""
+"""`octet bench serve`: load on a running cluster, closed-loop or open-loop. What latencies are: `ops.bench.load`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import json
 import pathlib
+import random
 
 from rich.console import Console
 from rich.table import Table
@@ -14,7 +15,7 @@ from octet.client import AsyncClient
 from octet.errors import ConfigError
 from ops.bench.load import Arrival, Outcome, closed_loop, open_loop, poisson, read_trace
 from ops.bench.plot import draw_load, require_matplotlib
-from ops.bench.summary import Summary, summarize
+from ops.bench.summary import Summary, counted, in_ms, require_success, summarize
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +33,7 @@ class LoadOptions:
     slo_ttft_s: float
     slo_tpot_s: float
     seed: int
+    """Of arrivals and prompts: a cluster that has served the same seed before may have its prompts in a cache."""
     stream_interval: int | None = None
     """Of every request; None takes the server's."""
 
@@ -42,7 +44,7 @@ def bench_serve(
     """Print a table; with `json_file`, write the same numbers there; with `plot_file`, draw them as a PNG.
 
     Raises: ConfigError for contradicting options, a trace that is none or a plot without matplotlib, CallError if the
-        cluster does not answer.
+        cluster does not answer; once all is written, UnavailableError if every request failed.
     """
     given = [name for name in ("streams", "rate", "trace") if getattr(options, name) is not None]
     if len(given) != 1:
@@ -51,11 +53,12 @@ def bench_serve(
         require_matplotlib(plot_file)
     outcomes, duration_s = asyncio.run(_run(address, options))
     summary = summarize(outcomes, duration_s, options.slo_ttft_s, options.slo_tpot_s)
-    _print(summary)
+    _print(summary, options.seed)
     if json_file is not None:
-        json_file.write_text(json.dumps(dataclasses.asdict(summary), indent=2) + "\n")
+        json_file.write_text(json.dumps({"seed": options.seed, **dataclasses.asdict(summary)}, indent=2) + "\n")
     if plot_file is not None:
         draw_load(plot_file, outcomes, summary, options.slo_ttft_s, options.slo_tpot_s)
+    require_success(outcomes)
 
 
 async def _run(address: str, options: LoadOptions) -> tuple[list[Outcome], float]:
@@ -65,9 +68,10 @@ async def _run(address: str, options: LoadOptions) -> tuple[list[Outcome], float
             dataclasses.replace(arrival, stream_interval=options.stream_interval)
             for arrival in _arrivals(options, info.max_model_len)
         ]
+        draw = random.Random(f"prompts {options.seed}")
         if options.streams is not None:
-            return await closed_loop(client, arrivals, options.streams, info.vocab_size)
-        return await open_loop(client, arrivals, info.vocab_size)
+            return await closed_loop(client, arrivals, options.streams, info.vocab_size, draw)
+        return await open_loop(client, arrivals, info.vocab_size, draw)
 
 
 def _arrivals(options: LoadOptions, max_len: int) -> list[Arrival]:
@@ -79,10 +83,12 @@ def _arrivals(options: LoadOptions, max_len: int) -> list[Arrival]:
     return [each] * options.requests
 
 
-def _print(summary: Summary) -> None:
+def _print(summary: Summary, seed: int) -> None:
     console = Console(highlight=False)
-    errors = ", ".join(f"{count} × {code}" for code, count in summary.errors.items()) or "none"
-    console.print(f"{summary.requests} requests in {summary.duration_s:.1f} s, errors: {errors}")
+    errors = counted(summary.errors) or "none"
+    console.print(f"{summary.requests} requests in {summary.duration_s:.1f} s (seed {seed}), errors: {errors}")
+    if summary.max_lag_s:
+        console.print(f"sent up to {summary.max_lag_s * 1000:.1f} ms after their time, from which latencies count")
     console.print(
         f"{summary.tokens_per_s:.1f} tokens/s generated, {summary.prompt_tokens_per_s:.1f} prompt tokens/s, "
         f"goodput {summary.goodput_per_s:.2f} requests/s"
@@ -92,5 +98,5 @@ def _print(summary: Summary) -> None:
         table.add_column(column, justify="left" if column == "ms" else "right")
     rows = (("TTFT", summary.ttft_s), ("TPOT", summary.tpot_s), ("ITL", summary.itl_s), ("end to end", summary.e2e_s))
     for name, values in rows:
-        table.add_row(name, *(f"{value * 1000:.1f}" for value in dataclasses.astuple(values)))
+        table.add_row(name, *in_ms(values, 1))
     console.print(table)

@@ -8,6 +8,7 @@ import pathlib
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
+from rich.text import Text
 
 from octet.errors import ConfigError
 from ops.outputs import check_output
@@ -51,7 +52,7 @@ def report(
         print_report(made, Console(highlight=False))
     else:
         _write(out, made)
-        Console(stderr=True, highlight=False).print(f"the report is in {out}")
+        Console(stderr=True, highlight=False).print(Text(f"the report is in {out}"))
 
 
 def _check(out: pathlib.Path | None, prompt: str | None) -> None:

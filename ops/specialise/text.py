@@ -26,7 +26,7 @@ def print_report(report: Report, console: Console) -> None:
         console.print(part)
 
 
-def _parts(report: Report, width: int) -> Iterator[Text | Table | str]:
+def _parts(report: Report, width: int) -> Iterator[Text | Table]:
     specialised = report.specialised
     yield Text(
         f"What the experts of {report.model} respond to: {len(report.layers)} layers of {report.num_experts} experts, "
@@ -36,7 +36,8 @@ def _parts(report: Report, width: int) -> Iterator[Text | Table | str]:
     corpus = ", ".join(
         f"{label} {tokens:,}" for label, tokens in zip(report.labels, specialised.tokens_B.tolist(), strict=True)
     )
-    yield f"{specialised.tokens_B.sum():,} tokens in {sum(report.documents_B)} documents: {corpus}\n"
+    # As it is: what a label says is no markup.
+    yield Text(f"{specialised.tokens_B.sum():,} tokens in {sum(report.documents_B)} documents: {corpus}\n")
     yield from _layers(report)
     detailed = np.argsort(-specialised.information_L, kind="stable")[:_LAYERS_IN_DETAIL]
     for layer in sorted(detailed.tolist()):

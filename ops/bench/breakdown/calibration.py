@@ -9,10 +9,12 @@ import statistics
 from collections.abc import Sequence
 
 from cluster.plan import ServingPlan
+from octet.errors import ConfigError
 from ops.bench.breakdown.analysis import ServedStep, serve, steady
 from ops.bench.breakdown.costs import Costs, fit_costs
 from ops.bench.breakdown.processes import Pools
 from ops.bench.breakdown.records import ShardCall, Step
+from ops.bench.machine import memory_bytes
 from ops.local import make_request
 
 _TIMEOUT_S = 300.0
@@ -21,7 +23,10 @@ _LEAST_S = 1e-6
 _LONG_SEQUENCES = 8
 _MOVES, _STEPS_AFTER = 5, 6
 """Hand-offs of one sequence by itself, for each length, and steps that follow."""
+_HANDOFF_TOKENS = 2 + _STEPS_AFTER
 _PAGE_SIZE = 16
+_MOST_MEMORY = 0.5
+"""Of this machine's, for the KV pages of both workers; weights, and whatever else runs, need the rest."""
 
 Prompts = Sequence[Sequence[int]]
 
@@ -35,6 +40,16 @@ class BreakdownOptions:
     new_tokens: int = 24
     rounds: int = 5
     shards: int = 2
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence: hand-offs have a few steps after them, however few tokens are asked for."""
+        return max(self.prompt_tokens, self.long_prompt_tokens) + max(self.new_tokens, _HANDOFF_TOKENS)
+
+    @property
+    def sequences(self) -> int:
+        """At once, at most."""
+        return max(*self.streams, _LONG_SEQUENCES)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -76,9 +91,7 @@ class Samples:
 
 def values(model_dir: str, options: BreakdownOptions) -> dict[str, object]:
     """Of the configuration: pools of one worker each, with pages for all of the load."""
-    longest = max(options.prompt_tokens, options.long_prompt_tokens) + options.new_tokens
-    sequences = max(*options.streams, _LONG_SEQUENCES)
-    pages = 2 * sequences * -(-longest // _PAGE_SIZE)
+    pages = 2 * options.sequences * -(-options.longest // _PAGE_SIZE)
     return {
         "model.path": model_dir,
         "pools.experts.size": options.shards,
@@ -86,6 +99,26 @@ def values(model_dir: str, options: BreakdownOptions) -> dict[str, object]:
         "kv.prefill_pages": pages,
         "kv.decode_pages": pages,
     }
+
+
+def check(plan: ServingPlan, options: BreakdownOptions) -> None:
+    """Raises: ConfigError where the longest sequence does not fit the model's context, or the KV pages take more of
+    this machine's memory than they may."""
+    if options.longest > plan.max_model_len:
+        raise ConfigError(
+            "--prompt-tokens, --long-prompt-tokens",
+            f"{options.longest} tokens with the new ones",
+            f"at most the model's {plan.max_model_len}",
+        )
+    page_bytes = _PAGE_SIZE * plan.census.kv_bytes_per_token
+    needed, most = (plan.prefill_pages + plan.decode_pages) * page_bytes, int(_MOST_MEMORY * memory_bytes())
+    if needed > most:
+        raise ConfigError(
+            "--streams, --prompt-tokens, --long-prompt-tokens",
+            f"KV pages of {needed / 2**30:.1f} GiB for {options.sequences} sequences of {options.longest} tokens",
+            f"at most {most / 2**30:.1f} GiB on this machine",
+            "ask for fewer or shorter ones",
+        )
 
 
 def make_prompts(plan: ServingPlan, count: int, num_tokens: int) -> list[list[int]]:
@@ -144,7 +177,7 @@ def _moved(pools: Pools, plan: ServingPlan, num_tokens: int) -> tuple[int, float
     """
     found = []
     for _ in range(_MOVES):
-        one = run(pools, make_prompts(plan, 1, num_tokens), 2 + _STEPS_AFTER)
+        one = run(pools, make_prompts(plan, 1, num_tokens), _HANDOFF_TOKENS)
         first_s, *later_s = (after - before for before, after in itertools.pairwise(one.tokens_s[0]))
         found.append(first_s - statistics.median(later_s))
     return num_tokens * plan.census.kv_bytes_per_token, max(statistics.median(found), _LEAST_S)

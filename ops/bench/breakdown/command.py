@@ -17,6 +17,7 @@ from ops.bench.breakdown.analysis import ServedStep, middle_half, serve, summari
 from ops.bench.breakdown.calibration import (
     BreakdownOptions,
     Run,
+    check,
     decoded,
     make_prompts,
     prompts_and_handoffs,
@@ -41,6 +42,7 @@ def bench_breakdown(model_dir: pathlib.Path | None, options: BreakdownOptions, j
             model_dir = pathlib.Path(scratch)
             write_checkpoint(model_dir, BENCH)
         plan = make_plan(load_config(values=values(str(model_dir), options)))
+        check(plan, options)
         pools = Pools(plan)
         try:
             report = _measure(pools, plan, machine, options)

@@ -75,7 +75,11 @@ class Remote:
         theirs.close()
 
     def post(self, method: str, *args: object) -> None:
-        self._pipe.send((method, args))
+        """Raises: StartupError if the process is gone."""
+        try:
+            self._pipe.send((method, args))
+        except ConnectionError:
+            raise self._gone() from None
 
     def answer(self, timeout_s: float = _ANSWER_S) -> Any:
         """What the call that was posted returned. Raises: what it raised, StartupError if it does not answer."""
@@ -84,7 +88,7 @@ class Remote:
                 raise StartupError(f"{self._name} did not answer within {timeout_s} s")
             ok, value = self._pipe.recv()
         except (EOFError, ConnectionError):
-            raise StartupError(f"{self._name}: its process is gone") from None
+            raise self._gone() from None
         if not ok:
             raise value
         return value
@@ -92,6 +96,9 @@ class Remote:
     def call(self, method: str, *args: object) -> Any:
         self.post(method, *args)
         return self.answer()
+
+    def _gone(self) -> StartupError:
+        return StartupError(f"{self._name}: its process is gone")
 
     def end(self) -> None:
         self._pipe.close()
@@ -103,18 +110,17 @@ class Remote:
 def _host(pipe: multiprocessing.connection.Connection, make: Callable[..., object], args: Sequence[object]) -> None:
     """Make the object at the first call, and serve it until the other end closes."""
     made: object = None
-    while True:
-        try:
+    # The other end may also close while an answer is on its way, or be gone altogether.
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
             method, call_args = pipe.recv()
-        except EOFError:
-            return
-        try:
-            made = made if made is not None else make(*args)
-            pipe.send((True, getattr(made, method)(*call_args)))
-        except OctetError as error:
-            pipe.send((False, error))
-        except Exception as error:
-            pipe.send((False, StartupError(f"{method}: {type(error).__name__}: {error}")))
+            try:
+                made = made if made is not None else make(*args)
+                pipe.send((True, getattr(made, method)(*call_args)))
+            except OctetError as error:
+                pipe.send((False, error))
+            except Exception as error:
+                pipe.send((False, StartupError(f"{method}: {type(error).__name__}: {error}")))
 
 
 class Pools:

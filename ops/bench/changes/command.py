@@ -18,6 +18,7 @@ from cluster.planning import EMBEDDED_MODEL
 from model.config import read_config
 from octet.client import AsyncClient, CallError
 from octet.config import load_config
+from octet.errors import UnavailableError
 from ops.bench.changes import random_events
 from ops.bench.changes.gaps import Window, Windows, look, outcomes
 from ops.bench.changes.kinds import KINDS, SHORT_WINDOW, Kind, Layout, overrides
@@ -131,7 +132,7 @@ async def _run(
                 say(f"{name}, {number + 1} of {options.repeats}")
                 try:
                     windows[name].append(await _windows(stage, KINDS[name]))
-                except CallError as error:
+                except (CallError, UnavailableError) as error:
                     refused[name].append(str(error))
     return {
         name: Result(

@@ -72,8 +72,10 @@ class Stage:
             return worker_id not in members(status, pool) and settled(status) and sizes == self.sizes
 
         status = await self._until(replaced, f"another member in place of {worker_id}")
-        recoveries = [c for c in status.changes if c.kind == "recovery" and worker_id in c.reason and c.succeeded]
-        return recoveries[-1].at_s + recoveries[-1].duration_s - killed_at_s
+        at_s = recovered_at_s(status, worker_id)
+        if at_s is None:
+            raise UnavailableError(f"{worker_id} is replaced, and no recovery from its loss is on record")
+        return at_s - killed_at_s
 
     async def kill_router(self) -> None:
         """End the router service's process."""
@@ -94,6 +96,16 @@ class Stage:
 
 def members(status: pb.GetStatusResponse, pool: str) -> dict[str, pb.Member]:
     return {member.worker_id: member for p in status.pools if p.name == pool for member in p.members}
+
+
+def recovered_at_s(status: pb.GetStatusResponse, worker_id: str) -> float | None:
+    """When the cluster went on without a member, in seconds since the epoch; None where that is not on record."""
+    ends_s = [
+        change.at_s + change.duration_s
+        for change in status.changes
+        if change.kind == "recovery" and worker_id in change.reason and change.succeeded
+    ]
+    return ends_s[-1] if ends_s else None
 
 
 def settled(status: pb.GetStatusResponse) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from model.config import read_config
 from octet.client import AsyncClient
@@ -31,6 +32,7 @@ SCHEMA = "octet.interference/1"
 GOAL = 1.5
 _TIMEOUT_S = 600.0
 _LONG_NEW_TOKENS = 2
+_OCTET, _VLLM = "octet", "vllm"
 
 RunPhase = Callable[[dict[str, Any]], dict[str, Any]]
 """See `ops.bench.peers.engines.run_phase`."""
@@ -38,10 +40,10 @@ RunPhase = Callable[[dict[str, Any]], dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class InterferenceOptions:
-    variants: tuple[str, ...] = ("octet",)
-    """`name` or `name:field=value,field=value`: clusters to compare."""
+    variants: tuple[str, ...] = ()
+    """`name` or `name:field=value,field=value`: clusters to compare; none for one as it is by default."""
     address: str | None = None
-    """Of a cluster that runs with the same checkpoint, to be asked in place of the variants."""
+    """Of a cluster that runs with the same checkpoint, to be asked in place of clusters of its own."""
     vllm: bool = False
     streams: int = 8
     prompt_tokens: int = 128
@@ -61,7 +63,7 @@ def bench_interference(
 
     Raises: ConfigError, OctetError.
     """
-    variants = dict(map(parse_variant, options.variants)) if options.address is None else {}
+    variants = clusters_to_start(options)
     machine, console = describe(), Console(highlight=False)
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as closing:
         if model_dir is None:
@@ -80,6 +82,22 @@ def bench_interference(
     print_comparisons(machine, results, options, console)
     if json_file is not None:
         json_file.write_text(json.dumps(as_json(machine, results, options), indent=2) + "\n")
+
+
+def clusters_to_start(options: InterferenceOptions) -> dict[str, tuple[str, ...]]:
+    """By name, the config fields that each changes. Raises: ConfigError."""
+    if options.address is not None:
+        if options.variants:
+            found = " ".join(options.variants)
+            raise ConfigError("bench interference --variant", found, "none beside --grpc: that cluster runs already")
+        return {}
+    parsed = [parse_variant(text) for text in options.variants or (_OCTET,)]
+    taken = {_VLLM} if options.vllm else set()
+    for name, _ in parsed:
+        if name in taken:
+            raise ConfigError("bench interference --variant", f"{name!r} twice", "a name of its own for each")
+        taken.add(name)
+    return dict(parsed)
 
 
 def parse_variant(text: str) -> tuple[str, tuple[str, ...]]:
@@ -106,9 +124,9 @@ def _start(
             console.print("[yellow]left out:[/]", escape(str(error)))
         else:
             closing.callback(peer.close)
-            contestants["vllm"] = lambda request: peer.ask(**request)
+            contestants[_VLLM] = lambda request: peer.ask(**request)
     if options.address is not None:
-        contestants["octet"] = _asker(options.address)
+        contestants[_OCTET] = _asker(options.address)
     for name, overrides in variants.items():
         cluster = launch_cluster(size, overrides)
         closing.callback(cluster.stop, drain=False)
@@ -180,7 +198,7 @@ def print_comparisons(
     for name, result in results.items():
         ratios = sorted(result.p99_ratios)
         table.add_row(
-            name,
+            Text(name),
             *_ms(result.quiet.p50_s, result.quiet.p99_s),
             *_ms(result.disturbed.p50_s, result.disturbed.p99_s, result.disturbed.longest_s),
             f"{result.p99_ratio:.2f}",

@@ -11,7 +11,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -64,6 +64,8 @@ def bench_peers(model_dir: pathlib.Path | None, options: PeersOptions, json_file
     unknown = [peer for peer in options.peers if peer not in PEERS]
     if unknown:
         raise ConfigError("bench peers --peers", ", ".join(unknown), f"names of {', '.join(PEERS)}")
+    if repeated := [peer for peer, count in Counter(options.peers).items() if count > 1]:
+        raise ConfigError("bench peers --peers", f"{', '.join(repeated)} more than once", "each peer once")
     if options.sampling and "temperature" not in options.sampling:
         raise ConfigError("bench peers", ", ".join(options.sampling), "a temperature beside it")
     if options.address is not None and options.overrides:

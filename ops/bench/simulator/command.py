@@ -19,7 +19,7 @@ from collections.abc import Mapping
 
 from cluster.planning import make_plan
 from octet.config import OctetConfig, load_config
-from ops.bench.breakdown.calibration import BreakdownOptions, Samples, make_prompts, run, samples, values
+from ops.bench.breakdown.calibration import BreakdownOptions, Samples, check, make_prompts, run, samples, values
 from ops.bench.breakdown.costs import Costs
 from ops.bench.breakdown.processes import Pools
 from ops.bench.checkpoints import BENCH, write_checkpoint
@@ -67,11 +67,17 @@ class _Calibrator:
     """Pools of plain processes that stay for all rounds, and wait while clusters run. Close it."""
 
     def __init__(self, model_dir: str, options: BreakdownOptions) -> None:
+        """Raises: OctetError."""
         self.shards, self._options = options.shards, options
         self._plan = make_plan(load_config(values=values(model_dir, options)))
+        check(self._plan, options)
         self.worker_threads = self._plan.threads["decode"]
         self._pools = Pools(self._plan)
-        run(self._pools, make_prompts(self._plan, 2, options.prompt_tokens), options.new_tokens)
+        try:
+            run(self._pools, make_prompts(self._plan, 2, options.prompt_tokens), options.new_tokens)
+        except BaseException:
+            self.close()
+            raise
 
     def samples(self) -> Samples:
         return samples(self._pools, self._plan, self._options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import random
 import time
 from collections.abc import AsyncIterator, Mapping
 
@@ -14,7 +15,7 @@ from octet.config import OctetConfig
 from ops.bench.load import Arrival, Outcome, closed_loop
 from ops.bench.processor_time import PROC, machine_s, process_s
 from ops.bench.simulator.report import Figures, Others
-from ops.bench.summary import summarize
+from ops.bench.summary import require_success, summarize
 
 _OTHERS = "others"
 _TIMEOUT_S = 600.0
@@ -52,13 +53,17 @@ class Cluster:
             pools: of its members, by their process.
         """
         self._client, self._vocab_size, self._pools, self._loop = client, vocab_size, pools, loop
+        self._draw = random.Random()
 
     async def measure(self) -> Seen:
+        """Raises: UnavailableError if no request of a loop succeeds."""
         await self._run(self._loop.streams, self._loop.streams)
         others, before_s = await self._others(), _processor_s(self._pools)
         outcomes, duration_s = await self._run(self._loop.streams, self._loop.requests)
         after_s = _processor_s(self._pools)
         summary = summarize(outcomes, duration_s, _TIMEOUT_S, _TIMEOUT_S)
+        assert summary.ttft_s is not None, "some requests succeeded"
+        assert summary.tpot_s is not None, "answers have several tokens"
         return Seen(
             others=others,
             figures=Figures(tokens_per_s=summary.tokens_per_s, ttft_s=summary.ttft_s.p50, tpot_s=summary.tpot_s.p50),
@@ -79,7 +84,9 @@ class Cluster:
 
     async def _run(self, streams: int, requests: int) -> tuple[list[Outcome], float]:
         one = Arrival(at_s=0.0, prompt_tokens=self._loop.prompt_tokens, new_tokens=self._loop.new_tokens)
-        return await closed_loop(self._client, [one] * requests, streams, self._vocab_size)
+        outcomes, duration_s = await closed_loop(self._client, [one] * requests, streams, self._vocab_size, self._draw)
+        require_success(outcomes)
+        return outcomes, duration_s
 
 
 @contextlib.asynccontextmanager

@@ -17,10 +17,10 @@ from ops.bench.summary import summarize
 
 def _outcomes(num_good: int) -> list[Outcome]:
     good = [
-        Outcome(sent_s=random.random(), prompt_tokens=8, token_times_s=(0.2, 0.3, 0.3 + random.random()), end_s=1.4)
+        Outcome(due_s=random.random(), prompt_tokens=8, token_times_s=(0.2, 0.3, 0.3 + random.random()), end_s=1.4)
         for _ in range(num_good)
     ]
-    return [*good, Outcome(sent_s=0.5, prompt_tokens=8, token_times_s=(), end_s=0.1, error="UNAVAILABLE")]
+    return [*good, Outcome(due_s=0.5, prompt_tokens=8, token_times_s=(), end_s=0.1, error="UNAVAILABLE")]
 
 
 @pytest.mark.parametrize("num_good", [0, 1, 20])

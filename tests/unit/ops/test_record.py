@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import pathlib
+import time
 from typing import Any, cast
 
 import numpy as np
@@ -118,6 +119,32 @@ def test_a_window_in_which_counts_fall_is_left_out(tmp_path: pathlib.Path) -> No
     assert len(loads) >= 2
     assert all((load == 1).all() for load in loads)
     assert said.count("are left out: the router service counts anew") == 1
+
+
+def test_the_last_window_ends_with_the_time_asked_for(tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "trace.jsonl"
+    begun_s = time.monotonic()
+    recorded(file, FakeClient(), seconds=0.3, step_s=0.2)
+    took_s = time.monotonic() - begun_s
+    first, last = read_trace(file).windows
+    assert first.duration_s >= 0.2
+    assert last.t_s + last.duration_s == pytest.approx(0.3, abs=took_s - 0.3 + 1e-3)
+    file.unlink()
+    recorded(file, FakeClient(), seconds=0.1, step_s=60.0)
+    assert len(read_trace(file).windows) == 1
+
+
+def test_what_nobody_tells_at_the_end_is_left_out(tmp_path: pathlib.Path) -> None:
+    loads, said = recorded(tmp_path / "trace.jsonl", FakeClient(3), seconds=0.3, step_s=0.2)
+    assert len(loads) == 1
+    assert "are left out: the router service tells nothing" in said
+
+
+def test_a_files_name_is_shown_as_it_is(tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "[" / "bold] :smile:[" / "x].jsonl"
+    file.parent.mkdir(parents=True)
+    _, said = recorded(file, FakeClient(), seconds=0.1, step_s=0.1)
+    assert f"1 windows are in {file}".replace(" ", "") in "".join(said.split())
 
 
 def test_an_interrupt_keeps_what_was_recorded(tmp_path: pathlib.Path) -> None:

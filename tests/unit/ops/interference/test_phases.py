@@ -8,13 +8,17 @@ import pathlib
 from collections.abc import AsyncIterator
 from typing import Any
 
+import grpc
 import pytest
 from rich.console import Console
 
+from octet.client import CallError
 from octet.errors import ConfigError
 from ops.bench.interference.command import (
     InterferenceOptions,
     as_json,
+    bench_interference,
+    clusters_to_start,
     parse_variant,
     print_comparisons,
     run_rounds,
@@ -54,6 +58,21 @@ async def test_long_prompts_come_when_every_stream_has_a_token() -> None:
     assert all(first_tokens <= sent_s < first_s for sent_s, first_s in answer["long"])
 
 
+@pytest.mark.parametrize("length", [1, 9])
+async def test_a_stream_that_fails_says_why(length: int) -> None:
+    """Be it one that runs or a long prompt."""
+
+    async def failing(prompt: list[int], new_tokens: int) -> AsyncIterator[object]:
+        if len(prompt) == length:
+            raise CallError(grpc.StatusCode.INVALID_ARGUMENT, "too long")
+        async for token in ticking(prompt, new_tokens):
+            yield token
+
+    request = {"prompts": [[1], [2]], "new_tokens": 10, "long_prompts": [[3] * 9], "every_s": 0.001}
+    with pytest.raises(CallError, match="INVALID_ARGUMENT: too long"):
+        await run_phase(failing, request)
+
+
 def test_contestants_take_turns_over_quiet_and_disturbed_phases(tmp_path: pathlib.Path) -> None:
     log: list[tuple[str, int]] = []
 
@@ -71,7 +90,10 @@ def test_contestants_take_turns_over_quiet_and_disturbed_phases(tmp_path: pathli
     assert {name: len(pairs) for name, pairs in rounds.items()} == {"a": 2, "b": 2}
     results = {name: compare(pairs) for name, pairs in rounds.items()}
     out = io.StringIO()
-    print_comparisons(MACHINE, results, wanted, Console(file=out, width=160, color_system=None))
+    print_comparisons(
+        MACHINE, results | {"[/b]": results["b"]}, wanted, Console(file=out, width=160, color_system=None)
+    )
+    assert "[/b]" in out.getvalue()
     assert "goal: p99 ÷ quiet at most 1.5" in out.getvalue()
     report = as_json(MACHINE, results, wanted)
     assert report["results"]["a"]["p99_ratio"] == results["a"].p99_ratio
@@ -83,6 +105,25 @@ def test_a_variant_is_a_name_and_fields() -> None:
         "small",
         ("prefill.chunk_tokens=64", "lane.ping_pong_rows=null"),
     )
+
+
+def test_clusters_are_started_unless_one_runs(tmp_path: pathlib.Path) -> None:
+    assert clusters_to_start(options(tmp_path)) == {"octet": ()}
+    assert clusters_to_start(options(tmp_path, variants=("a", "b:x.y=1"))) == {"a": (), "b": ("x.y=1",)}
+    assert clusters_to_start(options(tmp_path, address="127.0.0.1:1")) == {}
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"variants": ("a:x=1",), "address": "127.0.0.1:1"}, "--variant.*a:x=1.*--grpc"),
+        ({"variants": ("a", "b", "a:x=1")}, "--variant.*'a' twice"),
+        ({"variants": ("vllm:x=1",), "vllm": True}, "--variant.*'vllm' twice"),
+    ],
+)
+def test_variants_that_would_be_lost_are_refused(tmp_path: pathlib.Path, fields: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        bench_interference(None, options(tmp_path, **fields), None)
 
 
 @pytest.mark.parametrize("text", ["", ":a=1", "name:a", "name:a=1,"])

@@ -99,6 +99,11 @@ def test_the_table_holds_ratios_against_their_goals(options: PeersOptions) -> No
         assert of_decode == pytest.approx(expected)
 
 
+def test_a_peer_takes_part_once(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ConfigError, match=r"--peers.*local more than once"):
+        bench_peers(None, PeersOptions(peers=("local", "vllm", "local"), env_dir=tmp_path), None)
+
+
 def test_an_unknown_peer_is_refused_before_anything_starts(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ConfigError, match="sglang"):
         bench_peers(None, PeersOptions(peers=("sglang",), env_dir=tmp_path), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import pathlib
@@ -12,9 +13,11 @@ import re
 import numpy as np
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from cluster.planning import EMBEDDED_MODEL
 from octet.errors import CheckpointError, ConfigError
+from ops.experts_cli import experts
 from ops.local import LocalEngine, make_request
 from ops.specialise.command import report as run
 from ops.specialise.corpus import Document
@@ -103,6 +106,30 @@ def test_the_text_fits_its_terminal(made: Report, width: int) -> None:
     assert max(map(len, lines)) <= width
     assert any("responds to" in line for line in lines)
     assert sum(line.split()[:1] == [str(layer)] for layer in made.layers for line in lines) >= 3
+
+
+def test_labels_are_shown_as_they_are(made: Report) -> None:
+    labels = ("[bold]left[/x]", ":smile:", "[/red]")
+    odd = dataclasses.replace(made, specialised=dataclasses.replace(made.specialised, labels=labels))
+    out = io.StringIO()
+    print_report(odd, Console(file=out, width=200, color_system=None))
+    summary = out.getvalue().splitlines()[1]
+    assert all(f"{label} " in summary for label in labels)
+
+
+def test_a_files_name_is_shown_as_it_is(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "[" / "x] :smile: [y].txt"
+    out.parent.mkdir()
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("\n".join(json.dumps({"label": label, "text": random_text()}) for label in "ab"))
+    run(EMBEDDED_MODEL, corpus, "Hello", out, seed=1)
+    assert f"the report is in {out}".replace(" ", "") in "".join(capsys.readouterr().err.split())
+
+
+def test_a_seed_that_is_none_is_a_usage_error() -> None:
+    result = CliRunner().invoke(experts, ["report", "--seed", "-1"])
+    assert result.exit_code == 2
+    assert "--seed" in result.output
 
 
 def test_the_page_carries_its_numbers_and_nothing_else(made: Report) -> None:
