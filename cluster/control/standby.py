@@ -43,7 +43,7 @@ class Standby:
             await self._end_lost()
             for pool in POOLS:
                 wanted: int = getattr(self._plan.config.pools, pool).standby
-                if missing := wanted - len(self._ready[pool]):
+                if (missing := wanted - len(self._ready[pool])) > 0:
                     try:
                         self._ready[pool] += await self.start(pool, missing)
                         self.note()

@@ -143,8 +143,9 @@ class Pools:
             )
 
     def migrate(self, source: Worker, target: Worker) -> None:
-        target.sequences += source.sequences
-        source.sequences = []
+        # They may be the same.
+        moved, source.sequences = source.sequences, []
+        target.sequences += moved
 
     def _tell(self, worker: Worker, *events: TokenEvent | Evicted | Failed) -> None:
         if events:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -32,3 +33,11 @@ def test_only_what_is_free_beside_a_member_is_not_counted(
     group = NotedGroup(group="ab", pool="experts", size=size)
     journal = dataclasses.replace(JOURNAL, groups=(group,), members=members, joining=())
     assert num_free(journal, reserved) == free
+
+
+@pytest.mark.parametrize("where", ["members", "standby", "joining"])
+def test_a_place_is_held_by_who_serves_waits_or_joins(where: str) -> None:
+    group = NotedGroup(group="ab", pool="experts", size=3)
+    journal = dataclasses.replace(JOURNAL, groups=(group,), members=(), standby=(), joining=())
+    held: dict[str, Any] = {where: (ALONE,)}
+    assert num_free(dataclasses.replace(journal, **held), {"ab"}) == 2

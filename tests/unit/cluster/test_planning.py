@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import math
 import os
 import pathlib
+import random
 import shutil
 
 import pytest
@@ -44,3 +46,56 @@ def test_pools_share_the_cores_and_decode_workers_take_turns_with_all(monkeypatc
     assert make_plan(load_config()).threads == {"prefill": 12, "decode": 12, "experts": 3}
     two = ["pools.decode.size=2", "pools.prefill.num_cpus=4", "pools.experts.threads=5"]
     assert make_plan(load_config(None, two)).threads == {"prefill": 4, "decode": 6, "experts": 5}
+
+
+def test_pages_are_no_more_than_the_sequences_of_a_pool_can_use() -> None:
+    plan = make_plan(load_config(None, ["prefill.max_requests=3", "decode.max_batch=5", "kv.page_size=24"]))
+    of_one = math.ceil(plan.model.max_position_embeddings / 24)
+    assert (plan.prefill_pages, plan.decode_pages) == (3 * of_one, 5 * of_one)
+    assert plan.max_model_len == plan.model.max_position_embeddings
+
+
+def test_pages_are_no_more_than_fit_the_memory_and_the_context_no_more_than_they_hold() -> None:
+    page_bytes = make_plan(load_config()).census.kv_bytes_per_token * 16
+    pages = random.randint(1, 40)
+    plan = make_plan(load_config(None, [f"kv.memory_gib={(pages + 0.5) * page_bytes / 2**30}"]))
+    assert (plan.prefill_pages, plan.decode_pages) == (pages, pages)
+    assert plan.max_model_len == min(pages * 16, plan.model.max_position_embeddings)
+
+
+@pytest.mark.parametrize("smaller", ["prefill", "decode"])
+def test_the_context_is_what_the_smaller_pool_holds(smaller: str) -> None:
+    pages = {"prefill": 50, "decode": 50} | {smaller: 7}
+    flags = [f"kv.{pool}_pages={count}" for pool, count in pages.items()]
+    assert make_plan(load_config(None, flags)).max_model_len == 7 * 16
+    assert make_plan(load_config(None, [*flags, "model.max_model_len=112"])).max_model_len == 112
+    with pytest.raises(ConfigError, match=r"'model\.max_model_len': found 113, expected at most the 112 tokens"):
+        make_plan(load_config(None, [*flags, "model.max_model_len=113"]))
+
+
+def test_a_context_beyond_the_models_is_refused() -> None:
+    most = make_plan(load_config()).model.max_position_embeddings
+    assert make_plan(load_config(None, [f"model.max_model_len={most}"])).max_model_len == most
+    with pytest.raises(ConfigError, match=rf"'model\.max_model_len': found {most + 1}, expected at most the model's"):
+        make_plan(load_config(None, [f"model.max_model_len={most + 1}"]))
+
+
+@pytest.mark.parametrize(
+    ("flags", "field"),
+    [
+        (["kv.memory_gib=1e-9"], r"kv\.memory_gib"),
+        (["pools.experts.num_gpus=1"], r"pools\.decode\.num_gpus"),
+        (["pools.experts.size=33"], r"pools\.experts\.size"),
+        (["pools.experts.slots_per_shard=15"], r"pools\.experts\.slots_per_shard"),
+        (["pools.experts.slots_per_shard=17", "pools.experts.redundant_experts=4"], r"pools\.experts\.slots_per_shard"),
+    ],
+)
+def test_what_cannot_be_served_names_its_field(flags: list[str], field: str) -> None:
+    assert make_plan(load_config()).model.n_routed_experts == 32, "on two shards"
+    with pytest.raises(ConfigError, match=field):
+        make_plan(load_config(None, flags))
+
+
+def test_slots_that_are_filled_at_the_start_are_enough() -> None:
+    plan = make_plan(load_config(None, ["pools.experts.slots_per_shard=18", "pools.experts.redundant_experts=4"]))
+    assert plan.routing.placement.slots_per_shard == 18

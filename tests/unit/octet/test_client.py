@@ -241,3 +241,18 @@ async def test_a_timeout_that_is_none_is_refused_and_no_call_is_made(timeout_s: 
 def test_sizes_that_are_no_numbers_of_members_are_refused() -> None:
     with Client("127.0.0.1:1") as client, pytest.raises(RequestError, match="sizes"):
         client.scale(experts=2**40)
+
+
+async def test_whoever_is_cancelled_while_the_client_is_closed_is_cancelled() -> None:
+    """A task group or a timeout that has cancelled it waits for just that."""
+    endless = Endless()
+    async with served(endless) as address:
+        client = AsyncClient(address, timeout_s=20)
+        reading = asyncio.create_task(client.generate("hi"))
+        await soon(endless.accepted)
+        closing = asyncio.create_task(client.close())
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(asyncio.shield(reading), 20)
+        assert reading.cancelled()
+        await closing

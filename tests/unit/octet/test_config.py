@@ -214,3 +214,20 @@ def test_what_a_field_takes_is_told_in_our_words(override: str, says: str) -> No
 
 def test_sizes_outside_the_bounds_are_fine_while_the_autoscaler_is_off() -> None:
     assert load_config(None, ["pools.decode.size=20"]).pools.decode.size == 20
+
+
+@pytest.mark.parametrize("pools", [("prefill",), ("decode", "experts"), ("prefill", "experts")])
+def test_pools_go_to_zero_together(pools: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match="together"):
+        load_config(None, [f"autoscaler.{pool}.min_replicas=0" for pool in pools])
+    load_config(None, [f"autoscaler.{pool}.min_replicas=0" for pool in ("prefill", "decode", "experts")])
+
+
+def test_a_budget_counts_the_gpus_that_members_hold() -> None:
+    sizes = {"prefill": (1, 4), "decode": (2, 2), "experts": (3, 1)}
+    flags = ["autoscaler.enabled=true"]
+    for pool, (size, gpus) in sizes.items():
+        flags += [f"pools.{pool}.size={size}", f"pools.{pool}.num_gpus={gpus}"]
+    load_config(None, [*flags, "autoscaler.max_gpus=11"])
+    with pytest.raises(ConfigError, match=r"max_gpus \(10\) is less than the pools' sizes \(11\)"):
+        load_config(None, [*flags, "autoscaler.max_gpus=10"])

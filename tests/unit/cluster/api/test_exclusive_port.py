@@ -76,3 +76,31 @@ def test_an_ipv6_host_may_be_in_brackets() -> None:
             assert port > 0
     except OSError as error:
         pytest.skip(f"no IPv6 here: {error}")
+
+
+@pytest.mark.parametrize("taken", [0, 1])
+def test_a_port_that_is_taken_at_one_address_of_a_name_is_taken(taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else clients by that name would reach another server, now and then."""
+    hosts, port = ["127.0.0.1", "127.0.0.2"], free_port()
+
+    def look_up(host: str, port: int, type: int) -> list[tuple[int, int, int, str, tuple[str, int]]]:
+        return [(socket.AF_INET, type, 0, "", (ip, port)) for ip in hosts]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    with exclusive_port("both", port) as (found, _):
+        assert found == hosts
+    with socket.socket() as other:
+        other.bind((hosts[taken], port))
+        other.listen()
+        with pytest.raises(OSError, match="in use"), exclusive_port("both", port):
+            pass
+
+
+def test_an_address_of_a_name_that_this_machine_has_not_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def look_up(host: str, port: int, type: int) -> list[tuple[int, int, int, str, tuple[str, int]]]:
+        return [(socket.AF_INET, type, 0, "", (ip, port)) for ip in ("192.0.2.77", HOST)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    with exclusive_port("both", 0) as (found, port):
+        assert found == [HOST]
+        assert port > 0

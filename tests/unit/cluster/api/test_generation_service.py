@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import gc
+import weakref
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -13,17 +16,22 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
+from cluster.api.chunks import to_chunk
 from cluster.api.cluster_service import ClusterService
-from cluster.api.generation_service import GenerationService
+from cluster.api.generation_service import GenerationService, _Patience
 from cluster.api.grpc_service import GrpcServer
+from cluster.frontend.answer import Piece
+from cluster.frontend.record import Increment, Usage
 from cluster.planning import make_plan
 from octet.client import AsyncClient, CallError, Client
 from octet.config import load_config
+from octet.ids import RequestId
 from octet.messages import PrefillRequest, TokenEvent, TokenLogprob
 from octet.v1 import octet_pb2 as pb
 from octet.v1 import octet_pb2_grpc as rpc
 from tests.unit.cluster.operations import NoOperations
 from tests.unit.cluster.played import PATIENT_S, PROMPT, Cluster, abort, failed, playing, soon, token
+from tests.unit.cluster.pools import VirtualLoop
 from tests.unit.cluster.proxy import Proxy, proxy
 
 SETTINGS = "{port: 0, max_requests: 2, resume_grace_s: 20, max_stall_s: 0.3, max_unread_tokens: 100}"
@@ -305,3 +313,59 @@ async def test_without_resuming_the_first_lost_connection_is_the_last(cluster: C
 
 async def collect(stream: Any) -> list[pb.GenerateChunk]:
     return [chunk async for chunk in stream]
+
+
+class Cut(SimpleNamespace):
+    """A reader that is only cut off."""
+
+
+async def nothing() -> None:
+    return
+
+
+def test_a_client_that_takes_nothing_after_a_while_of_nothing_to_take_is_cut_off() -> None:
+    loop, errors = VirtualLoop(), list[Exception]()
+    reader: Any = Cut(cut=errors.append)
+    patience = _Patience(reader, 30.0)
+
+    async def enter() -> None:
+        patience.__enter__()
+
+    loop.do(enter())
+    for _ in range(3):
+        loop.now_s += 31.0
+        loop.do(nothing())
+    assert errors == []
+    patience.since_s = loop.now_s
+    for _ in range(29):
+        loop.now_s += 1.0
+        loop.do(nothing())
+    assert errors == []
+    for _ in range(2):
+        loop.now_s += 1.0
+        loop.do(nothing())
+    assert len(errors) == 1
+    loop.close()
+
+
+def test_a_stream_that_has_ended_is_held_by_no_timer() -> None:
+    loop = VirtualLoop()
+    reader: Any = Cut(cut=print)
+    left = weakref.ref(reader)
+
+    async def stream(reader: Any) -> None:
+        with _Patience(reader, 30.0):
+            pass
+
+    loop.do(stream(reader))
+    del reader
+    gc.collect()
+    assert left() is None
+    loop.close()
+
+
+def test_usage_is_told_as_it_was_counted() -> None:
+    counted = {"prompt_tokens": 30, "completion_tokens": 7, "cached_tokens": 16}
+    piece = Piece(choice=0, offset=0, token_ids=(), text="", logprobs=())
+    chunk = to_chunk(RequestId("r"), Increment(piece=piece, usage=Usage(**counted)))
+    assert {name: getattr(chunk.usage, name) for name in counted} == counted

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+from ray.exceptions import ActorDiedError, ActorUnavailableError
+
 from cluster.api.cluster_status import ClusterStatus
 from cluster.api.operations import ControllerOperations
 from cluster.members import MemberStatus
+from octet.errors import UnavailableError
 from octet.ids import Epoch, PlacementVersion, WorkerId
 from octet.v1 import octet_pb2 as pb
 from tests.unit.cluster.played import soon
@@ -63,3 +67,49 @@ async def test_processes_on_standby_are_no_part_of_a_pools_size() -> None:
     answer = await soon(operations.scale(request))
     assert controller.asked == [{"decode": 2}]
     assert {pool.pool: pool.size for pool in answer.sizes} == {"prefill": 0, "decode": 2, "experts": 0}
+
+
+class Replaced(Controller):
+    """Its process is lost when it is first asked, and another one takes its place."""
+
+    def __init__(self, *, comes_back: bool) -> None:
+        super().__init__()
+        self.comes_back, self.num_asked = comes_back, 0
+
+    def _lose(self) -> None:
+        self.num_asked += 1
+        if not self.comes_back:
+            raise ActorDiedError
+        if self.num_asked == 1:
+            raise ActorUnavailableError("its process was lost", None)
+
+    async def _scale(self, sizes: dict[str, int]) -> None:
+        await super()._scale(sizes)
+        self._lose()
+
+    async def _status(self, window_s: float | None) -> ClusterStatus:
+        self._lose()
+        return await super()._status(window_s)
+
+
+async def test_the_status_is_asked_for_again_where_the_controller_is_replaced() -> None:
+    controller, any_frontend = Replaced(comes_back=True), Any
+    status = await soon(ControllerOperations(controller, any_frontend)._status())  # type: ignore[arg-type]
+    assert (status.state, controller.num_asked) == ("READY", 2)
+
+
+async def test_a_controller_that_does_not_come_back_is_not_waited_for() -> None:
+    controller, any_frontend = Replaced(comes_back=False), Any
+    with pytest.raises(UnavailableError, match="its process is gone"):
+        await soon(ControllerOperations(controller, any_frontend)._status())  # type: ignore[arg-type]
+    assert controller.num_asked == 1
+
+
+@pytest.mark.parametrize(("comes_back", "says"), [(True, "lost and replaced during the change"), (False, "is gone")])
+async def test_a_change_is_asked_for_once_whatever_becomes_of_the_controller(comes_back: bool, says: str) -> None:
+    controller, any_frontend = Replaced(comes_back=comes_back), Any
+    operations = ControllerOperations(controller, any_frontend)  # type: ignore[arg-type]
+    with pytest.raises(UnavailableError, match=says) as caught:
+        await soon(operations.scale(pb.ScaleRequest(sizes=[pb.PoolSize(pool="decode", size=2)])))
+    assert len(controller.asked) == 1
+    assert ("look at the status" in str(caught.value)) == comes_back

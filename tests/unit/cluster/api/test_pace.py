@@ -68,3 +68,14 @@ def test_no_rest_is_longer_than_the_longest() -> None:
     for number in range(10_000):
         pace.note(1.0, 1000, number / 1000, number / 10_000)
     assert pace.rest_s == pytest.approx(LONGEST_S)
+
+
+def test_a_fast_chunk_of_a_while_ago_says_nothing_of_now() -> None:
+    pace = Pace()
+    now_s = 100.0
+    pace.note(0.0001, FEW_STREAMS + 1, now_s, 0.0)
+    for _ in range(4):
+        now_s += 0.1
+        # Others have the cores: this thread computes a tenth of the time.
+        pace.note(0.05 * random.uniform(0.9, 1.1), FEW_STREAMS + 1, now_s, (now_s - 100.0) / 10)
+    assert pace.rest_s > 0

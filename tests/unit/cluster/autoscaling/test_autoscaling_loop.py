@@ -7,6 +7,7 @@ import pytest
 from cluster.api.status_decisions import add_decisions
 from cluster.autoscaling.autoscaler import PoolDecision
 from cluster.autoscaling.autoscaling_loop import AutoscalingLoop
+from cluster.autoscaling.decision_log import DecisionLog, Logged
 from cluster.autoscaling.signals import Signals
 from cluster.members import POOLS
 from octet.errors import UnavailableError
@@ -96,3 +97,41 @@ async def test_the_status_tells_what_was_decided_and_why(capsys: pytest.CaptureF
     shown = capsys.readouterr().out
     assert "prefill" in shown
     assert "done" in shown
+
+
+async def test_actions_under_way_end_with_the_loop() -> None:
+    cluster, begun, ended = Cluster(BUSY), asyncio.Event(), asyncio.Event()
+
+    async def hang(one: PoolDecision) -> None:
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    cluster.loop = AutoscalingLoop(scaling(metrics_interval_s=0.01), FLEET, cluster.observe, hang)
+    running = asyncio.create_task(cluster.loop.run())
+    await asyncio.wait_for(begun.wait(), 20.0)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    await asyncio.wait_for(ended.wait(), 20.0)
+
+
+def action(pool: str, target: int, outcome: str = "") -> Logged:
+    return Logged(at_s=1.0, pool=pool, current=1, wanted=target, target=target, reason="load", outcome=outcome)
+
+
+def test_the_outcome_is_that_of_the_last_action_with_the_target() -> None:
+    log = DecisionLog()
+    log.take_over([action("decode", 2, "done"), action("prefill", 2, "done"), action("decode", 3, "done")], [])
+    log.take_over([action("decode", 2, "?"), action("prefill", 2, "?")], [])
+    log.end("decode", 2, "refused")
+    assert [one.outcome for one in log.actions] == ["done", "done", "done", "refused", "?"]
+
+
+def test_of_what_another_controller_had_under_way_no_outcome_is_known() -> None:
+    log = DecisionLog()
+    log.take_over([action("decode", 2, "done"), action("prefill", 2)], [action("decode", 2)])
+    assert [one.outcome for one in log.actions] == ["done", "not known, as the controller was lost meanwhile"]
+    assert [one.pool for one in log.latest] == ["decode"]

@@ -98,3 +98,10 @@ def test_decode_that_steps_faster_than_it_has_to_asks_for_no_shards() -> None:
     just_so = signals(decode=pool(member(kv=0.8, ongoing=8, tokens_per_s=90)), shards=busy)
     assert of(once(fast, scaling()), "experts").target < 4
     assert of(once(just_so, scaling()), "experts").target > 4
+
+
+def test_sequences_that_wait_for_a_place_in_a_batch_ask_for_decode_workers() -> None:
+    """Of 64 places each, of which 0.8 are meant to be taken."""
+    for waiting, wanted in ((0, 1), (51, 2), (102, 3)):
+        decode = pool(member(kv=0.01, ongoing=51, waiting=waiting))
+        assert of(once(signals(decode=decode), scaling()), "decode").target == wanted

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.autoscaling.stabilizer import NOTHING_YET, Stabilizer, act, note, propose, settle
+from cluster.autoscaling.stabilizer import NOTHING_YET, Stabilizer, act, note, propose, settle, undo
 from octet.autoscaler_config import PoolScalingConfig
 
 CONFIG = PoolScalingConfig(upscale_delay_s=30, downscale_delay_s=100, max_replicas=20)
@@ -144,3 +144,42 @@ def test_a_pool_whose_requests_miss_their_target_may_turn_back_at_once() -> None
         state = note(state, now_s, 9, CONFIG, COOLDOWN_S)
     assert propose(state, now_s, 7, CONFIG, COOLDOWN_S).target == 7
     assert propose(state, now_s, 7, CONFIG, COOLDOWN_S, urgent=True).target == 9
+
+
+def test_a_pool_that_shrinks_step_by_step_has_not_turned_and_may_grow_at_once() -> None:
+    state, now_s, current = NOTHING_YET, 0.0, 8
+    for smaller in (6, 4, 2):
+        now_s += 10
+        state, _ = settle(act(state, now_s, current, smaller), now_s, smaller, 0, 900)
+        current = smaller
+    for _ in range(4):
+        now_s += 10
+        state = note(state, now_s, 5, CONFIG, COOLDOWN_S)
+    assert propose(state, now_s, current, CONFIG, COOLDOWN_S).target == 5
+
+
+def test_a_change_that_was_refused_is_no_turn() -> None:
+    """Or a pool whose growth no node has room for could not shrink for as long."""
+    state, now_s = told([2] * 34)
+    state, _ = settle(act(state, now_s - 1000, 3, 2), now_s, 2, 0, 900)
+    before = state
+    state = undo(act(state, now_s, 2, 5))
+    assert state == before
+    assert undo(state) == before, "nothing is under way"
+
+
+def test_a_change_is_complete_when_nobody_starts_or_drains_any_more() -> None:
+    state = act(NOTHING_YET, 0.0, 2, 1)
+    state, _ = settle(state, 10.0, 1, 1, 900)
+    assert state.pending is not None, "one is draining"
+    state, _ = settle(state, 20.0, 1, 0, 900)
+    assert state.pending is None
+
+
+def test_a_change_that_takes_too_long_is_given_up_and_said_so() -> None:
+    state = act(NOTHING_YET, 0.0, 2, 5)
+    state, why = settle(state, 900.0, 4, 1, 900)
+    assert (state.pending is not None, why) == (True, "")
+    state, why = settle(state, 900.1, 4, 1, 900)
+    assert state.pending is None
+    assert "the change to 5 was given up" in why

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,8 @@ from cluster.control.changes import Changes
 from cluster.control.membership import Membership
 from cluster.control.pools import Member
 from cluster.control.services import FRONTEND
-from cluster.members import Endpoint
-from octet.errors import UnavailableError
+from cluster.members import Endpoint, MemberStatus
+from octet.errors import ChangeRefusedError, StartupError, UnavailableError
 from octet.ids import WorkerId
 from router.placement import EMPTY
 from router.proposal import make_proposal
@@ -222,3 +222,159 @@ class OnNode(Played):
     async def _answer(self, method: str, *args: Any) -> Any:
         answer = await super()._answer(method, *args)
         return dataclasses.replace(answer, node_id=self.node) if isinstance(answer, Endpoint) else answer
+
+
+class Leased(Played):
+    """Nothing runs there, but pages are lent to a decode worker until they are asked for so often."""
+
+    def __init__(self, worker_id: str, num_looks: int) -> None:
+        super().__init__(worker_id)
+        self.num_looks = num_looks
+
+    async def _answer(self, method: str, *args: Any) -> Any:
+        answer = await super()._answer(method, *args)
+        if not isinstance(answer, MemberStatus) or answer.load is None:
+            return answer
+        self.num_looks -= 1
+        return dataclasses.replace(answer, load=dataclasses.replace(answer.load, leases=int(self.num_looks > 0)))
+
+
+async def test_a_worker_leaves_when_its_pages_are_taken_and_not_before() -> None:
+    leased = Leased("prefill-1", num_looks=3)
+    cluster = await cluster_of(leased)
+    await soon(cluster.changes.scale("prefill", 1, "for a test"))
+    assert leased.num_looks == 0
+    assert cluster.pools.ended == ["prefill-1"]
+
+
+class Mistaken(Played):
+    """A frontend whose process is there and does not take who serves."""
+
+    async def _answer(self, method: str, *args: Any) -> Any:
+        if method == "set_workers":
+            raise StartupError("a mistake of ours")
+        return await super()._answer(method, *args)
+
+
+async def test_who_was_to_leave_is_no_more_on_its_way_out_where_the_change_fails() -> None:
+    """A worker that stays and counts as draining would be given nothing any more."""
+    cluster = await cluster_of(frontend=Mistaken("frontend-0"))
+    with pytest.raises(StartupError):
+        await soon(cluster.changes.scale("decode", 1, "for a test"))
+    assert cluster.changes.draining == frozenset()
+    assert "decode-1" in cluster.membership
+    assert cluster.pools.ended == []
+
+
+async def test_a_frontend_hears_that_who_leaves_is_given_nothing_more_and_then_that_it_is_gone() -> None:
+    frontend = Played("frontend-0")
+    cluster = await cluster_of(frontend=frontend)
+    await soon(cluster.changes.scale("decode", 1, "for a test"))
+    told = [(sorted(args[1]), args[2]) for method, args in frontend.asked if method == "set_workers"]
+    assert told == [(["decode-0", "decode-1"], ["decode-1"]), (["decode-0"], [])]
+
+
+async def test_redundancy_that_cannot_be_had_is_as_it_was() -> None:
+    cluster = await cluster_of(router=Router("router"))
+    before = cluster.changes.num_redundant
+    cluster.changes.interrupt(WorkerId("prefill-0"))
+    with pytest.raises(UnavailableError):
+        await soon(cluster.changes.set_redundancy(16, "for a test"))
+    assert cluster.changes.num_redundant == before
+    assert cluster.changes.log.under_way == ""
+    assert not cluster.changes.log.busy
+
+
+async def until(so: Callable[[], bool]) -> None:
+    """Within a few turns of the loop."""
+    for _ in range(10_000):
+        if so():
+            return
+        await asyncio.sleep(0)
+    assert so()
+
+
+async def on_standby(cluster: Cluster, *names: str) -> list[Played]:
+    """Processes of the decode pool that are loaded."""
+    actors = [Played(name) for name in names]
+    members = [member("decode", actor) for actor in actors]
+    await cluster.membership.reach(members)
+    cluster.changes.standby.take_over(members)
+    return actors
+
+
+async def test_processes_for_which_there_is_no_place_any_more_are_ended() -> None:
+    """Two ask for a third worker, while neither can be let in."""
+    cluster = await cluster_of()
+    actors = await on_standby(cluster, "decode-7", "decode-8")
+    async with cluster.changes.log.change("rebalance", "for a test"):
+        first = asyncio.create_task(cluster.changes.scale("decode", 3, "for a test"))
+        await until(lambda: "status" in actors[0].calls)
+        second = asyncio.create_task(cluster.changes.replenish("decode", 3, "for a test"))
+        await until(lambda: "status" in actors[1].calls and not cluster.changes.starting["decode"])
+    await soon(first)
+    await soon(second)
+    assert [one.worker_id for one in cluster.membership.pool("decode")] == ["decode-0", "decode-1", "decode-7"]
+    assert cluster.pools.ended == ["decode-8"]
+
+
+async def test_processes_that_cannot_join_are_ended_and_the_others_serve_on() -> None:
+    cluster = await cluster_of()
+    before = cluster.membership.all()
+    (actor,) = await on_standby(cluster, "decode-7")
+    actor.refuses = ("link",)
+    with pytest.raises(UnavailableError):
+        await soon(cluster.changes.scale("decode", 3, "for a test"))
+    assert cluster.pools.ended == ["decode-7"]
+    assert cluster.membership.all() == before
+    (record,) = cluster.changes.log.records
+    assert (record.succeeded, "not now" in record.outcome) == (False, True)
+
+
+async def test_a_change_is_under_way_until_it_ends_and_on_record_from_then_on() -> None:
+    cluster = await cluster_of()
+    log, noted = cluster.changes.log, list[str]()
+    log.note = lambda: noted.append(log.under_way)
+    async with log.change("scale", "for a test") as outcome:
+        assert (log.under_way, log.busy, log.records) == ("scale", True, ())
+        outcome.append("done")
+    assert (log.under_way, log.busy) == ("", False)
+    assert noted[0] == "scale"
+    assert noted[-1] == ""
+    with pytest.raises(UnavailableError):
+        async with log.change("rebalance", "for a test"):
+            raise UnavailableError("not now")
+    assert (log.under_way, log.busy) == ("", False)
+    assert [(one.kind, one.succeeded, one.outcome) for one in log.records] == [
+        ("scale", True, "done"),
+        ("rebalance", False, "not now"),
+    ]
+
+
+async def test_what_only_fails_on_record_is_there_only_where_it_has_failed() -> None:
+    log = (await cluster_of()).changes.log
+    async with log.attempt("scale", "for a test", only_failure=True):
+        pass
+    assert not log.records
+    with pytest.raises(UnavailableError):
+        async with log.attempt("scale", "for a test", only_failure=True):
+            raise UnavailableError("no node has room")
+    assert [one.outcome for one in log.records] == ["no node has room"]
+
+
+async def test_a_pool_that_is_asked_for_another_size_waits_no_longer_for_processes_of_the_last() -> None:
+    cluster, asked = await cluster_of(), asyncio.Event()
+
+    async def start(*args: object) -> list[Member]:
+        asked.set()
+        await asyncio.Event().wait()
+        return []
+
+    cluster.pools.start = start  # type: ignore[attr-defined]
+    growing = asyncio.create_task(cluster.changes.scale("decode", 3, "for a test"))
+    await asyncio.wait_for(asked.wait(), PATIENT_S)
+    await soon(cluster.changes.scale("decode", 1, "for a test"))
+    with pytest.raises(ChangeRefusedError, match="another size"):
+        await soon(growing)
+    assert [one.worker_id for one in cluster.membership.pool("decode")] == ["decode-0"]
+    assert cluster.changes.starting["decode"] == 0

@@ -135,3 +135,17 @@ async def test_a_shard_that_was_to_leave_is_named_to_the_controller_that_ends_th
     assert [one.worker_id for one in left] == [leaving]
     assert leaving not in following
     assert decode.calls[-2:] == ["adopt", "forget"]
+
+
+async def test_no_two_attempts_share_an_epoch_whichever_controller_makes_them() -> None:
+    """What is late of an attempt that was given up must not be taken for the next one's."""
+    shard, decode = Played("experts-0"), Played("decode-0")
+    membership = await serving(member("experts", shard), member("decode", decode))
+    noted: list[int] = []
+    membership.note = lambda: noted.append(membership.next_epoch)
+    for _ in range(3):
+        await asyncio.wait_for(membership.relink(membership.member(WorkerId("decode-0"))), PATIENT_S)
+    epochs = [args[1] for method, args in decode.asked if method == "link"]
+    assert len(set(epochs)) == len(epochs) == 4
+    assert epochs == [args[3] for method, args in shard.asked if method == "link"], "the same at both ends"
+    assert [next_epoch > epoch for next_epoch, epoch in zip(noted, epochs[1:], strict=True)] == [True] * 3

@@ -261,3 +261,16 @@ async def test_a_request_that_fails_everywhere_is_given_up(cluster: Cluster) -> 
     with pytest.raises(UnavailableError, match=r"computed again 3 times \(frontend.max_attempts\), and then: poison"):
         await client.end()
     assert cluster.outcomes() == (0, 1, 0)
+
+
+async def test_of_choices_that_share_a_prompt_the_one_that_fails_is_aborted_alone(cluster: Cluster) -> None:
+    client, request = await decoding(cluster, n=2)
+    cluster.decode.tell(failed(request, "out of luck", choice=0, retryable=True))
+    assert await cluster.decode.next() == abort(request, 0)
+    assert await cluster.prefill.next() == abort(request, 0)
+    again = await cluster.prefill.next_request()
+    assert again.choices == (0,)
+    cluster.decode.tell(token(request, 2, 102, "length", choice=1))
+    cluster.decode.tell(token(again, 2, 102, "length", choice=0))
+    await client.end()
+    assert client.tokens(0) == client.tokens(1) == [100, 101, 102]

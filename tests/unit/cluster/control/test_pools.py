@@ -242,3 +242,16 @@ async def test_of_members_that_do_not_all_start_none_stays(
             await starting
     await until(lambda: killed == ["decode-0"] and groups == [])
     assert pools.groups == ()
+
+
+async def test_a_member_that_is_ended_twice_frees_its_place_once(
+    groups: list[Group], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the group would be removed beneath the other, which is killed with it."""
+    pools, (first, second) = await two_together(groups, monkeypatch)
+    for _ in range(2):
+        pools.end(first)
+    assert pools.ended == {first.worker_id}
+    assert len(groups) == 1
+    pools.end(second)
+    assert (groups, pools.groups) == ([], ())

@@ -116,3 +116,14 @@ def test_a_member_that_comes_begins_alive() -> None:
     played.members = (A, B)
     played.silence.keep({A: True, B: True})
     assert played.until_dead(1.0, still=[A, B])[1].keys() == {A}
+
+
+def test_looks_at_which_it_slept_count_only_in_a_row() -> None:
+    """One that computes sleeps now and then, and answers late."""
+    played = Played(A, B)
+    for number in range(40):
+        _, dead = played.until_dead(HEALTH.beat_s, mute=[B], idle={B: number % 3 != 0})
+        assert dead == {}, f"at beat {number}"
+    after_s, dead = played.until_dead(10, mute=[B], idle={B: True})
+    assert dead == {B: "no answer within 1.5 s, and nothing runs in it"}
+    assert after_s < 1.0

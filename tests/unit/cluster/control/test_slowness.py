@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
+from cluster.control.slow_members import SlowMembers
 from cluster.control.slowness import Signs, Slowness, Verdict
 from octet.config import HealthConfig
 from octet.ids import WorkerId
@@ -72,3 +76,51 @@ def test_one_is_evicted_at_a_time_and_none_where_it_is_switched_off() -> None:
     assert len(after(Slowness(HEALTH), 0, 60, signs).evicted) == 1
     kept = Slowness(HEALTH.model_copy(update={"evict_slow_s": None}))
     assert after(kept, 0, 60, signs).evicted == {}
+
+
+class Members:
+    """Three shards, one of which gives no pulse, and what is done about it."""
+
+    def __init__(self, evict_slow_s: float | None) -> None:
+        self.shunned: list[frozenset[WorkerId]] = []
+        self.lost: list[WorkerId] = []
+        self.late = {A: 0.0, B: 0.9, C: 0.0}
+        self.routing = SimpleNamespace(shards=(A, B, C), shunned=frozenset())
+        mine: Any = self
+        config = HealthConfig(slow_ratio=3.0, slow_s=1e-6, evict_slow_s=evict_slow_s)
+        self.slow = SlowMembers(config, mine, mine, lambda: self.late, self._telemetry, self._lose)
+
+    def pool(self, pool: str) -> list[Any]:
+        return [SimpleNamespace(worker_id=each) for each in (A, B, C)] if pool == "experts" else []
+
+    async def shun(self, shards: frozenset[WorkerId], reason: str) -> None:
+        self.shunned.append(shards)
+        self.routing.shunned = shards
+
+    async def _telemetry(self) -> None:
+        return None
+
+    def _lose(self, worker_id: WorkerId, reason: str) -> None:
+        self.lost.append(worker_id)
+
+
+async def test_a_slow_shard_is_asked_for_less_once_and_as_before_when_it_is_well() -> None:
+    members = Members(evict_slow_s=None)
+    for _ in range(4):
+        await members.slow._look()
+    assert members.shunned == [frozenset({B})]
+    assert (list(members.slow.slow), members.lost) == ([B], [])
+    members.late[B] = 0.0
+    for _ in range(4):
+        await members.slow._look()
+    assert (members.shunned, members.slow.slow) == ([{B}, frozenset()], {})
+
+
+async def test_a_shard_that_is_parted_with_is_not_asked_for_less_as_well() -> None:
+    """That would be one more change of the routing, before the one that goes on without it."""
+    members = Members(evict_slow_s=1e-6)
+    await members.slow._look()
+    # It has been asked for less for a while by now.
+    members.routing.shunned = frozenset({B})
+    await members.slow._look()
+    assert (members.lost, members.shunned) == ([B], [])

@@ -25,7 +25,7 @@ from octet.errors import (
 from octet.faults import Fault
 from octet.ids import LeaseId, RequestId
 from octet.mailbox import AsyncMailbox
-from octet.messages import KvAck, Message, TokenLogprob, unpack_ids
+from octet.messages import Abort, KvAck, Message, TokenLogprob, unpack_ids
 from octet.v1 import octet_pb2 as pb
 from tests.unit.cluster.played import (
     DECODE,
@@ -536,3 +536,50 @@ async def test_nothing_is_live_after_every_ending(cluster: Cluster) -> None:
     assert cluster.frontend.num_live == 1
     await client.leave()
     assert cluster.frontend.num_live == 0
+
+
+async def test_a_request_that_has_ended_is_no_work_of_its_workers_any_more(cluster: Cluster) -> None:
+    """Or whoever it was sent to would be taken for busy for ever."""
+    cluster.set_workers([cluster.prefill, cluster.new_worker("prefill-1")], [cluster.decode])
+    for number in range(3):
+        client, request = await cluster.admitted(request_id=f"r{number}", n=2)
+        assert cluster.frontend.request_load().queued_prompt_tokens == request.num_tokens
+        await client.leave()
+        assert cluster.frontend.request_load().queued_prompt_tokens == 0
+
+
+async def test_nothing_is_kept_for_a_worker_that_has_left(cluster: Cluster) -> None:
+    cluster.set_workers([cluster.prefill], [cluster.new_worker("decode-1")])
+    with pytest.raises(UnavailableError, match="no such peer: decode-0"):
+        cluster.frontend._mailbox.send(DECODE, Abort(request_id=RequestId("r")))
+
+
+async def test_a_request_that_has_ended_leaves_no_timer(cluster: Cluster) -> None:
+    """Each would hold its request in memory up to its deadline."""
+    client, request = await cluster.admitted(resumable=True)
+    live = cluster.frontend._live.get(request.request_id)
+    assert live is not None
+    assert list(live.timers) == ["deadline"]
+    cluster.prefill.tell(token(request, 0, 100, "length"))
+    await client.end()
+    assert live.timers == {}
+
+
+async def test_a_prompt_counts_as_queued_while_nobody_may_take_it_and_no_longer(cluster: Cluster) -> None:
+    """It is what wakes an empty pool; and one that has ended must keep none awake."""
+    served, request = await cluster.admitted(request_id="s")
+    cluster.prefill.tell(token(request, 0, 100))
+    await served.heard(1)
+    load = cluster.frontend.request_load()
+    assert (load.queued_prompt_tokens, load.waiting) == (0, 0), "it has its first token"
+    cluster.set_workers([], [cluster.decode])
+    waiting = cluster.ask(request_id="w")
+    await asyncio.sleep(0.05)
+    assert cluster.frontend.num_live == 2
+    load = cluster.frontend.request_load()
+    # The first one is to be computed again, with the token that it has.
+    assert (load.queued_prompt_tokens, load.waiting) == (2 * len(PROMPT) + 1, 1)
+    await waiting.leave()
+    await served.leave()
+    load = cluster.frontend.request_load()
+    assert (load.queued_prompt_tokens, load.waiting) == (0, 0)

@@ -6,6 +6,8 @@ from hypothesis import strategies as st
 
 from cluster.frontend.admission import Demand
 from cluster.frontend.load_meter import LoadMeter, Rate
+from cluster.frontend.request_meter import _MOST_KEPT, RequestMeter
+from cluster.frontend.slo import Slo
 
 
 def demand(priority: int = 0, prompt_tokens: int = 100, new_tokens: int = 20) -> Demand:
@@ -92,3 +94,26 @@ def test_when_every_request_has_ended_nothing_is_in_hand(asked: list[tuple[int, 
         meter.end(each, generated, prefilled=generated > 0, finished=finished, now_s=now_s)
     found = meter.backlog(1)
     assert (found.requests, found.prompt_tokens, found.prompt_tokens_ahead, found.new_tokens) == (0, 0, 0, 0)
+
+
+def test_time_in_which_nothing_is_decoded_does_not_slow_the_rate() -> None:
+    """Else whoever comes after a pause would be refused for want of time."""
+    meter, now_s, one = LoadMeter(), 0.0, demand(new_tokens=200)
+    for _ in range(3):
+        meter.accept(one, now_s)
+        meter.prefilled(one, now_s)
+        for number in range(200):
+            now_s += 0.02
+            meter.generated(now_s, 0.02 if number else None)
+        meter.end(one, 200, prefilled=True, finished=True, now_s=now_s)
+        now_s += 100.0
+    assert meter.rates.decode_tokens_s == pytest.approx(50.0)
+
+
+def test_of_more_requests_than_are_kept_the_rate_is_that_of_the_last() -> None:
+    meter = RequestMeter(Slo(ttft_s=1.0, ttft_per_1k_tokens_s=0.0, tpot_s=1.0), 30.0)
+    # 1000 requests a second, of which the last four seconds are kept.
+    for number in range(3 * _MOST_KEPT):
+        meter.arrived(number / 1000, 20, 10)
+    load = meter.load(3 * _MOST_KEPT / 1000, 0.0, 0)
+    assert load.arriving_prompt_tokens_per_s == pytest.approx(10_000, rel=0.01)

@@ -10,7 +10,7 @@ import pytest
 
 from cluster.frontend.answer import Piece
 from cluster.frontend.record import Outcome, Reader, Record
-from octet.errors import RequestFailedError
+from octet.errors import RequestFailedError, SlowReaderError
 from octet.ids import RequestId
 from octet.messages import PrefillRequest
 from tests.unit.cluster.played import Client, Cluster, failed, playing, soon, token
@@ -147,3 +147,14 @@ async def test_every_token_is_told_once_at_any_interval(whole: bool) -> None:
             assert len(of_choice) == 1
         for each in of_choice[1:-1]:
             assert len(each.token_ids) >= interval, f"{[len(each.token_ids) for each in of_choice]} by {interval}"
+
+
+async def test_a_reader_is_cut_off_for_what_came_first() -> None:
+    record = Record(RequestId("r"), b"", range(1), 3)
+    reader = Reader(record, [], 10_000)
+    reader.cut(SlowReaderError("it takes nothing"))
+    reader.cut(SlowReaderError("too much waits for it"))
+    record.end(Outcome(kind="finished"))
+    with pytest.raises(SlowReaderError, match="it takes nothing"):
+        async for _ in reader.increments():
+            pass

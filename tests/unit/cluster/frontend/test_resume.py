@@ -355,3 +355,19 @@ async def test_a_client_that_is_cancelled_is_not_taken_for_a_slow_one(cluster: C
         with pytest.raises(asyncio.CancelledError):
             await reading
     await client.leave()
+
+
+async def test_a_reader_with_less_time_takes_none_from_the_others(cluster: Cluster) -> None:
+    client, request = await cluster.admitted(resumable=True, timeout_s=100.0)
+    live = cluster.frontend._live.get(request.request_id)
+    assert live is not None
+    before_s, timer = live.deadline_s, live.timers["deadline"]
+    resumed = cluster.resume(0, timeout_s=1.0)
+    cluster.prefill.tell(token(request, 0, 100))
+    await resumed.heard(1)
+    assert (live.deadline_s, live.timers["deadline"]) == (before_s, timer)
+    longer = cluster.resume(0, timeout_s=200.0)
+    await longer.heard(1)
+    assert live.deadline_s > before_s + 50
+    for each in (client, resumed, longer):
+        await each.leave()

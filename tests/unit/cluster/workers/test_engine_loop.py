@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import types
 from typing import Any, cast
 
@@ -10,8 +11,9 @@ import pytest
 from cluster.workers.engine_loop import EngineLoop
 from octet.background import COMPUTING
 from octet.config import LaneConfig
-from octet.ids import LeaseId, RequestId, WorkerId
-from octet.messages import Abort, KvPull, Message, PrefillRequest, WorkerLoad
+from octet.errors import PeerLostError, WireError
+from octet.ids import Epoch, LeaseId, RequestId, WorkerId
+from octet.messages import Abort, Failed, KvPull, Message, PrefillRequest, StepReport, WorkerLoad
 from octet.request import Output, Sampling, Stopping
 
 PATIENT_S = 20.0
@@ -122,3 +124,156 @@ def test_a_step_that_gives_way_is_stepped_back(gives_way: bool, back: int) -> No
     played.loop.stop(PATIENT_S)
     assert played.niceness == min(before + COMPUTING + back, 19)
     assert exchange.gives_way == gives_way
+
+
+LOAD = WorkerLoad(kv_pages_total=0, kv_pages_free=0, running=0, waiting=0, tokens=0)
+FAILED = StepReport(
+    worker_id=WorkerId("decode-0"),
+    epoch=Epoch(1),
+    events=(Failed(request_id=RequestId("r"), choice=0, attempt=0, reason="", retryable=True),),
+    load=LOAD,
+)
+
+
+class Lane:
+    """To shards that are there, or that are gone."""
+
+    def __init__(self, *, broken: bool) -> None:
+        self.broken, self.gives_way, self.num_heartbeats = broken, False, 0
+        self.alive = threading.Event()
+
+    def heartbeat(self) -> None:
+        self.num_heartbeats += 1
+        if self.num_heartbeats == 3:
+            self.alive.set()
+        if self.broken:
+            raise PeerLostError("experts-1 is gone as well")
+
+
+class Stranded:
+    """Mailbox, engine and model of a decode worker whose first step fails, with its lane or otherwise."""
+
+    def __init__(self, lane: LaneConfig, error: Exception | None = None, *, only_when_woken: bool = False) -> None:
+        self.busy, self.gives_way, self.gathers = True, False, False
+        self.lane: Lane | None = None
+        self.stepped_over: list[Lane | None] = []
+        self.failures: list[tuple[str, bool]] = []
+        self.reports: list[str] = []
+        self.sent: list[tuple[WorkerId, Message]] = []
+        self.coming: list[Message] = []
+        self.handled: list[Message] = []
+        self.drops = types.SimpleNamespace(noted=[])
+        self.drops.note = self.drops.noted.append
+        self.reported, self.stepped, self.refused = threading.Event(), threading.Event(), threading.Event()
+        self._error, self._woken, self._only_when_woken = error, threading.Event(), only_when_woken
+        mine = cast(Any, self)
+        self.loop = EngineLoop(WorkerId("decode-0"), mine, mine, mine, lane, self._report)
+
+    def _report(self, reason: str) -> None:
+        self.reports.append(reason)
+        self.reported.set()
+
+    def receive(self, timeout_s: float) -> list[Message]:
+        if timeout_s and self._only_when_woken:
+            self._woken.wait(PATIENT_S)
+            self._woken.clear()
+        messages, self.coming = self.coming, []
+        return messages
+
+    def wake(self) -> None:
+        self._woken.set()
+
+    def send(self, to: WorkerId, message: Message) -> None:
+        self.sent.append((to, message))
+        self.refused.set()
+
+    def handle(self, message: Message) -> None:
+        self.handled.append(message)
+        if message is ABORT:
+            raise WireError("of a request that nobody has")
+
+    def step(self, now_s: float) -> list[tuple[WorkerId, Message]]:
+        self.stepped_over.append(self.lane)
+        if self._error is not None:
+            raise self._error
+        if self.lane is not None and self.lane.broken:
+            raise PeerLostError("experts-0 is gone")
+        self.busy = False
+        self.stepped.set()
+        return []
+
+    def fail_all(self, reason: str, retryable: bool = False) -> None:
+        self.failures.append((reason, retryable))
+
+    def flush(self) -> list[tuple[WorkerId, Message]]:
+        return [(WorkerId("frontend-0"), FAILED)] if self.failures else []
+
+    def adopt(self, planner: Any, exchange: Any) -> None:
+        self.lane = exchange
+
+
+def test_a_step_that_fails_with_its_lane_is_done_again_over_the_next_one() -> None:
+    worker = Stranded(LaneConfig(timeout_s=PATIENT_S / 2), only_when_woken=True)
+    broken, whole = Lane(broken=True), Lane(broken=False)
+    worker.loop.start(cast(Any, None), cast(Any, broken))
+    assert worker.reported.wait(PATIENT_S)
+    assert (worker.loop.state, worker.reports) == ("WAITING", ["PeerLostError: experts-0 is gone"])
+    worker.loop.adopt(cast(Any, None), cast(Any, whole))
+    assert worker.stepped.wait(PATIENT_S)
+    worker.loop.stop(PATIENT_S)
+    assert worker.stepped_over[:2] == [broken, whole]
+    assert (worker.loop.state, worker.loop.reason, len(worker.reports)) == ("READY", "", 1)
+    assert worker.failures == [], "nobody has to ask again"
+
+
+def test_shards_that_are_left_hear_of_a_worker_that_waits_for_another_lane() -> None:
+    worker, broken = Stranded(LaneConfig(heartbeat_s=0.001)), Lane(broken=True)
+    worker.loop.start(cast(Any, None), cast(Any, broken))
+    assert broken.alive.wait(PATIENT_S)
+    assert worker.loop.state == "WAITING"
+    worker.loop.stop(PATIENT_S)
+
+
+def test_what_waits_too_long_for_another_lane_fails_and_may_be_tried_elsewhere() -> None:
+    worker = Stranded(LaneConfig(recovery_s=0.01))
+    worker.loop.start(cast(Any, None), cast(Any, Lane(broken=True)))
+    assert worker.refused.wait(PATIENT_S)
+    worker.loop.stop(PATIENT_S)
+    reason, retryable = worker.failures[0]
+    assert "experts-0 is gone" in reason
+    assert retryable
+    assert worker.sent[0] == (WorkerId("frontend-0"), FAILED)
+
+
+def test_a_worker_that_has_failed_refuses_what_still_comes() -> None:
+    worker = Stranded(LaneConfig(), ZeroDivisionError("a mistake of ours"))
+    worker.loop.start(cast(Any, None), cast(Any, Lane(broken=False)))
+    assert worker.refused.wait(PATIENT_S)
+    assert (worker.loop.state, worker.loop.reason) == ("FAILED", "ZeroDivisionError: a mistake of ours")
+    worker.refused.clear()
+    worker.coming = [REQUEST]
+    assert worker.refused.wait(PATIENT_S), "it answers for as long as it is there"
+    worker.loop.stop(PATIENT_S)
+    assert all(retryable for _, retryable in worker.failures)
+    assert worker.reports == [], "its lane is whole"
+
+
+def test_a_message_that_makes_no_sense_is_dropped_and_counted() -> None:
+    worker = Stranded(LaneConfig())
+    worker.coming = [ABORT, PULL]
+    worker.loop.start(cast(Any, None), cast(Any, Lane(broken=False)))
+    assert worker.stepped.wait(PATIENT_S)
+    worker.loop.stop(PATIENT_S)
+    assert worker.handled == [ABORT, PULL]
+    assert [str(error) for error in worker.drops.noted] == ["of a request that nobody has"]
+
+
+def test_an_idle_lane_carries_a_heartbeat_now_and_then_and_one_with_steps_none() -> None:
+    lane = Lane(broken=False)
+    worker = Stranded(LaneConfig(heartbeat_s=5.0))
+    worker.loop._take(types.SimpleNamespace(planner=None, exchange=lane, taken=threading.Event()))  # type: ignore[arg-type]
+    now_s = time.monotonic()
+    for turn in range(200):
+        worker.loop._keep_lane(now_s + 0.1 * turn, silent=turn >= 60)
+    # The last step is 5.9 s from the first turn, and the last turn 19.9 s.
+    assert lane.num_heartbeats == 2

@@ -41,3 +41,39 @@ def test_prompts_leave_the_cores_to_shards_that_need_them_all(
     assert lanes.exchange(SHARDS).crowded == crowded
     for _, shard in pairs:
         shard.abort()
+
+
+class Joined:
+    """A link of which it is noted what becomes of it."""
+
+    def __init__(self) -> None:
+        self.aborted = self.closed = 0
+
+    def abort(self) -> None:
+        self.aborted += 1
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def relinked() -> tuple[WireLanes, Joined, Joined, Joined]:
+    """One shard whose link has been replaced, as when a lane is formed anew, and is still in use; and another."""
+    lanes = WireLanes(WorkerId("decode-0"), "decode", make_plan(load_config()), Mock(), "127.0.0.1")
+    old, new, other = Joined(), Joined(), Joined()
+    lanes._links = {SHARDS[0]: new, SHARDS[1]: other}  # type: ignore[dict-item]
+    lanes._replaced = [(SHARDS[0], old)]  # type: ignore[list-item]
+    return lanes, old, new, other
+
+
+def test_whoever_waits_for_a_shard_that_is_lost_hears_so_over_whichever_link() -> None:
+    lanes, old, new, other = relinked()
+    lanes.give_up([SHARDS[0]])
+    assert (old.aborted, new.aborted, other.aborted) == (1, 1, 0)
+
+
+def test_what_nobody_uses_any_more_is_closed_once() -> None:
+    lanes, old, new, other = relinked()
+    lanes.unlink(others_than=[SHARDS[0]])
+    assert (old.closed, new.closed, other.closed) == (1, 0, 1)
+    lanes.unlink(others_than=())
+    assert (old.closed, new.closed, other.closed) == (1, 1, 1)
