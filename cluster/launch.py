@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
+import ray._private.services
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.control.controller import Controller
@@ -82,6 +84,8 @@ def launch(config: OctetConfig, report: Report = lambda progress: None) -> Runni
         _connect(config)
     controller = None
     try:
+        # Whoever is told may end the start here, before there is anything of the cluster.
+        report(StartProgress(phase="starting the controller"))
         controller = _start_controller(plan)
         port = _wait_for_start(plan, controller, report)
     except BaseException:
@@ -120,10 +124,30 @@ def _connect(config: OctetConfig) -> None:
     if own:
         options |= {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES, "_system_config": _SETTINGS}
     try:
-        with forking() if own and config.ray.fork_workers else contextlib.nullcontext():
+        with contextlib.ExitStack() as within:
+            if own:
+                within.enter_context(_signalled_apart())
+                if config.ray.fork_workers:
+                    within.enter_context(forking())
             ray.init(address=config.ray.address or "local", namespace=config.ray.namespace, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ConfigError("ray.address", config.ray.address, "a running Ray cluster", str(error)) from error
+
+
+@contextlib.contextmanager
+def _signalled_apart() -> Iterator[None]:
+    """Ray's processes that are started within are in groups of their own.
+
+    A signal to this process's group, as `timeout` and service managers send it, is for this process alone: Ray ends
+    when it is done with it. Ray has no option for that.
+    """
+    services: Any = ray._private.services
+    popen = services.ConsolePopen
+    services.ConsolePopen = functools.partial(popen, process_group=0)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = popen
 
 
 def _check_address(address: str | None) -> None:

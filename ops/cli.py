@@ -17,6 +17,7 @@ from ops.bench.cli import DEFAULT_ADDRESS, Address, bench
 from ops.changes import parse_sizes, print_rebalance
 from ops.chaos.cli import chaos
 from ops.experts_cli import experts
+from ops.finite import finite
 from ops.render_decisions import print_decisions
 from ops.render_experts import print_experts
 
@@ -183,25 +184,29 @@ def simulate(
     fixed: Annotated[str | None, typer.Option(metavar="P,D,E", help="Sizes; default: the config's.")] = None,
     autoscale: Annotated[bool, typer.Option("--autoscale", help="Sizes are the beginning only.")] = False,
     search: Annotated[bool, typer.Option("--search-fixed", help="Find the smallest fixed sizes that do.")] = False,
-    attainment: Annotated[float, typer.Option(help="Of requests, with --search-fixed.")] = 0.99,
+    attainment: Annotated[float, typer.Option(min=0.001, max=1, help="Of requests, with --search-fixed.")] = 0.99,
     requests: Annotated[int | None, typer.Option(min=1, help="Only the first of the trace.")] = None,
     copies: Annotated[int, typer.Option(min=1, help="Stack the trace so many times, shifted in time.")] = 1,
-    time_scale: Annotated[float, typer.Option(min=0.001, help="2 plays the trace twice as fast.")] = 1.0,
-    hours: Annotated[float | None, typer.Option(min=0.01, help="Stretch it over so long.")] = None,
+    time_scale: Annotated[
+        float, typer.Option(min=0.001, callback=finite, help="2 plays the trace twice as fast.")
+    ] = 1.0,
+    hours: Annotated[float | None, typer.Option(min=0.01, callback=finite, help="Stretch it over so long.")] = None,
     day: Annotated[
-        float | None, typer.Option(metavar="TROUGH", help="Under a day's envelope, from TROUGH to 1 and back.")
+        float | None,
+        typer.Option(min=0, max=1, metavar="TROUGH", help="Under a day's envelope, from TROUGH to 1 and back."),
     ] = None,
     experts_trace: Annotated[pathlib.Path | None, typer.Option(help="Expert loads: exported telemetry.")] = None,
     skew: Annotated[str, typer.Option(metavar="LOW,HIGH", help="Else drawn: exponents of the layers.")] = "0.2,1.0",
     drift: Annotated[float, typer.Option(min=0, max=0.5, help="Of the experts swap loads each time.")] = 0.0,
-    drift_every: Annotated[float, typer.Option(min=1, help="Seconds.")] = 600.0,
+    drift_every: Annotated[float, typer.Option(min=1, callback=finite, help="Seconds.")] = 600.0,
     redundant: Annotated[int, typer.Option(min=0, help="Slots per layer beyond one for each expert.")] = 32,
     balance: Annotated[bool, typer.Option(help="Without, experts stay where they are numbered.")] = True,
     lose_every: Annotated[
-        float | None, typer.Option(min=0.1, metavar="SECONDS", help="So often, on average, any member is lost.")
+        float | None,
+        typer.Option(min=0.1, callback=finite, metavar="SECONDS", help="So often, on average, any member is lost."),
     ] = None,
-    price: Annotated[float, typer.Option(help="Of a GPU hour.")] = 2.0,
-    seed: int = 0,
+    price: Annotated[float, typer.Option(min=0, callback=finite, help="Of a GPU hour.")] = 2.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
     json_file: Annotated[pathlib.Path | None, typer.Option("--json", help="Write the run to this file.")] = None,
     plot: Annotated[pathlib.Path | None, typer.Option(metavar="FILE.png", help="Draw it (extra 'bench').")] = None,
 ) -> None:

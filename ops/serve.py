@@ -2,42 +2,101 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import pathlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 
-from cluster.launch import RunningCluster, launch
 from octet.config import OctetConfig
-from ops.progress import StartDisplay
+
+if TYPE_CHECKING:
+    from cluster.control.start_progress import StartProgress
+    from cluster.launch import RunningCluster
 
 _WATCH_EVERY_S = 0.5
+_TAKE_BACK_EVERY_S = 0.02
+
+
+class _StopAskedError(Exception):
+    """Before the cluster served."""
 
 
 def serve(config: OctetConfig) -> int:
-    """Returns: the exit code; 0 after SIGTERM or Ctrl-C, 1 if the cluster failed.
+    """Everything but signals is done in a thread of its own: in the main one, where Python handles them, Ray would put
+    its own handlers in place of ours, and a handler that raises would do so in the midst of Ray's code.
+
+    Returns: the exit code; 0 after SIGTERM or Ctrl-C, whether the cluster serves or still starts, 1 if it failed.
 
     Raises: OctetError if the cluster does not start.
     """
+    stop, started = threading.Event(), threading.Event()
+    result: concurrent.futures.Future[int] = concurrent.futures.Future()
+
+    def work() -> None:
+        try:
+            result.set_result(_serve(config, stop, started))
+        except BaseException as error:
+            result.set_exception(error)
+        finally:
+            started.set()
+
+    with _stop_signals(stop) as take_back:
+        # There until the end, since Ray's processes end with the thread that started them; nobody who leaves waits for
+        # it.
+        threading.Thread(target=work, name="serve", daemon=True).start()
+        while not started.wait(_TAKE_BACK_EVERY_S):
+            # Ray's native code takes SIGTERM for itself in whatever thread it starts, and does not say when.
+            take_back()
+        take_back()
+        return result.result()
+
+
+def _serve(config: OctetConfig, stop: threading.Event, started: threading.Event) -> int:
+    """
+    Args:
+        stop: set when a stop is asked for.
+        started: set here when the cluster is up.
+    """
     console = Console(stderr=True)
-    with _stop_signals() as stop:
-        with StartDisplay(console) as display:
-            cluster = launch(config, display.show)
-        # Ray installs handlers of its own when it starts.
-        with _stop_signals(stop):
-            print(f"octet: ready grpc={cluster.address} {_describe(cluster)}", flush=True)
-            reason = _wait(cluster, stop)
-            if reason:
-                console.print(f"[bold red]octet:[/] the cluster has failed: {escape(reason)}", highlight=False)
-            else:
-                console.print("octet: draining; live requests may end", highlight=False)
-            cluster.stop(drain=not reason)
+    try:
+        cluster = _start(config, stop, console)
+    except _StopAskedError:
+        console.print("octet: stopped before it served", highlight=False)
+        return 0
+    started.set()
+    reason = ""
+    if not stop.is_set():
+        print(f"octet: ready grpc={cluster.address} {_describe(cluster)}", flush=True)
+        reason = _wait(cluster, stop, console)
+    if reason:
+        console.print(f"[bold red]octet:[/] the cluster has failed: {escape(reason)}", highlight=False)
+    else:
+        console.print("octet: draining; live requests may end", highlight=False)
+    cluster.stop(drain=not reason)
     console.print("octet: stopped", highlight=False)
     return 1 if reason else 0
+
+
+def _start(config: OctetConfig, stop: threading.Event, console: Console) -> RunningCluster:
+    """Raises: OctetError; _StopAskedError, with nothing left of what was started."""
+    # It takes seconds to import them, in which a stop may be asked for.
+    from cluster.launch import launch
+    from ops.progress import StartDisplay
+
+    with StartDisplay(console) as display:
+
+        def report(progress: StartProgress) -> None:
+            if stop.is_set():
+                raise _StopAskedError
+            display.show(progress)
+
+        return launch(config, report)
 
 
 def _describe(cluster: RunningCluster) -> str:
@@ -48,28 +107,39 @@ def _describe(cluster: RunningCluster) -> str:
     )
 
 
-def _wait(cluster: RunningCluster, stop: threading.Event) -> str:
-    """Until a stop is asked for (empty string), or the cluster has failed (the reason)."""
+def _wait(cluster: RunningCluster, stop: threading.Event, console: Console) -> str:
+    """Until a stop is asked for (empty string), or the cluster has failed (the reason). Meanwhile, say how it fares."""
+    told = ("READY", "")
     while not stop.wait(_WATCH_EVERY_S):
         state, reason = cluster.state()
         if state == "FAILED":
             return reason
+        if (state, reason) != told:
+            told = state, reason
+            console.print(f"octet: {state}{': ' if reason else ''}{escape(reason)}", highlight=False)
     return ""
 
 
 @contextlib.contextmanager
-def _stop_signals(stop: threading.Event | None = None) -> Iterator[threading.Event]:
-    """SIGTERM and SIGINT set the event instead of ending the process; a second SIGINT interrupts as usual."""
-    event = stop or threading.Event()
+def _stop_signals(stop: threading.Event) -> Iterator[Callable[[], None]]:
+    """SIGTERM and SIGINT set the event instead of ending the process; a second SIGINT interrupts as usual.
+
+    Yields: what makes it so again, where others have set handlers.
+    """
 
     def handle(number: int, frame: object) -> None:
-        if event.is_set() and number == signal.SIGINT:
+        if stop.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
-        event.set()
+        stop.set()
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    def take_back() -> None:
+        for number in before:
+            signal.signal(number, handle)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    take_back()
     try:
-        yield event
+        yield take_back
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from ops.finite import finite
 from ops.outputs import checked
 
 chaos = typer.Typer(no_args_is_help=True, help="Do harm on purpose, and check that every promise is kept.")
@@ -22,7 +23,9 @@ def run(
         int | None, typer.Option(min=0, help="Draw a schedule instead; the same again for the same seed.")
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="So many, from this seed on.")] = 1,
-    duration: Annotated[float, typer.Option(min=1.0, help="Seconds of load of each that is drawn.")] = 4.0,
+    duration: Annotated[
+        float, typer.Option(min=1.0, callback=finite, help="Seconds of load of each that is drawn.")
+    ] = 4.0,
     users: Annotated[int, typer.Option(min=1, help="Each with one stream at a time.")] = 4,
     new_tokens: Annotated[int, typer.Option(min=2, help="Of every answer.")] = 48,
     overrides: Annotated[
@@ -87,7 +90,7 @@ def run(
 @chaos.command("draw")
 def draw(
     seed: Annotated[int, typer.Argument(min=0)],
-    duration: Annotated[float, typer.Option(min=1.0, help="Seconds of load.")] = 4.0,
+    duration: Annotated[float, typer.Option(min=1.0, callback=finite, help="Seconds of load.")] = 4.0,
 ) -> None:
     """Print the schedule of a seed, as a file that --schedule takes."""
     from ops.chaos.drawing import draw_schedule

@@ -72,6 +72,8 @@ class ChaosOptions:
             raise ConfigError("chaos run", "--lose-ray-replies and --against", "one of them: it is a Ray's of its own")
         if self.lost_control and self.against is not None:
             raise ConfigError("chaos run", "--lose-ray-control and --against", "one of them: it is a Ray's of its own")
+        if self.overrides and self.against is not None:
+            raise ConfigError("chaos run", "--set and --against", "one of them: a cluster that runs has its config")
         check_events(self.schedules, own=self.against is None, hosts=self.num_hosts)
 
 

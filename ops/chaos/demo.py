@@ -48,7 +48,10 @@ class _Writing:
 
 
 def demo_chaos() -> int:
-    """Kill one of everybody while texts are written, and compare. Returns: 0 if no text was changed, else 1."""
+    """Kill one of everybody while texts are written, and compare.
+
+    Returns: 0 if everybody was killed, and done without, and no text was changed; else 1.
+    """
     console = Console(highlight=False)
     with contextlib.ExitStack() as stack:
         with StartDisplay(Console(stderr=True)) as display:
@@ -70,15 +73,21 @@ async def _show(cluster: RunningCluster, console: Console) -> int:
                 kill: Event = Kill(at_s=0, target=victim)
                 faults += await play(stage, Schedule(duration_s=0.1, events=(kill,)), time.time())
                 if not console.is_terminal:
-                    console.print(_line(faults[-1], begin_s))
+                    console.print(line_of(faults[-1], begin_s), markup=False)
             await asyncio.sleep(_PAUSE_S)
-    different = sum(writing.different for writing in writings)
+    same, different = (sum(getattr(one, of_which) for one in writings) for of_which in ("same", "different"))
+    lost = sum(map(done_without, faults))
     console.print(
-        f"{sum(writing.same for writing in writings)} texts were written while {len(faults)} processes were killed, "
+        f"{same + different} texts were written while {lost} of {len(faults)} processes were killed and done without, "
         f"{different} of them not token for token as without; "
         f"the longest pause in any was {max(writing.longest_gap_s for writing in writings):.2f} s"
     )
-    return int(different > 0)
+    return int(different > 0 or lost < len(faults))
+
+
+def done_without(fault: Injected) -> bool:
+    """Whether a kill came about, and the cluster went on."""
+    return fault.fired and not fault.note
 
 
 @contextlib.asynccontextmanager
@@ -138,8 +147,12 @@ def _picture(writings: list[_Writing], faults: list[Injected], begin_s: float) -
         shown = (writing.prompt + writing.text).replace("\n", " ")[-_SHOWN:]
         whole = f"{writing.same} of {writing.same + writing.different}"
         table.add_row(Text(shown), str(writing.tokens), f"{writing.longest_gap_s:.2f} s", whole)
-    return Group(table, *(Text(_line(fault, begin_s), style="red") for fault in faults))
+    return Group(table, *(Text(line_of(fault, begin_s), style="red") for fault in faults))
 
 
-def _line(fault: Injected, begin_s: float) -> str:
-    return f"{fault.at_s - begin_s:5.1f} s  {fault.what}; gone on without it after {fault.until_s - fault.at_s:.2f} s"
+def line_of(fault: Injected, begin_s: float) -> str:
+    """What came of a kill."""
+    begun, lasted_s = f"{fault.at_s - begin_s:5.1f} s  {fault.what}; ", fault.until_s - fault.at_s
+    if done_without(fault):
+        return f"{begun}gone on without it after {lasted_s:.2f} s"
+    return f"{begun}{fault.note}, for {lasted_s:.2f} s" if fault.fired else f"{begun}it was not killed: {fault.note}"

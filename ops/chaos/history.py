@@ -130,7 +130,7 @@ class Injected:
     until_s: float
     """When its effect was over: who died is done without, who stopped goes on."""
     fired: bool = True
-    """False for an armed fault whose step was never reached."""
+    """False for an armed fault whose step was never reached, and for what could not be done."""
     note: str = ""
 
 

@@ -13,6 +13,7 @@ from rich.text import Text
 from ops.bench.machine import Machine
 from ops.chaos.figures import by_kind, costs, quiet_gap_s, resumed
 from ops.chaos.run import Verdict
+from ops.chaos.schedule import Rebalance, Scale
 
 SCHEMA = "octet.chaos/1"
 
@@ -55,10 +56,22 @@ def print_figures(machine: Machine, verdicts: Sequence[Verdict], console: Consol
     violated = sum(bool(verdict.violations) for verdict in verdicts)
     quiet_s, where = max(((quiet_gap_s(v.history), v.history.name) for v in verdicts), default=(0.0, "none"))
     console.print(
-        f"{len(verdicts)} schedules, {sum(len(v.history.faults) for v in verdicts)} faults, {len(streams)} streams; "
+        f"{len(verdicts)} schedules, {_counts(verdicts)}, {len(streams)} streams; "
         f"{resumed(streams)}; longest gap without a fault {quiet_s * 1e3:.0f} ms ({where}); "
         f"{violated} schedules with violations"
     )
+
+
+def _counts(verdicts: Sequence[Verdict]) -> str:
+    """Changes are no faults, and what was never reached, or could not be done, struck nobody."""
+    struck = changed = missed = 0
+    for verdict in verdicts:
+        changes = {event.kind for event in verdict.schedule.events if isinstance(event, Scale | Rebalance)}
+        for fault in verdict.history.faults:
+            missed += not fault.fired
+            changed += fault.fired and fault.kind in changes
+            struck += fault.fired and fault.kind not in changes
+    return f"{struck} faults and {changed} changes ({missed} more did not come about)"
 
 
 def as_json(machine: Machine, verdicts: Sequence[Verdict]) -> dict[str, Any]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
 
+from cluster.members import POOLS
 from octet.config import OctetConfig
 from octet.errors import ConfigError
 from ops.outputs import check_output
@@ -27,6 +29,8 @@ _PROFILES = {"h100": (H100, 2, 80e9), "cpu": (CPU, 4, 8e9)}
 """Rates, bytes per weight, and memory of a member."""
 _WORKING_BYTES = 6e9
 """Of a GPU, for activations and buffers."""
+_ROUNDING = 1e-9
+"""Of a sum of parts of GPUs."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,8 +88,8 @@ class Scenario:
 def simulate(config: OctetConfig, options: SimulateOptions) -> Result:
     """Print what came of it; write it as JSON, and draw it, where asked for. Raises: OctetError."""
     _check(options)
+    sizes = _sizes(config, options)
     scenario = make_scenario(config, options)
-    sizes = _sizes(scenario.config, options)
     _check_shards(scenario, sizes["experts"], options)
     if options.search:
         sizes, run = search_fixed(scenario, sizes, options.attainment)
@@ -115,6 +119,15 @@ def _check(options: SimulateOptions) -> None:
         require_matplotlib(options.plot_file)
     if options.fixed is not None and min(options.fixed) < 1:
         raise ConfigError("--fixed", ",".join(map(str, options.fixed)), "at least one member of each pool")
+    if options.search and options.autoscale:
+        raise ConfigError("simulate", "--search-fixed and --autoscale", "one of them: sizes that are sought are fixed")
+    if options.gpus is not None and options.search:
+        raise ConfigError("simulate", "--search-fixed and --gpus", "one of them: as many are taken as the load needs")
+    if options.gpus is not None and options.fixed is not None and not options.autoscale:
+        raise ConfigError("simulate", "--fixed and --gpus", "one of them: either gives the sizes")
+    low, high = options.skew
+    if not 0 <= low <= high < math.inf:
+        raise ConfigError("--skew", f"{low:g},{high:g}", "exponents from 0 on, the lower one first")
 
 
 def _check_shards(scenario: Scenario, num_shards: int, options: SimulateOptions) -> None:
@@ -201,11 +214,41 @@ def _loads(options: SimulateOptions, shape: Shape, rng: np.random.Generator, dur
 
 
 def _sizes(config: OctetConfig, options: SimulateOptions) -> dict[str, int]:
+    """Raises: ConfigError where they take more than there is."""
+    sizes: dict[str, int] = {pool: getattr(config.pools, pool).size for pool in POOLS}
     if options.fixed is not None:
-        return dict(zip(("prefill", "decode", "experts"), options.fixed, strict=True))
-    sizes = {pool: getattr(config.pools, pool).size for pool in ("prefill", "decode", "experts")}
-    if options.gpus is not None and not options.autoscale:
-        # All of the budget, in the proportions of the config.
-        factor = options.gpus / sum(sizes.values())
-        sizes = {pool: max(1, int(size * factor)) for pool, size in sizes.items()}
+        sizes = dict(zip(POOLS, options.fixed, strict=True))
+    if options.gpus is None:
+        return sizes
+    each: dict[str, float] = {pool: getattr(config.pools, pool).num_gpus or 1 for pool in POOLS}
+    if not options.autoscale:
+        return divided(options.gpus, sizes, each)
+    least: dict[str, int] = {pool: max(sizes[pool], getattr(config.autoscaler, pool).min_replicas) for pool in POOLS}
+    _check_budget(options.gpus, least, each, "the sizes with which the pools begin, and their minima")
     return sizes
+
+
+def divided(gpus: int, sizes: Mapping[str, int], each: Mapping[str, float]) -> dict[str, int]:
+    """As many members as so many GPUs are enough for, in the proportions of `sizes`, and at least one of each pool.
+
+    Args:
+        each: GPUs of a member.
+
+    Raises: ConfigError if there are too few.
+    """
+    found = dict.fromkeys(sizes, 1)
+    _check_budget(gpus, found, each, "one member of each pool")
+    while True:
+        # Of those for which there is room, to the one that is then the least ahead of the others.
+        left = gpus - sum(found[pool] * each[pool] for pool in found)
+        there_is_room = [pool for pool in found if each[pool] <= left + _ROUNDING]
+        if not there_is_room:
+            return found
+        found[min(there_is_room, key=lambda pool: (found[pool] + 1) / sizes[pool])] += 1
+
+
+def _check_budget(gpus: int, members: Mapping[str, int], each: Mapping[str, float], who: str) -> None:
+    """Raises: ConfigError."""
+    taken = sum(members[pool] * each[pool] for pool in members)
+    if taken > gpus:
+        raise ConfigError("--gpus", f"{gpus} GPUs", f"at least {taken:g} for {who}")

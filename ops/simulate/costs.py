@@ -12,6 +12,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,16 @@ from octet.errors import ConfigError
 from ops.simulate.shape import Shape
 
 SCHEMA = "octet.breakdown/1"
+_MEASURED = {
+    "attention": ("fixed_s", "per_sequence_s", "per_attended_s"),
+    "expert": ("fixed_s",),
+    "exchange": ("fixed_s", "per_byte_s"),
+    "handoff": ("fixed_s", "per_byte_s"),
+    "processor": ("decode_cores",),
+    "processor.prefill": ("fixed_s", "per_token_s", "per_attended_s"),
+    "processor.expert": ("fixed_s", "per_expert_s", "per_pair_s"),
+}
+"""What `calibrated` takes of a breakdown's costs."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,21 +228,35 @@ def read_calibration(file: pathlib.Path, shape: Shape) -> Calibration:
         raise ConfigError("--calibrate", str(file), "what `octet bench breakdown --json` writes", str(error)) from error
     if not isinstance(report, dict) or report.get("schema") != SCHEMA:
         raise ConfigError("--calibrate", str(file), f"schema {SCHEMA}", "write it anew with `octet bench breakdown`")
-    if "processor" not in report["costs"]:
-        raise ConfigError("--calibrate", str(file), "processor time among its costs", "write it anew, by this version")
-    model = report["model"]
-    if (model["moe_layers"], model["experts"]) != (len(shape.moe_layers), shape.num_experts):
-        found = f"a model of {model['moe_layers']} MoE layers with {model['experts']} experts"
+
+    def number(path: str, at_least: float = 0) -> Any:
+        found: Any = report
+        for name in path.split("."):
+            found = found.get(name) if isinstance(found, dict) else None
+        if isinstance(found, bool) or not isinstance(found, int | float) or not at_least <= found < math.inf:
+            wanted = f"a number of at least {at_least:g}"
+            raise ConfigError("--calibrate", f"{file}: {path} {found!r}", wanted, "write it anew, by this version")
+        return found
+
+    model = (number("model.moe_layers"), number("model.experts"))
+    if model != (len(shape.moe_layers), shape.num_experts):
+        found = f"a model of {model[0]} MoE layers with {model[1]} experts"
         raise ConfigError("--calibrate", found, f"{len(shape.moe_layers)} with {shape.num_experts}, as in --model")
+    for part, names in _MEASURED.items():
+        for name in names:
+            number(f"costs.{part}.{name}")
     return Calibration(
         costs=report["costs"],
-        worker_threads=report["rates"]["decode_worker"]["threads"],
-        num_shards=_num_shards(report),
-        turn_s=report["turn_s"],
+        worker_threads=number("rates.decode_worker.threads", at_least=1),
+        num_shards=_num_shards(file, report),
+        turn_s=number("turn_s"),
     )
 
 
-def _num_shards(report: dict[str, Any]) -> int:
-    """Of `1 prefill + 1 decode + 2 shards, …`."""
-    words = str(report["pools"]).replace(",", " ").split()
-    return int(words[words.index("shards") - 1])
+def _num_shards(file: pathlib.Path, report: dict[str, Any]) -> int:
+    """Of `1 prefill + 1 decode + 2 shards, …`. Raises: ConfigError."""
+    pools = report.get("pools")
+    found = re.search(r"\b([1-9]\d*) shards\b", str(pools))
+    if found is None:
+        raise ConfigError("--calibrate", f"{file}: pools {pools!r}", "a number of shards")
+    return int(found[1])

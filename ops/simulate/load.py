@@ -6,6 +6,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,8 @@ from octet.errors import ConfigError
 
 BLOCK_TOKENS = 512
 """Of the trace's prefix hashes."""
+_LATEST_MS = 1e16
+"""Some 300,000 years."""
 _GRID = 4096
 
 
@@ -27,37 +30,72 @@ class Request:
 
 
 def read_requests(file: pathlib.Path, limit: int | None = None, option: str = "TRACE") -> list[Request]:
-    """Lines of `timestamp` (ms), `input_length`, `output_length` and, if there are any, `hash_ids`; by time.
+    """Lines of `timestamp` (ms), `input_length`, `output_length` and, if there are any, `hash_ids`; by time, the first
+    at 0: a trace may count its milliseconds from anywhere.
 
     Args:
         limit: only so many lines.
         option: what names the file on the command line.
 
-    Raises: ConfigError naming the file, and the line.
+    Raises: ConfigError naming the file, the line and the field.
     """
     requests = []
     try:
         # A line that is no text is then one that is no JSON.
         with file.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
-                entry = json.loads(line)
-                requests.append(
-                    Request(
-                        at_s=entry["timestamp"] / 1000,
-                        prompt_tokens=max(1, entry["input_length"]),
-                        new_tokens=max(1, entry["output_length"]),
-                        blocks=tuple(entry.get("hash_ids", ())),
-                    )
-                )
+                requests.append(_parsed(line, option, f"{file}:{number}"))
                 if number == limit:
                     break
     except OSError as error:
         raise ConfigError(option, str(file), "a readable file of JSON lines", str(error)) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(option, f"{file}:{number}: {error}", "timestamp, input_length and output_length") from error
     if not requests:
         raise ConfigError(option, f"{file} without requests", "at least one line")
+    first_s = min(request.at_s for request in requests)
+    requests = [dataclasses.replace(request, at_s=request.at_s - first_s) for request in requests]
     return sorted(requests, key=lambda request: request.at_s)
+
+
+def _parsed(line: bytes, option: str, where: str) -> Request:
+    """Raises: ConfigError."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(option, f"{where}: {error}", "a JSON object") from error
+    if not isinstance(entry, dict):
+        raise ConfigError(option, f"{where}: {entry!r}", "a JSON object")
+
+    def field(name: str, is_valid: Callable[[Any], bool], expected: str) -> Any:
+        if name not in entry:
+            raise ConfigError(option, f"{where}: no {name}", expected)
+        if not is_valid(entry[name]):
+            raise ConfigError(option, f"{where}: {name} {entry[name]!r}", expected)
+        return entry[name]
+
+    at_ms = field("timestamp", _is_time, "a number of milliseconds")
+    tokens = [
+        max(1, field(name, _is_count, "a whole number of tokens, 0 or more"))
+        for name in ("input_length", "output_length")
+    ]
+    blocks = field("hash_ids", _are_blocks, "a list of whole numbers") if "hash_ids" in entry else ()
+    return Request(at_s=at_ms / 1000, prompt_tokens=tokens[0], new_tokens=tokens[1], blocks=tuple(blocks))
+
+
+def _is_time(value: Any) -> bool:
+    # Neither NaN nor infinity is, nor what a float has no room for.
+    return _is_number(value, int | float) and abs(value) <= _LATEST_MS
+
+
+def _is_count(value: Any) -> bool:
+    return _is_number(value, int) and value >= 0
+
+
+def _are_blocks(value: Any) -> bool:
+    return isinstance(value, list) and all(_is_number(one, int) for one in value)
+
+
+def _is_number(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def stacked(requests: list[Request], copies: int, rng: np.random.Generator) -> list[Request]:

@@ -110,9 +110,11 @@ _WINDOW_S = 600.0
 
 
 def summarized(run: Run, price: float) -> Result:
+    """Rates and means are 0 of a run that took no time, in which no request was computed."""
     finished = [one for one in run.served if one.end == "finished"]
     kept = sum(one.in_slo for one in finished)
     pools = run.gpu_hours.keys()
+    per_s = 1 / run.duration_s if run.duration_s > 0 else 0.0
     return Result(
         requests=len(run.served),
         finished=len(finished),
@@ -120,8 +122,8 @@ def summarized(run: Run, price: float) -> Result:
         refused=sum(one.end == "refused" for one in run.served),
         failed=sum(one.end == "failed" for one in run.served),
         slo_attainment=kept / len(run.served),
-        goodput_per_s=kept / run.duration_s,
-        tokens_per_s=sum(one.new_tokens for one in finished) / run.duration_s,
+        goodput_per_s=kept * per_s,
+        tokens_per_s=sum(one.new_tokens for one in finished) * per_s,
         duration_s=run.duration_s,
         ttft_s=percentiles([one.ttft_s for one in finished]),
         tpot_s=percentiles([one.tpot_s for one in finished if one.new_tokens > 1]),
@@ -129,7 +131,7 @@ def summarized(run: Run, price: float) -> Result:
         gpu_hours_by_pool=dict(run.gpu_hours),
         cost=sum(run.gpu_hours.values()) * price,
         most={pool: max(moment.sizes[pool] for moment in run.moments) for pool in pools},
-        mean={pool: hours * 3600 / run.duration_s for pool, hours in run.gpu_hours.items()},
+        mean={pool: hours * 3600 * per_s for pool, hours in run.gpu_hours.items()},
         actions=len(run.actions),
         most_reversals=max((_most_reversals(run.actions, pool) for pool in pools), default=0),
         slots_filled=run.slots_filled,

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ops.bench.plot import AMBER, BLUE, INK, RED, STYLE, TEAL
-from ops.simulate.outcome import Result, Run
+from ops.simulate.outcome import Moment, Result, Run
 
 _POOLS = {"prefill": AMBER, "decode": BLUE, "experts": TEAL}
 _BINS = 80
+_MINUTE = 6
+"""Moments."""
+_SHORTEST_MIN = 1e-6
+"""Of an axis."""
 
 
 def draw_run(file: pathlib.Path, run: Run, result: Result) -> None:
@@ -28,7 +34,7 @@ def draw_run(file: pathlib.Path, run: Run, result: Result) -> None:
         _sizes(axes[1], run, minutes)
         _load(axes[2], run, minutes)
         _kept(axes[3], run)
-        axes[3].set(xlabel="minutes", xlim=(0, float(minutes[-1])))
+        axes[3].set(xlabel="minutes", xlim=(0, max(float(minutes[-1]), _SHORTEST_MIN)))
         figure.suptitle(
             f"{result.requests:,} requests: {result.slo_attainment:.2%} kept their targets with "
             f"{result.gpu_hours:,.1f} GPU hours; {result.actions} changes of size, most reversals of a "
@@ -42,9 +48,22 @@ def draw_run(file: pathlib.Path, run: Run, result: Result) -> None:
 
 def _arrivals(axis: Any, run: Run, minutes: Any) -> None:
     _title(axis, "Requests that arrive, per second (mean of a minute)")
-    rates = np.array([moment.arrivals_per_s for moment in run.moments])
-    axis.plot(minutes, np.convolve(rates, np.ones(6) / 6, mode="same"), color=INK, linewidth=1.2)
+    axis.plot(minutes, minute_means(run.moments), color=INK, linewidth=1.2)
     axis.set_ylim(0, None)
+
+
+def minute_means(moments: Sequence[Moment]) -> npt.NDArray[np.float64]:
+    """Arrivals per second around each moment, over as much of a minute as there is; 0 where no time passed."""
+    # Each moment tells of the time since the one before.
+    lasted_s = np.diff([0.0, *(moment.at_s for moment in moments)])
+    arrived = lasted_s * [moment.arrivals_per_s for moment in moments]
+    seconds, arrivals = _around(lasted_s), _around(arrived)
+    return np.divide(arrivals, seconds, out=np.zeros(len(moments)), where=seconds > 0)
+
+
+def _around(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The sum of the `_MINUTE` values around the end of each one."""
+    return np.convolve(values, np.ones(_MINUTE))[_MINUTE // 2 :][: len(values)]
 
 
 def _sizes(axis: Any, run: Run, minutes: Any) -> None:
@@ -73,7 +92,7 @@ def _kept(axis: Any, run: Run) -> None:
     _title(axis, "Requests that missed a target, by their arrival, %")
     at_min = np.array([one.at_s for one in run.served]) / 60
     missed = np.array([not one.in_slo for one in run.served])
-    edges = np.linspace(0, max(float(at_min.max()), 1e-6), _BINS + 1)
+    edges = np.linspace(0, max(float(at_min.max()), _SHORTEST_MIN), _BINS + 1)
     all_of_them, _ = np.histogram(at_min, edges)
     bad, _ = np.histogram(at_min[missed], edges)
     share = np.divide(100 * bad, all_of_them, out=np.zeros(_BINS), where=all_of_them > 0)

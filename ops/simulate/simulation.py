@@ -220,18 +220,18 @@ class Simulation:
         self._meter.accept(demand, self.clock.now_s)
 
     def restart(self, number: int, num_tokens: int) -> None:
-        """Compute a request again, from its prompt and the tokens that there are.
+        """Compute a request again, from its prompt and the tokens that there are; unless it was too often already.
 
         Args:
             num_tokens: that it got since it began last.
         """
-        self._restarts[number] += 1
-        self._done[number] += num_tokens
-        if self._restarts[number] > self._config.frontend.max_attempts:
+        if self._restarts[number] == self._config.frontend.max_attempts:
             self._close(number)
             self._end(number, "failed")
-        else:
-            self._send_again(number)
+            return
+        self._restarts[number] += 1
+        self._done[number] += num_tokens
+        self._send_again(number)
 
     def _send_again(self, number: int) -> None:
         request, done = self._requests[number], self._done[number]

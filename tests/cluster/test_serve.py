@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pathlib
 import re
 import select
@@ -10,9 +11,11 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 from ray.cluster_utils import Cluster
 
 from cluster.fault_points import pid_of
@@ -76,12 +79,13 @@ def _alive(pids: set[int]) -> set[int]:
 
 
 def test_sigterm_drains_and_leaves_no_process_behind() -> None:
+    """Also where all of its group are sent it, as `timeout` and service managers do."""
     with _serving("--experts", "1") as (process, address):
         with Client(address, timeout_s=60) as client:
             stream = client.stream("the last words", max_new_tokens=150, ignore_eos=True)
             num_tokens = len(next(stream).token_ids)
             below = _descendants(process.pid)
-            process.send_signal(signal.SIGTERM)
+            os.killpg(process.pid, signal.SIGTERM)
             num_tokens += sum(len(chunk.token_ids) for chunk in stream)
         assert num_tokens == 150, "a live request ends in its own time"
         assert process.wait(timeout=40) == 0
@@ -90,6 +94,55 @@ def test_sigterm_drains_and_leaves_no_process_behind() -> None:
     while _alive(below) and time.monotonic() < deadline_s:
         time.sleep(0.1)
     assert not _alive(below)
+
+
+@pytest.mark.parametrize(
+    ("moment", "number"),
+    [
+        # Ray starts, which sets handlers of its own meanwhile.
+        ("starting Ray", signal.SIGTERM),
+        # Ray has started, and members have not. Other moments may be too short for a line.
+        ("starting the pools' processes", signal.SIGTERM),
+        ("starting the pools' processes", signal.SIGINT),
+    ],
+)
+def test_a_start_that_is_interrupted_is_no_failure_and_leaves_no_process_behind(
+    moment: str, number: signal.Signals
+) -> None:
+    mark = uuid.uuid4().hex
+    process = subprocess.Popen(
+        [_OCTET, "serve", "--grpc-port", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"OCTET_TEST": mark},
+    )
+    try:
+        assert process.stderr is not None
+        said = next((line for line in process.stderr if moment in line), "")
+        assert said, "it ended before"
+        process.send_signal(number)
+        out, told = process.communicate(timeout=90)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.communicate(timeout=30)
+    assert process.returncode == 0, told
+    assert "octet: ready" not in out
+    assert "octet: stopped before it served" in told
+    wait_until(lambda: not _alive(_marked(mark)), 20, "nothing lives on")
+
+
+def _marked(mark: str) -> set[int]:
+    """Every process with this in its environment."""
+    found = set()
+    for entry in pathlib.Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                if mark.encode() in (entry / "environ").read_bytes():
+                    found.add(int(entry.name))
+    return found
 
 
 def test_a_bad_flag_ends_with_one_line_and_exit_code_1() -> None:

@@ -112,6 +112,18 @@ def test_what_can_be_done_here_is_no_error(monkeypatch: pytest.MonkeyPatch) -> N
     ChaosOptions(schedules=(Schedule(events=(MEMORY, DISK, CLOCK, KillNode(at_s=2))),), num_hosts=2).check()
 
 
+def test_a_cluster_that_runs_already_keeps_its_config() -> None:
+    with pytest.raises(ConfigError, match="--set and --against"):
+        ChaosOptions(schedules=(Schedule(),), overrides=("decode.max_batch=3",), against=RUNNING).check()
+
+
+@pytest.mark.parametrize("command", [["draw", "3"], ["run", "--seed", "3"]])
+def test_no_schedule_lasts_for_ever(command: list[str]) -> None:
+    done = CliRunner().invoke(chaos, [*command, "--duration", "inf"])
+    assert done.exit_code == 2
+    assert "'--duration'" in done.output
+
+
 def test_nothing_happens_between_hosts_after_one_is_gone() -> None:
     gone, cut = Schedule(events=(KillNode(at_s=1),)), Schedule(events=(Cut(at_s=1, for_s=1),))
     ChaosOptions(schedules=(cut, gone), num_hosts=2).check()

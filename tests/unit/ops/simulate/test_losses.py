@@ -57,7 +57,7 @@ def test_every_request_ends_once_whoever_is_lost(
     assert all(one.ttft_s > 0 for one in done.served if one.end == "finished")
     result = summarized(done, 0)
     assert result.finished + result.failed + result.shed == 60
-    assert result.failed == 0 or result.restarts > config().frontend.max_attempts
+    assert result.restarts >= result.failed * config().frontend.max_attempts
 
 
 def test_the_same_seed_loses_the_same_members() -> None:
@@ -108,7 +108,7 @@ def test_who_begins_again_too_often_fails() -> None:
         simulation.clock.after(3.0 + 2.0 * number, simulation.lose_decode, number)
     done = simulation.run()
     assert done.served[0].end == "failed"
-    assert done.restarts == config().frontend.max_attempts + 1
+    assert done.restarts == config().frontend.max_attempts, "the last loss is none that it began again for"
 
 
 def test_idle_shards_stay_as_many_as_hold_every_expert_whoever_is_lost() -> None:

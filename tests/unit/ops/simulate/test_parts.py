@@ -7,6 +7,7 @@ import dataclasses
 import json
 import pathlib
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -255,7 +256,7 @@ def test_costs_follow_from_rates() -> None:
 
 
 def test_what_was_measured_replaces_what_was_assumed(tmp_path: pathlib.Path) -> None:
-    report = {
+    report: dict[str, Any] = {
         "schema": "octet.breakdown/1",
         "pools": "1 prefill + 1 decode + 2 shards, threads {}",
         "model": {"moe_layers": 2, "experts": 8},
@@ -289,8 +290,15 @@ def test_what_was_measured_replaces_what_was_assumed(tmp_path: pathlib.Path) -> 
     file.write_text(json.dumps(report | {"model": {"moe_layers": 3, "experts": 8}}))
     with pytest.raises(ConfigError, match="as in --model"):
         read_calibration(file, SHAPE)
-    file.write_text(json.dumps(report | {"costs": {}}))
-    with pytest.raises(ConfigError, match="processor time"):
+    older = {name: costs for name, costs in report["costs"].items() if name != "processor"}
+    file.write_text(json.dumps(report | {"costs": older}))
+    with pytest.raises(ConfigError, match=r"costs\.processor\.decode_cores None.*write it anew, by this version"):
+        read_calibration(file, SHAPE)
+    file.write_text(json.dumps(report | {"pools": "1 prefill"}))
+    with pytest.raises(ConfigError, match=r"pools '1 prefill'.*a number of shards"):
+        read_calibration(file, SHAPE)
+    file.write_text(json.dumps(report | {"rates": {"decode_worker": {"threads": 0}}}))
+    with pytest.raises(ConfigError, match=r"rates\.decode_worker\.threads 0"):
         read_calibration(file, SHAPE)
     file.write_text("{}")
     with pytest.raises(ConfigError, match="schema"):
