@@ -9,13 +9,13 @@ from typing import Annotated
 import rich
 import typer
 
-from octet.client import Client
 from octet.config import OctetConfig, load_config
 from octet.errors import OctetError
 from ops import render
-from ops.bench.cli import DEFAULT_ADDRESS, Address, bench
+from ops.bench.cli import bench
 from ops.changes import parse_sizes, print_rebalance
 from ops.chaos.cli import chaos
+from ops.connection import DEFAULT_ADDRESS, Address, connect, secure
 from ops.experts_cli import experts
 from ops.finite import finite
 from ops.render_decisions import print_decisions
@@ -28,6 +28,7 @@ app = typer.Typer(
     help="Serve GLM-4.6-class mixture-of-experts models with separate prefill, decode and expert pools.",
 )
 
+app.callback()(secure)
 app.add_typer(experts, name="experts")
 app.add_typer(bench, name="bench")
 app.add_typer(chaos, name="chaos")
@@ -103,7 +104,7 @@ def generate(
         "stop": stop,
     }
     parsed = request.parse_prompt(prompt, token_ids=token_ids, chat=chat)
-    with Client(grpc, timeout_s=timeout) as client:
+    with connect(grpc, timeout_s=timeout) as client:
         request.run(client, parsed, options, stream=stream, as_json=json)
 
 
@@ -118,7 +119,7 @@ def status(
     window: Annotated[float | None, typer.Option(min=0.1, help="Seconds of telemetry; default: all there is.")] = None,
 ) -> None:
     """Show the pools, their members and what every expert does."""
-    with Client(grpc, timeout_s=30.0) as client:
+    with connect(grpc, timeout_s=30.0) as client:
         answer = client.status(window_s=window)
     if json:
         print(render.as_json(answer))
@@ -137,7 +138,7 @@ def rebalance(
     json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")] = False,
 ) -> None:
     """Move experts from shard to shard after their load, while the cluster serves."""
-    with Client(grpc, timeout_s=600.0) as client:
+    with connect(grpc, timeout_s=600.0) as client:
         answer = client.rebalance(dry_run=dry_run)
     if json:
         print(render.as_json(answer))
@@ -153,7 +154,7 @@ def scale(
 ) -> None:
     """Bring pools to other sizes while the cluster serves; returns when it is so."""
     wanted = parse_sizes(sizes)
-    with Client(grpc, timeout_s=timeout) as client:
+    with connect(grpc, timeout_s=timeout) as client:
         answer = client.scale(**wanted)
     print("  ".join(f"{pool.pool} {pool.size}" for pool in answer.sizes), f" epoch {answer.epoch}")
 

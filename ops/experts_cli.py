@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from octet.client import Client
-from ops.bench.cli import DEFAULT_ADDRESS, Address
+from ops.connection import DEFAULT_ADDRESS, Address, connect
 
 experts = typer.Typer(no_args_is_help=True, help="Record what experts do, and report what they respond to.")
 
@@ -24,7 +23,7 @@ def record(
     """Write a running cluster's telemetry to a file that `octet simulate` reads."""
     from ops.record import record as run
 
-    with Client(grpc, timeout_s=30.0) as client:
+    with connect(grpc, timeout_s=30.0) as client:
         run(client, file, seconds, step, Console(stderr=True, highlight=False))
 
 

@@ -9,12 +9,11 @@ from typing import Annotated
 
 import typer
 
+from ops.connection import DEFAULT_ADDRESS, Address
 from ops.outputs import checked
 
 bench = typer.Typer(no_args_is_help=True, help="Measure; every command prints ratios taken in one run.")
 
-DEFAULT_ADDRESS = "127.0.0.1:50051"
-Address = Annotated[str, typer.Option("--grpc", help="host:port of a frontend.")]
 _ENV_DIR = pathlib.Path("~/.cache/octet/peers")
 _EnvDir = Annotated[pathlib.Path, typer.Option(help="Where peers' environments are built (3.4 GiB for vLLM) and kept.")]
 _Running = Annotated[

@@ -56,11 +56,14 @@ class Answering(rpc.GenerationServicer):
 
 
 @contextlib.asynccontextmanager
-async def playing(servicer: rpc.GenerationServicer) -> AsyncIterator[str]:
-    """Its address, while it serves."""
+async def playing(
+    servicer: rpc.GenerationServicer, credentials: grpc.ServerCredentials | None = None
+) -> AsyncIterator[str]:
+    """Its address, while it serves; with credentials, over TLS."""
     server = grpc.aio.server()
     rpc.add_GenerationServicer_to_server(servicer, server)
-    port = server.add_insecure_port("127.0.0.1:0")
+    address = "127.0.0.1:0"
+    port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
     await server.start()
     try:
         yield f"127.0.0.1:{port}"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
-import shutil
-import subprocess
 from collections.abc import AsyncIterator
 
 import pytest
@@ -17,29 +15,15 @@ from octet.client import AsyncClient, CallError
 from octet.config import FrontendConfig, TlsConfig, load_config
 from octet.errors import ConfigError
 from octet.tls import Tls
+from tests.unit.certificates import make_certificates, needs_openssl
 from tests.unit.cluster.operations import NoOperations
 from tests.unit.cluster.played import PATIENT_S, playing
-
-needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="makes certificates with openssl")
 
 
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A self-signed certificate of localhost, and another of a client."""
-    directory = tmp_path_factory.mktemp("tls")
-    for name in ("server", "client", "stranger"):
-        subprocess.run(
-            [
-                *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"),
-                *("-days", "2", "-keyout", f"{name}.key", "-out", f"{name}.pem", "-subj", f"/CN={name}"),
-                *("-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"),
-            ],
-            cwd=directory,
-            check=True,
-            capture_output=True,
-            timeout=30,
-        )
-    return directory
+    """A certificate of localhost, and others of a client."""
+    return make_certificates(tmp_path_factory.mktemp("tls"), "server", "client", "stranger")
 
 
 @contextlib.asynccontextmanager
