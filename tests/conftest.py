@@ -6,10 +6,15 @@ import collections
 import importlib.util
 import pathlib
 import random
+import signal
 
 import hypothesis
 import pytest
 import torch
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell that starts us in the background has it ignored, and so would the commands be that tests interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Speed is measured by benchmarks; a loaded machine must fail no test.
 hypothesis.settings.register_profile("octet", deadline=None)

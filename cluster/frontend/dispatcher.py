@@ -75,13 +75,15 @@ class Dispatcher:
     def start(self, live: LiveRequest, request: PrefillRequest, avoid: Collection[WorkerId] = ()) -> None:
         """Send choices of a request on their way, or keep them until somebody may take them."""
         token_ids = unpack_ids(request.token_ids)
-        cached_tokens = self._prefixes.cached_tokens(token_ids)
+        # What is known of an answer is computed again, and kept nowhere.
+        prompt_ids = token_ids[: request.num_prompt_tokens]
+        cached_tokens = self._prefixes.cached_tokens(prompt_ids)
         decision = schedule(self._workload.prefill_views(cached_tokens), self._workload.decode_views(), avoid)
         if isinstance(decision, Wait):
             due_s = self._try_later(live, request) if avoid else math.inf
             self._waiting.append(_Waiting(live=live, request=request, reason=decision.reason, due_s=due_s))
             return
-        self._prefixes.sent(decision.prefill, token_ids)
+        self._prefixes.sent(decision.prefill, prompt_ids)
         self._sent(len(token_ids), cached_tokens[decision.prefill])
         live.stages |= self._workload.assign(
             request.choices, request.attempt, len(token_ids), cached_tokens[decision.prefill], decision
