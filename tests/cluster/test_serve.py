@@ -101,9 +101,9 @@ def test_sigterm_drains_and_leaves_no_process_behind() -> None:
     [
         # Ray starts, which sets handlers of its own meanwhile.
         ("starting Ray", signal.SIGTERM),
-        # Ray has started, and members have not. Other moments may be too short for a line.
-        ("starting the pools' processes", signal.SIGTERM),
-        ("starting the pools' processes", signal.SIGINT),
+        # Ray has started, and the controller is about to. Later moments may be too short for a line.
+        ("starting the controller", signal.SIGTERM),
+        ("starting the controller", signal.SIGINT),
     ],
 )
 def test_a_start_that_is_interrupted_is_no_failure_and_leaves_no_process_behind(
