@@ -326,10 +326,10 @@ class _Fields:
 
     def number(self, field: str, *, default: float | None = None, within: Interval = _FINITE) -> float:
         value = self._get(field, default)
-        # JSON knows integers that no float holds.
-        if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
+        if not isinstance(value, int | float) or isinstance(value, bool):
             raise self.error(field, repr(value), str(within))
-        if value not in within:
+        # JSON knows integers that no float holds.
+        if not abs(value) <= sys.float_info.max or value not in within:
             raise self.error(field, repr(value), str(within))
         return float(value)
 
