@@ -90,7 +90,8 @@ class PrefillConfig(ConfigNode):
     while a worker steps back for running streams (`pools.prefill`), a quarter of them."""
     gather_s: float = pydantic.Field(0.001, ge=0, le=0.1)
     """How long a worker that has nothing to do waits, after each prompt that does not fill a chunk, for the next one
-    of a burst: together they are computed faster. 0 starts with whoever comes first."""
+    of a burst: together they are computed faster. It does not wait if the last prompt before came alone. 0 starts with
+    whoever comes first."""
     max_requests: int = pydantic.Field(64, ge=1)
     """Requests that may hold pages at once in one worker."""
     prefix_cache: bool = True

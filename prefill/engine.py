@@ -32,6 +32,7 @@ from octet.messages import (
     TokenLogprob,
     WorkerLoad,
 )
+from prefill.bursts import Bursts
 from prefill.prefix_cache import PrefixCache
 from prefill.queue import STEPPED_BACK, Chunk, PrefillQueue, Task
 from router.kv_sender import KvSender
@@ -68,7 +69,7 @@ class PrefillEngine:
         self._worker_id, self._epoch = worker_id, epoch
         self._runner, self._pool, self._leases, self._sender = runner, runner.pool, leases, sender
         self._chunk_tokens = config.chunk_tokens
-        self._queue = PrefillQueue(config.max_requests)
+        self._queue, self._bursts = PrefillQueue(config.max_requests), Bursts(config.gather_s)
         self._outbox: list[tuple[WorkerId, Message]] = []
         self._events: dict[WorkerId, list[TokenEvent | Failed]] = defaultdict(list)
         self._lease_numbers = itertools.count()
@@ -90,13 +91,16 @@ class PrefillEngine:
 
     @property
     def gathers(self) -> bool:
-        """Whether a prompt that came now would be computed with those that are here."""
+        """Whether others are expected to come, and would be computed with those that are here."""
+        if not self._bursts.expected:
+            return False
         tasks = (*self._queue.running, *self._queue.waiting)
         return sum(task.remaining for task in tasks) < self._budget
 
     def handle(self, message: Message) -> None:
         match message:
             case PrefillRequest():
+                self._bursts.note(message.arrival_s)
                 self._queue.add(message)
             case KvPull():
                 self._sender.answer(message)

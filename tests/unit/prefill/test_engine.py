@@ -231,12 +231,16 @@ def test_the_shortest_chunks_go_on_beside_a_decode_worker(model: Model) -> None:
 
 def test_it_gathers_until_a_chunk_is_full(model: Model) -> None:
     prefill = Prefill(model, chunk_tokens=16)
-    prefill.engine.handle(request(7))
-    assert prefill.engine.gathers
-    prefill.engine.handle(request(8))
-    assert prefill.engine.gathers
-    prefill.engine.handle(request(1))
-    assert not prefill.engine.gathers
+    for num_tokens, gathers in ((7, True), (8, True), (1, False)):
+        prefill.engine.handle(dataclasses.replace(request(num_tokens), arrival_s=10.0))
+        assert prefill.engine.gathers == gathers
+
+
+def test_it_gathers_nobody_for_a_prompt_after_one_that_came_alone(model: Model) -> None:
+    prefill = Prefill(model)
+    for seconds, gathers in ((10.0, True), (20.0, False), (20.0005, True), (30.0, True), (40.0, False)):
+        prefill.engine.handle(dataclasses.replace(request(3), arrival_s=seconds))
+        assert prefill.engine.gathers == gathers
 
 
 def test_the_first_token_does_not_depend_on_how_prompts_are_cut(model: Model) -> None:
