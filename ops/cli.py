@@ -1,4 +1,4 @@
-"""The command line: `octet serve | generate | status | check | demo`."""
+"""The command line: `octet serve | generate | status | metrics | check | demo`, and what else there is."""
 
 from __future__ import annotations
 
@@ -129,6 +129,21 @@ def status(
         print_decisions(answer)
     else:
         render.print_status(answer)
+
+
+@app.command()
+def metrics(
+    grpc: Address = DEFAULT_ADDRESS,
+    host: Annotated[str, typer.Option(help="To listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 9464,
+    window: Annotated[float, typer.Option(min=0.1, help="Seconds that loads are means over.")] = 15.0,
+    experts: Annotated[bool, typer.Option(help="Tell of every expert: a series each, layer by layer.")] = True,
+) -> None:
+    """Offer a running cluster's counters and loads to Prometheus, over HTTP, until SIGTERM or Ctrl-C."""
+    from ops.metrics import ANSWER_S, serve
+
+    with connect(grpc, timeout_s=ANSWER_S) as client:
+        serve(client, host, port, window, experts=experts)
 
 
 @app.command()

@@ -12,6 +12,7 @@ from ray.exceptions import ActorUnavailableError
 from cluster.actors import call
 from cluster.api.cluster_status import ClusterStatus
 from cluster.api.status_decisions import add_decisions
+from cluster.api.status_requests import request_histograms
 from cluster.api.status_telemetry import add_telemetry
 from cluster.change_record import ChangeRecord
 from cluster.frontend.frontend import Frontend
@@ -61,6 +62,7 @@ class ControllerOperations:
             changes=map(_change, status.changes),
             change_under_way=status.under_way,
             waiting_for=status.waiting_for,
+            request_histograms=request_histograms(self._frontend.histograms),
         )
         if status.telemetry is not None:
             add_telemetry(answer, status.telemetry)

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from cluster.frontend.admission import Demand
 from cluster.frontend.audit import Audit
 from cluster.frontend.dispatcher import Dispatcher
+from cluster.frontend.histograms import RequestHistograms
 from cluster.frontend.intake import Intake, Totals
 from cluster.frontend.live_requests import LiveRequest, LiveRequests
 from cluster.frontend.record import Outcome, Reader, Record
@@ -86,6 +87,10 @@ class Frontend:
     @property
     def totals(self) -> Totals:
         return self._intake.totals
+
+    @property
+    def histograms(self) -> RequestHistograms:
+        return self._intake.histograms
 
     @property
     def num_strangers(self) -> int:

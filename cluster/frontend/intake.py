@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from cluster.frontend.admission import Demand, admit
+from cluster.frontend.histograms import RequestHistograms
 from cluster.frontend.live_requests import LiveRequest
 from cluster.frontend.load_meter import LoadMeter
 from cluster.frontend.record import Outcome
@@ -44,7 +45,7 @@ class Intake:
         )
         self.closed = "the pools are starting"
         """Why nobody is let in; empty where that is not so."""
-        self.totals = Totals()
+        self.totals, self.histograms = Totals(), RequestHistograms()
 
     def timeout_s(self, asked_s: float | None) -> float:
         return self._config.default_timeout_s if asked_s is None else asked_s
@@ -100,15 +101,21 @@ class Intake:
             self._meter.prefilled(live.demand, now_s)
             live.first_token_s = now_s
             request = live.journal.request
-            self._requests.first_token(now_s, now_s - request.arrival_s, request.num_prompt_tokens)
+            ttft_s = now_s - request.arrival_s
+            self._requests.first_token(now_s, ttft_s, request.num_prompt_tokens)
+            self.histograms.ttft_s.note(ttft_s)
         last_s = live.last_token_s.get(choice)
+        if last_s is not None:
+            self.histograms.itl_s.note(now_s - last_s)
         self._meter.generated(now_s, None if last_s is None else now_s - last_s)
         live.last_token_s[choice] = now_s
 
     def end(self, live: LiveRequest, outcome: Outcome, now_s: float) -> None:
         setattr(self.totals, outcome.kind, getattr(self.totals, outcome.kind) + 1)
-        finished = outcome.kind == "finished"
+        finished, request = outcome.kind == "finished", live.journal.request
+        if finished:
+            self.histograms.finished(now_s - request.arrival_s, request.num_prompt_tokens, live.num_generated)
         if finished and live.first_token_s is not None:
-            longest = max(len(live.journal.token_ids(choice)) for choice in live.journal.request.choices)
+            longest = max(len(live.journal.token_ids(choice)) for choice in request.choices)
             self._requests.finished(now_s, now_s - live.first_token_s, longest)
         self._meter.end(live.demand, live.num_generated, prefilled=live.prefilled, finished=finished, now_s=now_s)

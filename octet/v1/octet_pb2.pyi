@@ -493,8 +493,32 @@ class Change(_message.Message):
     succeeded: bool
     def __init__(self, at_s: _Optional[float] = ..., duration_s: _Optional[float] = ..., kind: _Optional[str] = ..., reason: _Optional[str] = ..., outcome: _Optional[str] = ..., succeeded: _Optional[bool] = ...) -> None: ...
 
+class Histogram(_message.Message):
+    __slots__ = ("bounds", "counts", "sum")
+    BOUNDS_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    SUM_FIELD_NUMBER: _ClassVar[int]
+    bounds: _containers.RepeatedScalarFieldContainer[float]
+    counts: _containers.RepeatedScalarFieldContainer[int]
+    sum: float
+    def __init__(self, bounds: _Optional[_Iterable[float]] = ..., counts: _Optional[_Iterable[int]] = ..., sum: _Optional[float] = ...) -> None: ...
+
+class RequestHistograms(_message.Message):
+    __slots__ = ("ttft_s", "itl_s", "e2e_s", "prompt_tokens", "new_tokens")
+    TTFT_S_FIELD_NUMBER: _ClassVar[int]
+    ITL_S_FIELD_NUMBER: _ClassVar[int]
+    E2E_S_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ttft_s: Histogram
+    itl_s: Histogram
+    e2e_s: Histogram
+    prompt_tokens: Histogram
+    new_tokens: Histogram
+    def __init__(self, ttft_s: _Optional[_Union[Histogram, _Mapping]] = ..., itl_s: _Optional[_Union[Histogram, _Mapping]] = ..., e2e_s: _Optional[_Union[Histogram, _Mapping]] = ..., prompt_tokens: _Optional[_Union[Histogram, _Mapping]] = ..., new_tokens: _Optional[_Union[Histogram, _Mapping]] = ...) -> None: ...
+
 class GetStatusResponse(_message.Message):
-    __slots__ = ("state", "pools", "epoch", "placement_version", "live_requests", "tokens_served", "requests_finished", "requests_failed", "requests_cancelled", "expert_counts", "uptime_s", "reason", "window_s", "balancedness", "hottest", "changes", "change_under_way", "waiting_for", "window_tokens_per_s", "telemetry_incarnation", "requests_refused", "strangers_refused", "messages_dropped", "autoscaler_enabled", "decisions", "latest_decisions")
+    __slots__ = ("state", "pools", "epoch", "placement_version", "live_requests", "tokens_served", "requests_finished", "requests_failed", "requests_cancelled", "expert_counts", "uptime_s", "reason", "window_s", "balancedness", "hottest", "changes", "change_under_way", "waiting_for", "window_tokens_per_s", "telemetry_incarnation", "requests_refused", "strangers_refused", "messages_dropped", "request_histograms", "autoscaler_enabled", "decisions", "latest_decisions")
     STATE_FIELD_NUMBER: _ClassVar[int]
     POOLS_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -518,6 +542,7 @@ class GetStatusResponse(_message.Message):
     REQUESTS_REFUSED_FIELD_NUMBER: _ClassVar[int]
     STRANGERS_REFUSED_FIELD_NUMBER: _ClassVar[int]
     MESSAGES_DROPPED_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_HISTOGRAMS_FIELD_NUMBER: _ClassVar[int]
     AUTOSCALER_ENABLED_FIELD_NUMBER: _ClassVar[int]
     DECISIONS_FIELD_NUMBER: _ClassVar[int]
     LATEST_DECISIONS_FIELD_NUMBER: _ClassVar[int]
@@ -544,7 +569,8 @@ class GetStatusResponse(_message.Message):
     requests_refused: int
     strangers_refused: int
     messages_dropped: int
+    request_histograms: RequestHistograms
     autoscaler_enabled: bool
     decisions: _containers.RepeatedCompositeFieldContainer[ScalingDecision]
     latest_decisions: _containers.RepeatedCompositeFieldContainer[ScalingDecision]
-    def __init__(self, state: _Optional[str] = ..., pools: _Optional[_Iterable[_Union[Pool, _Mapping]]] = ..., epoch: _Optional[int] = ..., placement_version: _Optional[int] = ..., live_requests: _Optional[int] = ..., tokens_served: _Optional[int] = ..., requests_finished: _Optional[int] = ..., requests_failed: _Optional[int] = ..., requests_cancelled: _Optional[int] = ..., expert_counts: _Optional[_Iterable[_Union[ExpertCounts, _Mapping]]] = ..., uptime_s: _Optional[float] = ..., reason: _Optional[str] = ..., window_s: _Optional[float] = ..., balancedness: _Optional[float] = ..., hottest: _Optional[_Iterable[_Union[HotExpert, _Mapping]]] = ..., changes: _Optional[_Iterable[_Union[Change, _Mapping]]] = ..., change_under_way: _Optional[str] = ..., waiting_for: _Optional[str] = ..., window_tokens_per_s: _Optional[float] = ..., telemetry_incarnation: _Optional[int] = ..., requests_refused: _Optional[int] = ..., strangers_refused: _Optional[int] = ..., messages_dropped: _Optional[int] = ..., autoscaler_enabled: _Optional[bool] = ..., decisions: _Optional[_Iterable[_Union[ScalingDecision, _Mapping]]] = ..., latest_decisions: _Optional[_Iterable[_Union[ScalingDecision, _Mapping]]] = ...) -> None: ...
+    def __init__(self, state: _Optional[str] = ..., pools: _Optional[_Iterable[_Union[Pool, _Mapping]]] = ..., epoch: _Optional[int] = ..., placement_version: _Optional[int] = ..., live_requests: _Optional[int] = ..., tokens_served: _Optional[int] = ..., requests_finished: _Optional[int] = ..., requests_failed: _Optional[int] = ..., requests_cancelled: _Optional[int] = ..., expert_counts: _Optional[_Iterable[_Union[ExpertCounts, _Mapping]]] = ..., uptime_s: _Optional[float] = ..., reason: _Optional[str] = ..., window_s: _Optional[float] = ..., balancedness: _Optional[float] = ..., hottest: _Optional[_Iterable[_Union[HotExpert, _Mapping]]] = ..., changes: _Optional[_Iterable[_Union[Change, _Mapping]]] = ..., change_under_way: _Optional[str] = ..., waiting_for: _Optional[str] = ..., window_tokens_per_s: _Optional[float] = ..., telemetry_incarnation: _Optional[int] = ..., requests_refused: _Optional[int] = ..., strangers_refused: _Optional[int] = ..., messages_dropped: _Optional[int] = ..., request_histograms: _Optional[_Union[RequestHistograms, _Mapping]] = ..., autoscaler_enabled: _Optional[bool] = ..., decisions: _Optional[_Iterable[_Union[ScalingDecision, _Mapping]]] = ..., latest_decisions: _Optional[_Iterable[_Union[ScalingDecision, _Mapping]]] = ...) -> None: ...

@@ -7,9 +7,12 @@ import random
 import signal
 import subprocess
 import sys
+import urllib.request
+from collections import defaultdict
 
 import numpy as np
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.launch import RunningCluster
 from octet.client import Client
@@ -119,3 +122,31 @@ def test_a_recording_has_every_token_of_its_time(
     assert loads_LE.sum(1).tolist() == [TOP_K * (3 + 7)] * (len(trace.header.layers) - 1) + [TOP_K * (1 + 7)]
     assert sum(window.tokens for window in trace.windows) == 3 + 7
     assert trace.windows[-1].members.keys() == {"prefill-0", "decode-0", "experts-0", "experts-1", "experts-2"}
+
+
+def test_prometheus_is_told_what_the_cluster_has_counted(cluster: RunningCluster, status: pb.GetStatusResponse) -> None:
+    octet, where = str(pathlib.Path(sys.executable).parent / "octet"), ["--grpc", cluster.address]
+    command = [octet, "metrics", *where, "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            address = process.stdout.readline().split()[-1]
+            with Client(cluster.address, timeout_s=60) as client:
+                now = client.status()
+            with urllib.request.urlopen(address, timeout=20) as answer:
+                families = list(text_string_to_metric_families(answer.read().decode()))
+        finally:
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    samples: dict[str, list[float]] = defaultdict(list)
+    for family in families:
+        for sample in family.samples:
+            samples[sample.name].append(sample.value)
+    assert samples["octet_up"] == [1]
+    assert samples["octet_generated_tokens_total"] == [now.tokens_served]
+    assert samples["octet_time_to_first_token_seconds_count"] == [now.requests_finished]
+    assert samples["octet_inter_token_latency_seconds_count"] == [now.tokens_served - now.requests_finished]
+    assert samples["octet_request_prompt_tokens_sum"][0] >= STREAMS * PROMPT_TOKENS
+    assert samples["octet_expert_tokens_total"] == [rows for counts in now.expert_counts for rows in counts.tokens]
+    assert len(samples["octet_member_busy_seconds_total"]) == 5
+    assert min(samples["octet_member_busy_seconds_total"]) > 0

@@ -13,7 +13,7 @@ from cluster.members import MemberStatus
 from octet.errors import UnavailableError
 from octet.ids import Epoch, PlacementVersion, WorkerId
 from octet.v1 import octet_pb2 as pb
-from tests.unit.cluster.played import soon
+from tests.unit.cluster.played import playing, soon, token
 
 
 class Controller:
@@ -67,6 +67,21 @@ async def test_processes_on_standby_are_no_part_of_a_pools_size() -> None:
     answer = await soon(operations.scale(request))
     assert controller.asked == [{"decode": 2}]
     assert {pool.pool: pool.size for pool in answer.sizes} == {"prefill": 0, "decode": 2, "experts": 0}
+
+
+async def test_the_status_has_what_the_frontend_has_counted() -> None:
+    controller: Any = Controller()
+    async with playing() as cluster:
+        client, request = await cluster.admitted()
+        cluster.decode.tell(token(request, 0, 100), token(request, 1, 101, "length"))
+        await client.end()
+        status = await soon(ControllerOperations(controller, cluster.frontend).status(pb.GetStatusRequest()))
+    told = status.request_histograms
+    assert (status.requests_finished, status.tokens_served, status.live_requests) == (1, 2, 0)
+    assert [sum(each.counts) for each in (told.ttft_s, told.itl_s, told.e2e_s)] == [1, 1, 1]
+    assert 0 < told.ttft_s.sum <= told.e2e_s.sum
+    assert (told.prompt_tokens.sum, told.new_tokens.sum) == (request.num_prompt_tokens, 2)
+    assert len(told.itl_s.bounds) + 1 == len(told.itl_s.counts)
 
 
 class Replaced(Controller):
