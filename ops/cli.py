@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated
 
 import rich
 import typer
+from rich.console import Console
 
 from octet.config import OctetConfig, load_config
 from octet.errors import OctetError
+from octet.v1 import octet_pb2 as pb
 from ops import render
 from ops.bench.cli import bench
 from ops.changes import parse_sizes, print_rebalance
@@ -83,12 +85,22 @@ def generate(
     json: Annotated[bool, typer.Option("--json", help="Print the response as JSON.")] = False,
     stream: Annotated[bool, typer.Option("--stream", help="Print text as it comes.")] = False,
     max_new_tokens: Annotated[int | None, typer.Option(min=1)] = None,
+    min_new_tokens: Annotated[int | None, typer.Option(min=0)] = None,
     temperature: float | None = None,
     top_p: float | None = None,
     top_k: int | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    presence_penalty: float | None = None,
+    frequency_penalty: float | None = None,
     seed: int | None = None,
     n: Annotated[int | None, typer.Option(help="Choices.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="May be repeated.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on behind an end of sequence.")] = False,
+    logprobs: Annotated[
+        int | None, typer.Option(min=0, help="Alternatives per token, with their log-probabilities; with --json.")
+    ] = None,
+    priority: Annotated[int, typer.Option(help="Lower is served first.")] = 0,
     timeout: Annotated[float, typer.Option(help="Seconds.")] = 300.0,
 ) -> None:
     """Send one request to a running cluster and print its answer."""
@@ -96,12 +108,20 @@ def generate(
 
     options = {
         "max_new_tokens": max_new_tokens,
+        "min_new_tokens": min_new_tokens,
         "temperature": temperature,
         "top_p": top_p,
         "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
         "seed": seed,
         "n": n,
         "stop": stop,
+        "ignore_eos": ignore_eos or None,
+        "logprobs": logprobs,
+        "priority": priority,
     }
     parsed = request.parse_prompt(prompt, token_ids=token_ids, chat=chat)
     with connect(grpc, timeout_s=timeout) as client:
@@ -117,18 +137,22 @@ def status(
     ] = False,
     decisions: Annotated[bool, typer.Option("--decisions", help="Show what the autoscaler did, and why.")] = False,
     window: Annotated[float | None, typer.Option(min=0.1, help="Seconds of telemetry; default: all there is.")] = None,
+    watch: Annotated[
+        float | None,
+        typer.Option(min=0.1, callback=finite, metavar="SECONDS", help="Draw it anew so often, until Ctrl-C."),
+    ] = None,
 ) -> None:
     """Show the pools, their members and what every expert does."""
+    from ops.watch import watch as run
+
+    show: Callable[[pb.GetStatusResponse, Console], None] = render.print_status
+    if json or experts or decisions:
+        show = render.print_json if json else print_experts if experts else print_decisions
     with connect(grpc, timeout_s=30.0) as client:
-        answer = client.status(window_s=window)
-    if json:
-        print(render.as_json(answer))
-    elif experts:
-        print_experts(answer)
-    elif decisions:
-        print_decisions(answer)
-    else:
-        render.print_status(answer)
+        if watch is not None:
+            run(lambda: client.status(window_s=window), watch, show)
+            return
+        show(client.status(window_s=window), Console(highlight=False))
 
 
 @app.command()

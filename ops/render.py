@@ -28,8 +28,12 @@ def as_json(message: Any) -> str:
     )
 
 
+def print_json(message: Any, console: Console) -> None:
+    console.out(as_json(message), highlight=False)
+
+
 def print_status(status: pb.GetStatusResponse, console: Console | None = None) -> None:
-    console = console or Console()
+    console = console or Console(highlight=False)
     print_headline(
         status,
         f"epoch {status.epoch}  placement {status.placement_version}  "

@@ -26,13 +26,15 @@ def parse_prompt(text: str, *, token_ids: bool, chat: bool) -> Prompt:
 def run(client: Client, prompt: Prompt, options: dict[str, Any], *, stream: bool, as_json: bool) -> None:
     """Print the answer: text, or token ids where the checkpoint has no tokenizer.
 
-    Raises: CallError; RequestError for an option that is none, or for several choices in one stream of text.
+    Raises: CallError; RequestError for an option that is none, or for what a text cannot tell.
     """
     if as_json:
         messages = client.stream(prompt, **options) if stream else [client.generate(prompt, **options)]
         for message in messages:
             print(_json(message), flush=True)
         return
+    if options.get("logprobs") is not None:
+        raise RequestError("logprobs", options["logprobs"], "none without --json", "a text has no room for them")
     if stream and (options.get("n") or 1) > 1:
         raise RequestError("n", options["n"], "1 with --stream", "with --json, chunks name the choice that they are of")
     # Text that is empty says nothing: a part of a character, or of a stop string, waits for the rest.

@@ -21,6 +21,7 @@ class Answering(rpc.GenerationServicer):
     def __init__(self, pieces: Sequence[str] = ("a", "b"), *, has_tokenizer: bool = True, error: str = "") -> None:
         self.pieces, self.has_tokenizer, self.error = pieces, has_tokenizer, error
         self.prompts: list[tuple[int, ...]] = []
+        self.requests: list[pb.GenerateRequest] = []
 
     async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Any) -> pb.GetModelInfoResponse:
         return pb.GetModelInfoResponse(vocab_size=VOCAB_SIZE, max_model_len=512, has_tokenizer=self.has_tokenizer)
@@ -47,6 +48,7 @@ class Answering(rpc.GenerationServicer):
 
     async def _accept(self, request: pb.GenerateRequest, context: Any) -> None:
         self.prompts.append(tuple(request.token_ids.ids))
+        self.requests.append(request)
         if self.error:
             await context.abort(grpc.StatusCode.INTERNAL, self.error)
         await context.send_initial_metadata(((REQUEST_ID, request.request_id),))
