@@ -121,8 +121,6 @@ def _cluster(status: pb.GetStatusResponse) -> Iterator[Metric]:
     yield _gauge("placement_version", "Number of the experts' placement in force.", status.placement_version)
     yield _gauge("change_under_way", "Whether pools or experts are being changed.", bool(status.change_under_way))
     yield _gauge("window_seconds", "What load gauges are means over.", status.window_s)
-    yield _counter("strangers_refused", "Connections of strangers to the cluster's sockets.", status.strangers_refused)
-    yield _counter("messages_dropped", "Messages between members that were none.", status.messages_dropped)
     if status.autoscaler_enabled:
         labels = ["pool"]
         wanted = GaugeMetricFamily("octet_pool_wanted", "Members that the autoscaler finds needed.", labels=labels)
@@ -167,6 +165,21 @@ def _members(status: pb.GetStatusResponse) -> Iterator[Metric]:
                     told = member if each in _MEMBERS else member.load
                     family.add_metric([pool.name, member.worker_id], float(getattr(told, each.field)))
         yield family
+    about = "Connections of strangers to its sockets."
+    yield _with_frontend(status, "strangers_refused", about, "refused", status.strangers_refused)
+    about = "Messages to its mailbox that were none."
+    yield _with_frontend(status, "messages_dropped", about, "dropped", status.messages_dropped)
+
+
+def _with_frontend(status: pb.GetStatusResponse, name: str, about: str, field: str, total: int) -> Metric:
+    """A sum over members would fall when one leaves, which no counter may: what is left of it is the frontend's."""
+    family = CounterMetricFamily(f"octet_member_{name}", about, labels=["pool", "member"])
+    for pool in status.pools:
+        for member in pool.members:
+            family.add_metric([pool.name, member.worker_id], getattr(member, field))
+            total -= getattr(member, field)
+    family.add_metric(["frontend", "frontend"], total)
+    return family
 
 
 def _layers(status: pb.GetStatusResponse, *, experts: bool) -> Iterator[Metric]:

@@ -122,6 +122,19 @@ def test_of_a_member_that_does_not_answer_there_is_what_is_known_and_no_load() -
     assert not [name for name in silent if "busy" in name or "step" in name]
 
 
+def test_what_no_member_has_counted_is_the_frontends() -> None:
+    status = some_status()
+    for pool in status.pools:
+        for member in pool.members:
+            member.refused = random.randrange(99)
+    of_members = sum(member.refused for pool in status.pools for member in pool.members)
+    status.strangers_refused = of_members + 5
+    samples = told(status)
+    name = "octet_member_strangers_refused_total"
+    assert samples[name, labels(pool="frontend", member="frontend")] == 5
+    assert sum(value for (each, _), value in samples.items() if each == name) == status.strangers_refused
+
+
 def test_experts_may_be_left_out() -> None:
     names = {name for name, _ in told(some_status(), experts=False)}
     assert "octet_expert_tokens_total" not in names
