@@ -139,7 +139,8 @@ def propose(
     if not reshaped:
         left_L = ((_holds(wanted) & ~_holds(placement)).sum(2) > free_LX).any(1)
         if left_L.any():
-            reason += f"; {left_L.sum()} layers stay as they are, as too few of their slots are free"
+            layers = "1 layer" if left_L.sum() == 1 else f"{left_L.sum()} layers"
+            reason += f"; too few slots are free in {layers}, left as before"
         elif not moves and not free_LX.any():
             reason = (
                 f"no slot is free to move an expert into: all {placement.slots_per_shard} of every shard are filled "

@@ -43,7 +43,7 @@ def rebalance_experts(
         nodes=tuple(gpu // gpus_per_node for gpu in range(num_gpus)),
         num_groups=num_groups if num_groups % num_nodes == 0 else 1,
     )
-    placement = plan(weight.cpu().numpy(), topology, Budget(), None).placement
+    placement = plan(weight.detach().double().cpu().numpy(), topology, Budget(), None).placement
     arrays = (placement.physical_to_logical, placement.logical_to_physical, placement.num_replicas)
     phy2log, log2phy, logcnt = (torch.from_numpy(array.astype("int64")) for array in arrays)
     return phy2log, log2phy, logcnt

@@ -6,6 +6,7 @@ import pathlib
 import sys
 import types
 from collections import Counter
+from typing import cast
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from router.gate import Gate
 from router.placement import EMPTY, Placement, from_physical, place_evenly
 from router.plan import FEW_ROWS, Planner, ShardPlan
 
@@ -197,6 +199,41 @@ def test_a_dense_plan_reads_one_replica_of_an_expert_whatever_the_batch(routing:
         assert torch.equal(alone.slots_XTK[:, 0], together.slots_XTK[:, expert])
 
 
+def test_shards_read_as_many_experts_by_a_dense_plan_where_all_are_hit() -> None:
+    """Every expert is on every shard."""
+    num_experts, num_shards = 12, 3
+    held = np.tile(np.arange(num_experts, dtype=np.int32), num_shards)[None]
+    planner = Planner(from_physical(held, (LAYER,), num_experts, num_shards, version=1), torch.device("cpu"))
+    every_E1 = torch.arange(num_experts).unsqueeze(1)
+    plan = planner._plan_densely(LAYER, every_E1, torch.ones(every_E1.shape), None)
+    reads = [int((plan.of(shard).slots_UK != EMPTY).sum()) for shard in range(num_shards)]
+    assert reads == [num_experts // num_shards] * num_shards
+
+
+@pytest.mark.parametrize(("layer", "shards"), [(LAYER - 1, {0}), (LAYER, {0, 1})])
+def test_the_operators_that_gpus_use_divide_the_rows_of_the_layers_that_have_replicas(
+    layer: int, shards: set[int]
+) -> None:
+    held = np.array([[0, 1, 2, EMPTY], [0, 1, 2, 0]], np.int32)
+    planner = Planner(from_physical(held, (LAYER - 1, LAYER), 3, 2, version=1), torch.device("cpu"))
+    num_tokens = 2 * FEW_ROWS["cpu"]
+    plan = planner._plan_on_gpu(layer, torch.zeros(num_tokens, 1, dtype=torch.long), torch.ones(num_tokens, 1))
+    assert {shard for shard in range(2) if plan.of(shard) is not None} == shards
+
+
+def test_tokens_that_only_fill_a_batch_up_go_nowhere_when_it_is_routed(monkeypatch: pytest.MonkeyPatch) -> None:
+    planner = Planner(place_evenly((LAYER,), 4, 2), torch.device("cpu"))
+    # As on a GPU.
+    monkeypatch.setattr(planner, "plan", planner._plan_densely)
+    expert_ids_TK = torch.tensor([[0, 3], [1, 2], [3, 1]])
+    selected = expert_ids_TK, torch.ones(expert_ids_TK.shape)
+    gate = cast(Gate, types.SimpleNamespace(compiled=None, select=lambda x_TH: selected))
+    plan = planner.route(LAYER, gate, torch.zeros(3, 8), torch.tensor([True, False, True]))
+    parts = [plan.of(shard) for shard in range(2)]
+    asked_TK = torch.stack([part.slots_UK != EMPTY for part in parts if part is not None]).any(0)
+    assert asked_TK.tolist() == [[True, True], [False, False], [True, True]]
+
+
 def test_a_planner_that_takes_over_plans_where_the_one_before_it_did() -> None:
     """On a GPU a captured graph reads the table that it was captured with."""
     before, after = (
@@ -210,6 +247,33 @@ def test_a_planner_that_takes_over_plans_where_the_one_before_it_did() -> None:
     assert not other.take_over(planners[1])
     on_cpu = [Planner(placement, torch.device("cpu")) for placement in (before, after)]
     assert not on_cpu[1].take_over(on_cpu[0])
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        pytest.param([0, 1, 2, EMPTY, 3, 4, 5, EMPTY], id="more slots"),
+        pytest.param([0, 1, EMPTY, 2, 3, EMPTY, 4, 5, EMPTY], id="more shards"),
+    ],
+)
+def test_a_planner_of_shards_that_are_other_in_number_or_in_size_takes_nothing_over(held: list[int]) -> None:
+    num_shards = 2 if len(held) == 8 else 3
+    other = from_physical(np.array([held], np.int32), (LAYER,), 6, num_shards, version=2)
+    before, after = (Planner(placement, torch.device("meta")) for placement in (place_evenly((LAYER,), 6, 2), other))
+    assert not after.take_over(before)
+    assert after._one_slot_LE is not before._one_slot_LE
+
+
+def test_what_a_captured_graph_reads_is_what_the_planner_that_takes_over_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = np.random.default_rng().permutation(6).astype(np.int32)
+    placements = place_evenly((LAYER,), 6, 2), from_physical(held[None], (LAYER,), 6, 2, version=2)
+    before, after = (Planner(placement, torch.device("cpu")) for placement in placements)
+    captured_LE, wanted_LE = before._one_slot_LE, after._one_slot_LE.clone()
+    # A device whose tensors can be looked at.
+    monkeypatch.setattr(after, "_device", torch.device("meta"))
+    assert after.take_over(before)
+    assert torch.equal(captured_LE, wanted_LE)
+    assert after._one_slot_LE is captured_LE
 
 
 def test_a_planner_of_a_device_has_its_slots_when_it_is_built_even_where_assertions_are_off(

@@ -133,3 +133,41 @@ def test_a_token_goes_to_no_more_shards_than_it_has_to() -> None:
     tokens = np.array(np.random.default_rng().permutation([[0, 2]] * 8 + [[1, 2]] * 8))
     shards_TK = Batch(placement=placement, expert_ids_TK=tokens).chosen(NEVER_FEW) // 2
     assert (shards_TK[:, 0] == shards_TK[:, 1]).all()
+
+
+@pytest.mark.parametrize("busy", [0, 1])
+@pytest.mark.parametrize("num_rows", [3, 4])
+def test_of_shards_that_read_as_many_experts_the_one_with_fewer_rows_gets_the_next(busy: int, num_rows: int) -> None:
+    # Expert 0 is on shard 0 alone, 1 on shard 1 alone, and 2 on both.
+    placement = from_physical(np.array([[0, 2, 1, 2]], np.int32), (0,), 3, 2, version=1)
+    batch = Batch(placement=placement, expert_ids_TK=np.array([[busy]] * num_rows + [[1 - busy], [2]]))
+    assert batch.rows(ALWAYS_FEW)[busy] == num_rows
+
+
+@pytest.mark.parametrize("num_rows", [5, 6])
+def test_the_rows_of_an_expert_that_was_just_placed_count_for_the_next(num_rows: int) -> None:
+    # Three experts on both of two shards: one shard reads two of them, and those are the ones with few rows.
+    placement = from_physical(np.array([[0, 1, 2, 0, 1, 2]], np.int32), (0,), 3, 2, version=1)
+    batch = Batch(placement=placement, expert_ids_TK=np.array([[0]] * num_rows + [[1], [2]]))
+    assert sorted(batch.rows(ALWAYS_FEW).tolist()) == [2, num_rows]
+
+
+def test_few_rows_are_read_by_as_few_shards_as_can_be_where_several_are_too_full() -> None:
+    rng, num_experts, num_shards = np.random.default_rng(), 8, 8
+    # Every set of shards, and by what only they can serve the least that the fullest of them reads.
+    sets = np.array(list(itertools.product([False, True], repeat=num_shards))[1:])
+    for _ in range(100):
+        on_EX = rng.permuted(np.tile(np.arange(num_shards) < 2, (num_experts, 1)), axis=1)
+        least = max(-(-int((~on_EX[:, ~members]).all(1).sum()) // int(members.sum())) for members in sets)
+        held = np.where(on_EX.T, np.arange(num_experts), -1).reshape(1, -1).astype(np.int32)
+        placement = from_physical(held, (0,), num_experts, num_shards, version=1)
+        batch = Batch(placement=placement, expert_ids_TK=rng.permutation(num_experts)[None])
+        assert batch.reads(ALWAYS_FEW).max() == least
+
+
+def test_experts_of_a_token_that_can_go_to_the_same_shard_do() -> None:
+    # Experts 0 and 1 are on both shards, 2 on the first alone, and 3 on the second.
+    placement = from_physical(np.array([[0, 1, 2, 0, 1, 3]], np.int32), (0,), 4, 2, version=1)
+    batch = Batch(placement=placement, expert_ids_TK=np.array([[0, 2]] * 4 + [[1, 3]] * 4 + [[0, 1]] * 8))
+    shards_TK = batch.chosen(NEVER_FEW) // 3
+    assert (shards_TK[:9, 0] == shards_TK[:9, 1]).all()

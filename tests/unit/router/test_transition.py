@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import collections
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -252,5 +253,70 @@ def test_layers_that_cannot_be_changed_count_for_nothing_and_the_reason_names_th
     current = Routing(epoch=Epoch(3), shards=(shard(0), shard(1)), placement=placement)
     step = propose(current, random_loads(), epoch=EPOCH, num_redundant=0, budget=Budget())
     assert (step.fills, step.target.placement.version) == ((), 5)
-    assert f"; {len(LAYERS)} layers stay as they are" in step.reason
+    assert f"; too few slots are free in {len(LAYERS)} layers, left as before" in step.reason
     assert (step.gain, step.needed) == (0, False)
+
+
+def test_a_layer_that_cannot_be_changed_keeps_no_other_from_it() -> None:
+    stuck_S = [*range(9), *range(6), *range(9, 12)]
+    roomy_S = [*range(6), *[EMPTY] * 3, *range(6, 12), *[EMPTY] * 3]
+    placement = from_physical(np.array([stuck_S, roomy_S], np.int32), (1, 4), NUM_EXPERTS, 2, version=5)
+    current = Routing(epoch=Epoch(3), shards=(shard(0), shard(1)), placement=placement)
+    loads_LE = np.random.default_rng().random((2, NUM_EXPERTS)) + np.repeat([100.0, 1.0], 6)
+    step = propose(current, loads_LE, epoch=EPOCH, num_redundant=0, budget=Budget())
+    assert_carried_out(current, step)
+    assert {fill.layer for fill in step.fills} == {4}
+    assert np.array_equal(step.target.placement.physical_to_logical[0], stuck_S)
+    assert step.reason.endswith("; too few slots are free in 1 layer, left as before")
+    before, after = (shard_loads(r.placement, loads_LE).max(1).sum() for r in (current, step.target))
+    assert math.isclose(step.gain, before - after, rel_tol=0.05)
+
+
+def test_where_slots_are_free_but_no_move_pays_the_reason_does_not_blame_the_slots() -> None:
+    step = propose(
+        routing(3), np.ones((len(LAYERS), NUM_EXPERTS)), epoch=EPOCH, num_redundant=0, budget=Budget(max_moves=10)
+    )
+    assert "no move pays" in step.reason
+
+
+def test_a_slot_that_is_free_is_filled_though_another_shard_or_layer_has_none() -> None:
+    full_S, roomy_S = [0, 1, 2, 3, 4, 5, EMPTY, EMPTY], [0, 1, 2, 3, 4, 5, 0, 1]
+    placement = from_physical(np.array([full_S, roomy_S], np.int32), (1, 2), 6, 2, version=1)
+    current = Routing(epoch=Epoch(3), shards=(shard(0), shard(1)), placement=placement)
+    loads_LE = np.array([[9.0, 9.0, 9.0, 9.0, 1.0, 1.0]] * 2)
+    step = propose(current, loads_LE, epoch=EPOCH, num_redundant=2, budget=Budget())
+    assert_carried_out(current, step)
+    assert {(fill.shard, fill.layer) for fill in step.fills} == {(shard(1), 1)}
+
+
+def test_experts_without_load_are_shared_evenly_all_the_same() -> None:
+    held_S = [*range(8), *[EMPTY] * 4, *range(8, 12), *[EMPTY] * 8]
+    placement = from_physical(np.array([held_S] * len(LAYERS), np.int32), LAYERS, NUM_EXPERTS, 2, version=1)
+    current = Routing(epoch=Epoch(3), shards=(shard(0), shard(1)), placement=placement)
+    step = propose(current, np.zeros((len(LAYERS), NUM_EXPERTS)), epoch=EPOCH, num_redundant=4, budget=Budget())
+    shares_LX = shard_loads(step.target.placement, np.ones((len(LAYERS), NUM_EXPERTS)))
+    assert shares_LX.tolist() == [[6.0, 6.0]] * len(LAYERS)
+
+
+def test_the_gain_of_what_has_to_move_is_no_number_to_add_up() -> None:
+    step = reshaped(routing(3), lost=[shard(1)])
+    assert step.needed
+    assert math.isfinite(step.gain)
+
+
+def test_domains_may_have_any_numbers() -> None:
+    current = routing(4)
+    domains = {shard(number): (-7, 10**9)[number // 2] for number in range(4)}
+    step = propose(
+        current,
+        random_loads(),
+        epoch=EPOCH,
+        num_redundant=NUM_EXPERTS,
+        budget=Budget(max_moves=0),
+        domains=domains,
+        min_domains=2,
+    )
+    for layer in LAYERS:
+        for some in (current.shards[:2], current.shards[2:]):
+            held = {expert for shard in some for expert in step.target.held_by(shard)[layer]}
+            assert held >= set(range(NUM_EXPERTS))

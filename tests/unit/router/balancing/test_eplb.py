@@ -50,6 +50,14 @@ def test_the_three_maps_agree(num_groups: int) -> None:
             assert logcnt[layer, expert] == len(slots)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_weights_of_any_kind_are_taken(dtype: torch.dtype) -> None:
+    weight = torch.randint(1, 200, (2, 12))
+    expected = rebalance_experts(weight, 16, 4, 2, 8)
+    for found, wanted in zip(rebalance_experts(weight.to(dtype).requires_grad_(), 16, 4, 2, 8), expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
 def test_groups_stay_on_nodes_if_nodes_divide_them() -> None:
     phy2log, _, _ = rebalance_experts(WEIGHT, 16, 4, 2, 8)
     for first, second in (phy2log // 3).view(2, 2, 8).tolist():

@@ -15,7 +15,7 @@ from router.balancing.measure import balancedness, shard_loads
 from router.balancing.planner import Rebalance, plan
 from router.balancing.tables import fitted
 from router.balancing.topology import Budget, Topology
-from router.placement import EMPTY, Placement, place_evenly
+from router.placement import EMPTY, Placement, from_physical, place_evenly
 
 LAYERS = (3, 7)
 
@@ -218,6 +218,51 @@ def test_new_shards_take_load_from_the_old() -> None:
     assert balancedness(shard_loads(result.placement, loads_LE)).min() > 0.95
     assert result.placement.version == before.version + 1
     assert f"{len(result.moves)} of" in result.reason
+
+
+def test_the_reason_tells_how_level_the_placement_was_and_is() -> None:
+    loads_LE = np.random.default_rng().pareto(1.0, (4, 32)) + 0.1
+    before = place_evenly(range(4), 32, 4)
+    result = plan(loads_LE, Topology(slots=(16,) * 4), Budget(), before)
+    was, now = (balancedness(shard_loads(placement, loads_LE)).mean() for placement in (before, result.placement))
+    assert f"balancedness {was:.4f} → {now:.4f}" in result.reason
+
+
+def test_a_shard_takes_in_no_more_than_it_is_free_to_with_what_a_shard_that_drains_had() -> None:
+    before, rng = place_evenly(range(20), 12, 3), np.random.default_rng()
+    free_LX = np.full((20, 3), 4)
+    after = plan(rng.pareto(1.0, (20, 12)), Topology(slots=(0, 8, 8)), Budget(), before, free_LX=free_LX).placement
+    for shard in (1, 2):
+        for old, new in zip(before.held_by(shard).tolist(), after.held_by(shard).tolist(), strict=True):
+            assert len({*new} - {*old, EMPTY}) <= 4
+    assert (free_LX == 4).all()
+
+
+@pytest.mark.parametrize("max_moves", [1, 2, 3])
+def test_a_budget_is_spent_to_the_last_move_while_moves_pay(max_moves: int) -> None:
+    result = plan(np.ones((1, 8)), Topology(slots=(8, 8)), Budget(max_moves=max_moves), place_evenly((0,), 8, 1))
+    assert len(result.moves) == max_moves
+
+
+def test_experts_without_load_get_as_many_replicas_each() -> None:
+    placement = plan(np.zeros((2, 6)), Topology(slots=(4,) * 3), Budget(), None).placement
+    assert placement.num_replicas.tolist() == [[2] * 6] * 2
+
+
+def test_the_least_loaded_replica_gives_way_to_an_expert_that_would_be_lost() -> None:
+    before = from_physical(np.array([[0, 1, 0, 1, 2, EMPTY]], np.int32), (0,), 3, 3, version=1)
+    loads_LE = np.array([[10.0, 2.0, 5.0]])
+    placement = plan(loads_LE, Topology(slots=(2, 2, 0)), Budget(max_moves=0), before).placement
+    assert placement.num_replicas.tolist() == [[2, 1, 1]]
+
+
+def test_a_replica_gives_way_on_the_node_that_an_expert_has_to_be_on() -> None:
+    held = [[0, 1, 2], [1, 2, 3], [0, 1, 2], [4, 5, 6], [5, 6, 7], [4, 5, 7]]
+    before = from_physical(np.array(held, np.int32).reshape(1, -1), (0,), 8, 6, version=1)
+    topology = Topology(slots=(3, 0, 3, 3, 3, 3), nodes=(0, 0, 0, 1, 1, 1), num_groups=2)
+    placement = plan(np.repeat([[10.0, 1.0]], 4, axis=1), topology, Budget(max_moves=0), before).placement
+    assert np.array_equal(placement.physical_to_logical[:, 9:], before.physical_to_logical[:, 9:])
+    assert 3 in placement.physical_to_logical[:, :9]
 
 
 @pytest.mark.parametrize(
