@@ -122,23 +122,3 @@ class Answer:
             return "", None
         text, matched = self._stop_strings.push(self._detokenizer.finish())
         return (text, matched) if matched is not None else (text + self._stop_strings.finish(), None)
-
-
-def merge(pieces: list[Piece]) -> list[Piece]:
-    """Consecutive pieces of the same choice as one, in order of each choice's first."""
-    merged: dict[int, Piece] = {}
-    for piece in pieces:
-        before = merged.get(piece.choice)
-        merged[piece.choice] = (
-            piece
-            if before is None
-            else dataclasses.replace(
-                before,
-                token_ids=before.token_ids + piece.token_ids,
-                text=before.text + piece.text,
-                logprobs=before.logprobs + piece.logprobs,
-                finish_reason=piece.finish_reason,
-                matched_stop=piece.matched_stop,
-            )
-        )
-    return list(merged.values())

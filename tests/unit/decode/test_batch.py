@@ -262,3 +262,52 @@ def test_a_sequence_that_is_given_away_takes_the_pages_that_hold_its_kv_and_no_m
     assert len(sequence.pages) == pool.pages_for(num_tokens + num_new)
     assert batch.running == []
     assert pool.num_pages - pool.num_free == len(sequence.pages)
+
+
+def test_every_choice_on_its_way_takes_a_place() -> None:
+    batch = DecodeBatch(PagePool(32, PAGE), 3)
+    on_its_way = Incoming(offer=offer(1, 0, 1, name="a"), token_ids=[0], pages=[])
+    assert batch.reserve(offer(1, 0, 1, name="b"), [on_its_way]) is None
+    assert batch.reserve(offer(1, name="b"), [on_its_way]) is not None
+
+
+def test_where_answers_are_as_long_as_they_may_be_all_that_is_left_is_expected() -> None:
+    pool, most = PagePool(64, PAGE), 16
+    batch = DecodeBatch(pool, 16)
+    for number in range(8):
+        land(batch, offer(4, name=f"long-{number}", max_new_tokens=most), 4)
+        batch.running[0].token_ids += [0] * (most - 1)
+        batch.remove(batch.running[0])
+    land(batch, offer(4, max_new_tokens=most), 4)
+    (sequence,) = batch.running
+    for _ in range(most - 2):
+        (demand,) = batch._demands([])
+        assert demand.remaining == sequence.num_left
+        sequence.token_ids.append(0)
+
+
+def test_every_choice_of_an_offer_is_expected_to_grow() -> None:
+    """Half of 16 tokens behind 4 are expected of each: 3 pages, of which those of one request share the first."""
+    batch = DecodeBatch(PagePool(10, PAGE), 16)
+    land(batch, offer(4, name="a", max_new_tokens=16), 4)
+    assert batch.reserve(offer(4, 0, 1, 2, 3, name="b", max_new_tokens=16), []) is None
+    assert batch.reserve(offer(4, 0, name="b", max_new_tokens=16), []) is not None
+
+
+def test_choices_that_were_computed_again_apart_share_no_page() -> None:
+    pool = PagePool(64, PAGE)
+    batch = DecodeBatch(pool, 16)
+    for choice in range(3):
+        land(batch, offer(12, choice, name="same"), 12)
+    batch.grow()
+    assert peak_pages([*batch._demands([])], PAGE) == pool.num_pages - pool.num_free == 12
+
+
+def test_who_gave_way_tells_nothing_of_how_long_answers_get() -> None:
+    batch = DecodeBatch(PagePool(2, PAGE), 16)
+    for _ in range(8):
+        land(batch, offer(8, max_new_tokens=100), 8)
+        assert len(batch.grow()) == 1
+    land(batch, offer(4, max_new_tokens=100), 4)
+    (demand,) = batch._demands([])
+    assert demand.remaining == round(101 / 2) - 1

@@ -79,3 +79,38 @@ def test_batch_sizes_are_learnt_apart() -> None:
     run(policy, 400, 0.6, lambda k: 1 + 0.05 * k, num_sequences=1)
     run(policy, 400, 0.6, lambda k: 1 + 2.0 * k, num_sequences=32)
     assert (policy.choose(1) > 0, policy.choose(32)) == (True, 0)
+
+
+def test_a_gain_that_is_no_more_than_noise_changes_nothing() -> None:
+    assert share(run(DraftLength(1), 600, 0.0, lambda k: 1 + 0.015 * k)[200:], 1) > 0.9
+
+
+def test_the_lengths_on_both_sides_of_the_best_are_tried_again_now_and_then() -> None:
+    def cost(length: int) -> float:
+        return {0: 1.0, 1: 1.0, 2: 1.0, 3: 9.0, 4: 9.0}[length]
+
+    late = run(DraftLength(MOST), 1000, 0.9, cost)[500:]
+    assert share(late, 2) > 0.9
+    assert {1, 2, 3} == set(late)
+
+
+def test_at_either_end_the_only_neighbour_is_tried_as_often() -> None:
+    chosen = run(DraftLength(MOST), 64 * 10, 0.0, lambda k: 1 + k)[64 * 5 :]
+    assert 9 <= chosen.count(1) <= 11
+    assert chosen.count(0) + chosen.count(1) == len(chosen)
+
+
+def learnt(policy: DraftLength, num_steps: int, *, tested: int, accepted: int) -> float:
+    for _ in range(num_steps):
+        policy.observe(8, MOST, tested=tested, accepted=accepted, step_s=1.0)
+    return policy.acceptance
+
+
+def test_what_was_learnt_of_drafts_is_forgotten_as_others_are_made_and_more_slowly_while_none_are() -> None:
+    policy = DraftLength(MOST)
+    assert learnt(policy, 200, tested=8, accepted=8) > 0.99
+    assert learnt(policy, 50, tested=8, accepted=0) < 0.3
+    policy = DraftLength(MOST)
+    learnt(policy, 200, tested=8, accepted=0)
+    assert learnt(policy, 100, tested=0, accepted=0) < 0.01
+    assert learnt(policy, 3000, tested=0, accepted=0) > 0.4

@@ -186,6 +186,19 @@ def test_aborting_an_offered_request_frees_its_lease(pairs: Callable[..., Pair])
     pair.until_free()
 
 
+def test_aborting_the_only_choice_of_an_offered_request_frees_its_lease(pairs: Callable[..., Pair]) -> None:
+    pair = pairs(max_batch=1)
+    pair.submit(request(max_new_tokens=LONG))
+    pair.until_running()
+    offered = request()
+    pair.submit(offered)
+    pair.step()
+    pair.decode.handle(Abort(request_id=offered.request_id, choice=0))
+    assert pair.decode.load().waiting == 0
+    pair.step_decode()
+    assert len(pair.acks) == 2
+
+
 def test_aborting_an_incoming_request_frees_its_pages_when_they_arrive(pair: Pair) -> None:
     pair.hold_pulls()
     asked = request(9)

@@ -15,6 +15,7 @@ from octet.messages import (
     KvAck,
     KvOffer,
     KvRenew,
+    StepReport,
     TokenEvent,
     unpack_ids,
 )
@@ -66,6 +67,50 @@ def test_a_lease_lasts_as_long_as_its_request_waits_for_room(pairs: Callable[...
     assert pair.of(Evicted) == []
 
 
+def test_a_lease_lasts_as_long_as_its_pages_wait_to_be_sent(pair: Pair) -> None:
+    pair.hold_pulls()
+    asked = request(9)
+    pair.submit(asked)
+    pair.step()
+    for _ in range(6):
+        pair.now_s += LEASE_S / 2
+        pair.step_decode()
+        pair.step_prefill()
+    pair.release_pull()
+    pair.wait_for_arrival()
+    pair.held = None
+    pair.run()
+    assert pair.of(Evicted) == []
+
+
+def test_leases_are_renewed_in_time_for_the_shortest(pairs: Callable[..., Pair]) -> None:
+    pair = pairs(max_batch=1)
+    pair.submit(request(max_new_tokens=LONG))
+    pair.until_running()
+    pair.submit(request(), request())
+    offers = [message for _, message in pair.prefill.step(0.0) if isinstance(message, KvOffer)]
+    for offer, lease_s in zip(offers, (6.0, 60.0), strict=True):
+        pair.decode.handle(dataclasses.replace(offer, lease_s=lease_s))
+    renewed = []
+    for now_s in (100.0, 101.9, 102.1):
+        said = pair.decode.step(now_s)
+        renewed.append([message.lease_id for _, message in said if isinstance(message, KvRenew)])
+    both = [offer.lease_id for offer in offers]
+    assert renewed == [both, [], both]
+
+
+def test_pages_that_cannot_be_fetched_are_given_back_at_both_ends(pair: Pair) -> None:
+    asked, gone = request(9, choices=(0, 1)), WorkerId("prefill-9")
+    pair.submit(asked)
+    (offer,) = [message for _, message in pair.prefill.step(0.0) if isinstance(message, KvOffer)]
+    pair.decode.handle(dataclasses.replace(offer, source=gone))
+    said = [*pair.decode.step(0.0), *pair.decode.step(0.0)]
+    assert (gone, KvAck(lease_id=offer.lease_id)) in said
+    events = [event for _, message in said if isinstance(message, StepReport) for event in message.events]
+    assert [(event.choice, type(event)) for event in events] == [(0, Evicted), (1, Evicted)]
+    assert pair.decode.load().kv_pages_free == NUM_PAGES
+
+
 def test_the_youngest_gives_way_and_everyone_still_finishes(pairs: Callable[..., Pair]) -> None:
     requests = [request(6, max_new_tokens=20), request(6, max_new_tokens=20), request(6, max_new_tokens=20)]
     pair = pairs(num_pages=12)
@@ -102,6 +147,24 @@ def test_of_those_that_wait_the_most_urgent_comes_first(pairs: Callable[..., Pai
     pair.run()
     ends = [event.request_id for event in pair.of(TokenEvent) if event.finish_reason is not None]
     assert ends == [running.request_id, urgent.request_id, later.request_id]
+
+
+def test_of_those_that_wait_the_earliest_comes_first_though_it_was_offered_later(pairs: Callable[..., Pair]) -> None:
+    pair = pairs(max_batch=1)
+    running, early, late = request(), request(), request()
+    pair.submit(running)
+    pair.until_running()
+    for each in (late, early):
+        pair.submit(each)
+        pair.step_prefill()
+    pair.run()
+    ends = [event.request_id for event in pair.of(TokenEvent) if event.finish_reason is not None]
+    assert ends == [running.request_id, early.request_id, late.request_id]
+
+
+def test_choices_with_a_last_page_of_their_own_arrive_at_the_first_try(pair: Pair) -> None:
+    pair.run(request(PAGE + 2, choices=(0, 1, 2)))
+    assert pair.of(Evicted) == []
 
 
 @pytest.mark.parametrize("num_pages", [NUM_PAGES, 64])

@@ -11,8 +11,9 @@ from decode.migration import Migration
 from model.config import read_config
 from model.kv_cache import KvCache
 from octet.ids import RequestId, WorkerId
-from octet.messages import Abort, KvAck, KvRenew, PrefillRequest, pack_ids, unpack_ids
+from octet.messages import Abort, KvAck, KvPull, KvRenew, PrefillRequest, pack_ids, unpack_ids
 from octet.request import Output, Sampling, Stopping
+from router.channel import LocalChannel
 from router.kv_sender import KvSender
 from router.leases import LeaseTable
 
@@ -53,7 +54,7 @@ def test_an_offer_has_all_tokens_but_the_last_which_comes_next(migration: Migrat
     assert offer.next_tokens == (given.token_ids[-1],)
     assert (offer.request.choices, offer.request.attempt, offer.request.num_prompt_tokens) == ((1,), 3, 5)
     assert offer.request.decode_worker == target
-    assert offer.source == "decode-0"
+    assert (offer.source, offer.lease_s) == ("decode-0", 10.0)
 
 
 def test_heirs_take_turns(migration: Migration) -> None:
@@ -84,3 +85,34 @@ def test_pages_are_kept_for_an_heir_that_asks_for_time(migration: Migration) -> 
     assert migration.reclaim(9.0) == []
     assert migration.reclaim(18.9) == []
     assert migration.reclaim(19.0) == [2]
+
+
+def test_each_sequence_is_offered_under_a_lease_of_its_own(migration: Migration) -> None:
+    (_, first), (_, second) = (migration.offer(sequence(5, 1, [page]), HEIRS, now_s=0.0) for page in (2, 5))
+    assert first.lease_id != second.lease_id
+    assert len(migration) == 2
+    migration.handle(KvAck(lease_id=first.lease_id))
+    assert (migration.reclaim(1.0), len(migration)) == ([2], 1)
+
+
+def test_another_choice_that_is_aborted_leaves_the_pages_of_this_one(migration: Migration) -> None:
+    migration.offer(sequence(5, 1, [2]), HEIRS, now_s=0.0)
+    migration.abort(Abort(request_id=RequestId("a"), choice=0))
+    assert migration.reclaim(1.0) == []
+    migration.abort(Abort(request_id=RequestId("a"), choice=1))
+    assert migration.reclaim(1.0) == [2]
+
+
+def test_an_heir_that_asks_for_the_pages_is_sent_them() -> None:
+    cache = KvCache(read_config(EMBEDDED_MODEL), 8, 4, torch.float32, torch.device("cpu"))
+    pages = torch.randn(cache.export_pages([5, 2]).shape)
+    cache.import_pages([5, 2], pages)
+    leases, channel = LeaseTable(lease_s=10.0), LocalChannel(20.0)
+    sender = KvSender(cache, leases, {HEIRS[0]: channel})
+    migration = Migration(WorkerId("decode-0"), leases, sender)
+    _, offer = migration.offer(sequence(5, 1, [5, 2]), HEIRS, now_s=0.0)
+    migration.handle(KvPull(lease_id=offer.lease_id, decode_worker=HEIRS[0], channel=0))
+    arrived = channel.receive(pages.nbytes)
+    assert arrived is not None
+    assert torch.equal(arrived.view(torch.float32).view(pages.shape), pages)
+    sender.close()

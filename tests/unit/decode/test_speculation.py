@@ -13,16 +13,19 @@ import torch
 
 from cluster.planning import EMBEDDED_MODEL
 from decode.batch import RunningSequence
-from decode.speculation import MtpDrafter
+from decode.migration import Migration
+from decode.speculation import MtpDrafter, Speculator
 from model.batch import Batch, Span, build_batch
 from model.pages import PagePool
 from model.runner import ModelRunner
 from octet.config import SpeculationConfig
 from octet.errors import ExpertMissingError, PeerLostError
 from octet.ids import RequestId, WorkerId
-from octet.messages import Abort, PrefillRequest, TokenEvent, pack_ids
+from octet.messages import Abort, Evicted, KvOffer, PrefillRequest, StepReport, TokenEvent, pack_ids
 from octet.request import Output, Sampling, Stopping
 from ops.local import CALLER, DECODE, PREFILL, LocalEngine
+from router.kv_sender import KvSender
+from router.leases import LeaseTable
 
 _numbers = itertools.count()
 ALWAYS = SpeculationConfig(num_speculative_tokens=4, adaptive=False)
@@ -240,3 +243,51 @@ def test_cancelled_requests_leave_no_page_behind(engine: LocalEngine, oracle: Or
         ):
             engine.step()
     assert {load.kv_pages_free for load in engine.load().values()} == {engine.load()[PREFILL].kv_pages_total}
+
+
+def test_drafts_are_counted_with_those_that_stood(plain: LocalEngine, engine: LocalEngine, oracle: Oracle) -> None:
+    """Four a step, of which the last step drafts what is left."""
+    asked = request()
+    oracle.truth = 1.0
+    oracle.answers[asked.request_id, 0] = [event.token_id for event in events(plain, asked)]
+    events(engine, asked)
+    load = engine.load()[DECODE]
+    assert (load.drafted_tokens, load.accepted_tokens) == (18, 18)
+
+
+class Silent:
+    """Drafts nothing."""
+
+    def draft(self, sequences: Sequence[RunningSequence], lengths: Sequence[int]) -> list[list[int]]:
+        return [[] for _ in sequences]
+
+    def note(self, *_: object) -> None:
+        return
+
+
+@pytest.mark.parametrize("right", range(5))
+def test_of_drafts_behind_a_wrong_one_nothing_is_learnt(right: int) -> None:
+    asked, drafted = request(), random.sample(range(1000), 4)
+    new = [*drafted[:right], 1000]
+    sequence = RunningSequence(request=asked, choice=0, token_ids=[1, 2, 3, *new], pages=[])
+    speculator = Speculator(Silent(), SpeculationConfig(num_speculative_tokens=4, adaptive=True))
+    speculator.note([sequence], [drafted], [torch.zeros(len(new), 2)])
+    assert (speculator.num_drafted, speculator.num_accepted) == (4, right)
+    assert speculator._policy is not None
+    assert speculator._policy.acceptance == (right + 1) / (min(right + 1, 4) + 2)
+
+
+def test_who_leaves_hands_no_sequence_over_of_which_its_drafter_has_not_seen_everything(engine: LocalEngine) -> None:
+    leases = LeaseTable(lease_s=60.0)
+    sender = KvSender(engine._decode._runner.cache, leases, {})
+    engine._decode._migration = Migration(DECODE, leases, sender)
+    engine.submit(request())
+    while not engine._decode.load().running:
+        engine.step()
+    engine._decode.hand_over_to([WorkerId("decode-1")])
+    said = [message for _, message in engine._decode.step(0.0)]
+    assert not any(isinstance(message, KvOffer) for message in said)
+    told = [event for message in said if isinstance(message, StepReport) for event in message.events]
+    assert [type(event) for event in told] == [Evicted]
+    assert engine._decode.load().kv_pages_free == engine._decode.load().kv_pages_total
+    sender.close()

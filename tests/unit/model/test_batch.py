@@ -92,6 +92,12 @@ def test_decode_page_tables_are_as_wide_as_the_longest_sequence_needs() -> None:
     assert batch.decode.pages_BP.tolist() == [[5, 7], [6, 2], [11, 0]]
 
 
+def test_a_token_that_begins_a_page_attends_to_itself() -> None:
+    batch, _ = built(Span(token_ids=[1], start=4, pages=[5, 7], by_token=True))
+    assert batch.decode is not None
+    assert (batch.decode.pages_BP.tolist(), batch.decode.lengths_B.tolist()) == ([[5, 7]], [5])
+
+
 def test_prompts_alone_have_no_decode_part() -> None:
     batch, _ = built(LONG, LATER)
     assert batch.decode is None

@@ -133,3 +133,14 @@ def test_a_page_that_is_taken_back_is_not_given_out() -> None:
     pool.share(pages[:1])
     assert pool.allocate(2) is None
     assert allocated(pool, 1) == pages[1:]
+
+
+def test_the_keeper_of_a_page_is_told_once_and_not_of_what_others_do_with_it() -> None:
+    pool, forgotten = PagePool(1, 16), list[int]()
+    page = allocated(pool, 1)
+    pool.keep(page[0], forgotten.append)
+    pool.release(page)
+    for _ in range(3):
+        assert allocated(pool, 1) == page
+        pool.release(page)
+    assert forgotten == page

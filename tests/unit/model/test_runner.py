@@ -11,6 +11,7 @@ import torch
 from model.batch import Span, Wanted
 from model.pages import PagePool
 from model.runner import ModelRunner
+from octet.errors import PeerLostError
 from tests.unit.model.subject import CPU, MODELS, NUM_PAGES, PAGE, Counting, Scaled, build
 
 
@@ -80,3 +81,39 @@ def test_a_prompt_is_the_same_bit_for_bit_however_it_is_cut(tmp_path: pathlib.Pa
     for hidden_TH, kv in computed[1:]:
         assert torch.equal(kv, computed[0][1])
         assert torch.equal(hidden_TH, computed[0][0])
+
+
+class Lost(Scaled):
+    """Routed experts whose lane breaks, and that note when what is on its way is given up."""
+
+    def __init__(self) -> None:
+        self.drained = 0
+
+    def combine(self, pending: torch.Tensor) -> torch.Tensor:
+        raise PeerLostError("shard 0 is gone")
+
+    def drain(self) -> None:
+        self.drained += 1
+
+
+def test_what_is_on_its_way_is_given_up_with_the_step_that_loses_its_lane(tmp_path: pathlib.Path) -> None:
+    """Or the step that is done again would take the other one's replies for its own."""
+    pool, routed = PagePool(NUM_PAGES, PAGE), Lost()
+    span = Span(token_ids=random.choices(range(90), k=5), start=0, pages=pool.allocate(2) or [])
+    subject = build(tmp_path, "plain", [span], pool)
+    runner = ModelRunner(subject.transformer, routed, pool, subject.cache, CPU)
+    with pytest.raises(PeerLostError):
+        runner.run([span])
+    assert routed.drained == 1
+
+
+def test_a_single_token_is_not_cut_in_two(tmp_path: pathlib.Path) -> None:
+    pool = PagePool(NUM_PAGES, PAGE)
+    span = Span(token_ids=[random.randrange(90)], start=0, pages=pool.allocate(1) or [])
+    subject, hidden = build(tmp_path, "plain", [span], pool), []
+    for ping_pong_rows in (None, 0, 1):
+        runner = ModelRunner(subject.transformer, Scaled(), pool, subject.cache, CPU, ping_pong_rows=ping_pong_rows)
+        hidden += runner.run([span])
+    assert [len(h_TH) for h_TH in hidden] == [1, 1, 1]
+    assert torch.equal(hidden[0], hidden[1])
+    assert torch.equal(hidden[0], hidden[2])

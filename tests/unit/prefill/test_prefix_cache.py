@@ -42,6 +42,21 @@ def test_a_hit_is_never_wrong_whatever_is_evicted(prompts: list[list[int]], rng:
     assert pool.num_free == pool.num_pages
 
 
+def test_in_a_long_history_every_hit_is_right_and_no_page_is_lost() -> None:
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    pool, content = PagePool(14, PAGE), dict[int, tuple[int, ...]]()
+    cache, held = PrefixCache(pool), list[list[int]]()
+    for _ in range(1000):
+        prompt = [rng.randrange(2) for _ in range(rng.randint(1, 22))]
+        while pool.num_free < pool.pages_for(len(prompt)) or (held and rng.random() < 0.4):
+            pool.release(held.pop(rng.randrange(len(held))))
+        held.append(compute(pool, cache, prompt, content))
+        assert len(cache) <= pool.num_pages
+        assert pool.num_pages - pool.num_free == len({page for pages in held for page in pages})
+
+
 def test_a_prompt_finds_its_own_full_pages_but_its_last_token() -> None:
     pool = PagePool(8, PAGE)
     cache, prompt = PrefixCache(pool), list(range(2 * PAGE))
@@ -90,3 +105,26 @@ def test_with_a_lookahead_a_page_is_known_by_the_token_after_it_too() -> None:
     whole = pool.allocate(1) or []
     cache.add([7, 7, 7, 7], whole)
     assert cache.find([7, 7, 7, 7, 7]) == []
+    assert len(cache) == 2
+
+
+def test_what_two_compute_at_once_is_known_by_the_page_of_the_first_and_both_can_go() -> None:
+    pool, content = PagePool(4, PAGE), dict[int, tuple[int, ...]]()
+    cache, prompt = PrefixCache(pool), [random.randrange(1000)] * PAGE
+    first, second = (compute(pool, cache, prompt, content) for _ in range(2))
+    assert first != second
+    assert cache.find([*prompt, 0]) == first
+    for pages in (second, first):
+        pool.release(pages)
+    assert pool.allocate(4) is not None
+    assert (len(cache), cache.find([*prompt, 0])) == (0, [])
+
+
+def test_a_prompt_that_comes_often_is_known_once() -> None:
+    pool, content = PagePool(8, PAGE), dict[int, tuple[int, ...]]()
+    cache, prompt = PrefixCache(pool), [random.randrange(1000) for _ in range(3 * PAGE + 1)]
+    for _ in range(5):
+        pool.release(compute(pool, cache, prompt, content))
+        assert len(cache) == 3
+    assert pool.allocate(8) is not None
+    assert len(cache) == 0

@@ -124,6 +124,18 @@ def test_a_peer_that_does_not_read_is_given_up_at_the_deadline() -> None:
         ends.prefill.send(torch.zeros(LONG, dtype=torch.uint8))
 
 
+def test_within_a_process_a_peer_that_takes_nothing_is_given_up_at_the_deadline() -> None:
+    channel = LocalChannel(SHORT_S)
+    channel.send(torch.zeros(8))
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(channel.send, torch.zeros(8))
+        try:
+            with pytest.raises(LaneTimeoutError, match="not taken"):
+                second.result(PATIENT_S)
+        finally:
+            channel.receive(32)
+
+
 def test_a_peer_that_sends_little_by_little_is_given_up_at_the_deadline() -> None:
     source, target = form_pair(SHORT_S)
     channel = WireChannel(target, EPOCH)
@@ -273,11 +285,20 @@ def test_what_is_not_expected_is_a_typed_error(sent: bytes, error: str) -> None:
         receive_raw(sent, 16)
 
 
-def test_nothing_is_read_of_a_channel_behind_what_is_no_frame() -> None:
+@pytest.mark.parametrize(
+    ("first", "error"),
+    [
+        (_frame(Kind.HEARTBEAT, EPOCH, 0), "expected 16 bytes"),
+        (_frame(99, EPOCH, 0), "not a frame"),
+        (_frame(Kind.PAGES, EPOCH + 1, 0), "of epoch 3"),
+    ],
+    ids=["another kind", "no kind", "another epoch"],
+)
+def test_nothing_is_read_of_a_channel_behind_what_is_no_frame(first: bytes, error: str) -> None:
     source, target = form_pair(PATIENT_S)
     channel = WireChannel(target, EPOCH)
-    os.write(source.fd, _frame(Kind.HEARTBEAT, EPOCH, 0) + _frame(Kind.PAGES, EPOCH, 16, bytes(16)))
-    with pytest.raises(LaneError, match="expected 16 bytes"):
+    os.write(source.fd, first + _frame(Kind.PAGES, EPOCH, 16, bytes(16)))
+    with pytest.raises(LaneError, match=error):
         channel.receive(16)
     with pytest.raises(LaneError, match="this end"):
         channel.receive(16)

@@ -105,3 +105,11 @@ def test_a_lease_that_is_over_cannot_be_renewed(table: LeaseTable) -> None:
     assert table.reclaim(100.0) == [4, 5]
     table.renew(A)
     assert table.begin_sending(A) is None
+
+
+def test_a_renewal_counts_though_nobody_looked_before_the_deadline(table: LeaseTable) -> None:
+    """As when a step took long that was under way when it came."""
+    table.renew(A)
+    assert table.reclaim(112.0) == []
+    assert table.reclaim(121.9) == [6]
+    assert table.reclaim(122.0) == [4, 5]

@@ -18,7 +18,7 @@ from model.checkpoint import Checkpoint
 from model.config import read_config
 from model.linear import Packer
 from model.weights import GateWeights
-from octet.errors import ExpertMissingError
+from octet.errors import ExpertMissingError, PeerLostError
 from router.exchange import LocalExchange, Ticket
 from router.gate import FEW_TOKENS, Gate
 from router.placement import EMPTY, Placement, from_physical, place_evenly
@@ -241,3 +241,63 @@ def test_many_rows_leave_the_cores_to_shards_but_not_to_others(
     assert routed.crowded == (not competes)
     routed.combine(routed.dispatch(1, torch.randn(num_tokens, HIDDEN_SIZE)))
     assert exchange.num_awaited == int(awaits)
+
+
+def test_time_spent_waiting_for_the_first_shard_is_counted(
+    checkpoint: Checkpoint, gates: dict[int, GateWeights], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    routed = RoutedExperts(checkpoint.config, gates)
+    routed.adopt(Planner(place_evenly(LAYERS, NUM_EXPERTS, 1), CPU), Crowded())
+    x_TH = torch.randn(FEW_TOKENS + 1, HIDDEN_SIZE)
+    plan = routed.plan(1, x_TH)
+    readings_s = iter([10.0, 10.25, 20.0, 20.5])
+    monkeypatch.setattr("time.perf_counter", lambda: next(readings_s))
+    dispatched = routed.send(1, x_TH, plan, torch.zeros_like(x_TH))
+    assert routed.combine_s == 0.25
+    routed.combine(dispatched)
+    assert routed.combine_s == 0.75
+
+
+class Lost(LocalExchange):
+    """A lane that has lost a shard."""
+
+    def __init__(self) -> None:
+        super().__init__([lambda layer, rows: torch.zeros_like(rows.x_UH)])
+        self.asked: list[str] = []
+
+    def receive(self, ticket: Ticket, y_TH: torch.Tensor) -> None:
+        assert len(self.asked) < len(LAYERS), "it is asked again and again"
+        self.asked.append(f"layer {ticket.layer}")
+        raise PeerLostError("shard 0: gone")
+
+    def settle(self) -> None:
+        self.asked.append("settle")
+        raise PeerLostError("shard 0: gone")
+
+
+def test_what_is_under_way_over_a_lane_that_broke_is_dropped_and_the_next_lane_works(
+    checkpoint: Checkpoint, gates: dict[int, GateWeights]
+) -> None:
+    placement, lost = place_evenly(LAYERS, NUM_EXPERTS, 2), Lost()
+    whole = routed_over(checkpoint, gates, placement)
+    assert whole._exchange is not None
+    routed, x_TH = RoutedExperts(checkpoint.config, gates), torch.randn(NUM_TOKENS, HIDDEN_SIZE)
+    routed.adopt(Planner(place_evenly(LAYERS, NUM_EXPERTS, 1), CPU), lost)
+    first, _ = (routed.dispatch(layer, x_TH) for layer in LAYERS)
+    with pytest.raises(PeerLostError):
+        routed.combine(first)
+    routed.drain()
+    assert lost.asked == ["layer 1", "layer 2", "settle"]
+    routed.adopt(Planner(placement, CPU), whole._exchange)
+    y_TH = routed.combine(routed.dispatch(LAYERS[0], x_TH))
+    torch.testing.assert_close(y_TH, dense(checkpoint, LAYERS[0], x_TH, gates[LAYERS[0]]), rtol=1e-4, atol=1e-4)
+
+
+def test_what_was_captured_for_other_shards_is_not_used_any_more(
+    checkpoint: Checkpoint, gates: dict[int, GateWeights]
+) -> None:
+    routed, generations = RoutedExperts(checkpoint.config, gates), set()
+    for num_shards in (1, 2, 1):
+        routed.adopt(Planner(place_evenly(LAYERS, NUM_EXPERTS, num_shards), CPU), Lost())
+        generations.add(routed.generation)
+    assert len(generations) == 3

@@ -74,6 +74,14 @@ def another_file(name: str, flags: int) -> int:
     return os.open(os.devnull, os.O_RDWR)
 
 
+def test_memory_holds_descriptors_no_longer_than_it_is_held(ends: tuple[socket.socket, socket.socket]) -> None:
+    before = _num_open()
+    for memory in both(ends):
+        assert memory is not None
+        memory.close()
+    assert _num_open() == before
+
+
 @pytest.mark.parametrize("create", [no_files, another_file])
 def test_without_such_files_both_ends_do_without(
     ends: tuple[socket.socket, socket.socket],
@@ -107,6 +115,19 @@ def test_a_guest_takes_no_memory_but_the_one_it_was_offered(ends: tuple[socket.s
     os.close(another)
 
 
+@pytest.mark.parametrize("seals", [0, fcntl.F_SEAL_SHRINK, fcntl.F_SEAL_GROW])
+def test_a_guest_takes_no_memory_whose_size_may_change(ends: tuple[socket.socket, socket.socket], seals: int) -> None:
+    host, guest = ends
+    offered, before = os.memfd_create("offered", os.MFD_ALLOW_SEALING), _num_open()
+    os.ftruncate(offered, SIZE)
+    fcntl.fcntl(offered, fcntl.F_ADD_SEALS, seals)
+    host.sendall(struct.pack("<3q32s", SIZE, os.getpid(), offered, bytes(32)))
+    assert share(guest, GUEST_SIDE, SIZE, PATIENT_S) is None
+    assert host.recv(1) == b"\0"
+    assert _num_open() == before
+    os.close(offered)
+
+
 def test_nobody_can_take_pages_of_it_away(ends: tuple[socket.socket, socket.socket]) -> None:
     memory = both(ends)[0]
     assert memory is not None
@@ -121,9 +142,10 @@ def test_who_is_left_alone_hears_of_it(ends: tuple[socket.socket, socket.socket]
         share(ends[rank], rank, SIZE, PATIENT_S)
 
 
-def test_who_waits_in_vain_hears_of_it(ends: tuple[socket.socket, socket.socket]) -> None:
+@pytest.mark.parametrize("rank", [HOST_SIDE, GUEST_SIDE])
+def test_who_waits_in_vain_hears_of_it(ends: tuple[socket.socket, socket.socket], rank: int) -> None:
     with within(MARGIN_S), pytest.raises(TimeoutError):
-        share(ends[0], HOST_SIDE, SIZE, 0.2)
+        share(ends[rank], rank, SIZE, 0.2)
 
 
 def test_it_is_gone_with_the_wires_that_have_it() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import mmap
 import os
 import socket
@@ -38,11 +39,13 @@ LONG = FrameLayout(hidden_size=4096, experts_per_token=4, max_rows=1024, dtype=t
 @pytest.mark.parametrize("rank", [HOST_SIDE, GUEST_SIDE])
 def test_a_wire_that_nobody_else_joins_is_given_up_and_leaves_no_port_open(rank: int) -> None:
     store = GroupStore.host(HOST, CONNECT_S, SECRET)
+    gc.collect()
     before = num_ports([os.getpid()])
     with pytest.raises(LaneTimeoutError, match=f"rank {rank}") as kept:
         Wire.join(store, "alone", rank, HOST, connect_s=0.3, timeout_s=1.0)
     assert kept.value.__traceback__ is not None
-    assert num_ports([os.getpid()]) == before
+    # Ports of earlier tests may be closed meanwhile.
+    assert num_ports([os.getpid()]) <= before
 
 
 @pytest.mark.parametrize(("near", "within_host"), [("127.0.0.1", True), ("127.0.0.2", False)])
@@ -335,7 +338,7 @@ def test_of_rows_in_shared_memory_the_header_alone_is_sent(shares: bool) -> None
     assert len(os.read(shard.fd, 4096)) == (64 if shares else 64 + 4 * (8 + 2 * 2) * 4)
 
 
-@pytest.mark.parametrize("num_rows", [3, 5])
+@pytest.mark.parametrize("num_rows", [3, 5, -1])
 def test_a_call_whose_rows_are_said_to_be_in_memory_that_is_not_shared_is_refused(num_rows: int) -> None:
     layout = FrameLayout(hidden_size=8, experts_per_token=2, max_rows=4, dtype=torch.float32)
     header = _frame((MAGIC, 1, EPOCH, 0, 0, num_rows, 0, 2), b"")
@@ -344,7 +347,7 @@ def test_a_call_whose_rows_are_said_to_be_in_memory_that_is_not_shared_is_refuse
     shared = mmap.mmap(-1, shared_bytes(layout))
     with hearing(header, HOST, PATIENT_S, shared) as wire:
         port = LanePort(wire, layout, EPOCH, PATIENT_S)
-        if num_rows <= layout.max_rows:
+        if 0 <= num_rows <= layout.max_rows:
             assert next_call(port).rows.x_UH.shape == (num_rows, 8)
             return
         with pytest.raises(LaneError, match=f"not a call: a CALL of {num_rows} rows"):

@@ -137,3 +137,13 @@ def test_one_long_answer_keeps_nobody_out() -> None:
     assert admit(short, meter.backlog(0, free_places=63), meter.rates, FrontendConfig()) is None
     full = admit(short, meter.backlog(0, free_places=0), meter.rates, FrontendConfig())
     assert full is not None, "where it has to wait for a place, that may take long"
+
+
+def test_whoever_comes_too_much_is_told_when_the_next_request_may_be_done() -> None:
+    full = backlog(requests=8, new_tokens=4000.0)
+    assert refused(demand(), full).retry_after_s == pytest.approx(40.0 / 8)
+
+
+def test_a_prompt_that_is_too_much_is_told_when_so_many_tokens_may_be_computed() -> None:
+    waiting = backlog(prompt_tokens=800, prompt_tokens_ahead=20_000)
+    assert refused(demand(prompt_tokens=100), waiting).retry_after_s == pytest.approx(20.0 * 100 / 800)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.frontend.answer import Answer, Piece, StopStrings, merge
+from cluster.frontend.answer import Answer, Piece, StopStrings
 from cluster.planning import EMBEDDED_MODEL
 from model.tokenizer import Tokenizer
 from octet.ids import RequestId
@@ -194,11 +194,3 @@ def test_without_a_tokenizer_there_are_tokens_and_no_text() -> None:
 
 def piece(choice: int, offset: int, text: str, finish_reason: FinishReason | None = None) -> Piece:
     return Piece(choice=choice, offset=offset, token_ids=(offset,), text=text, logprobs=(), finish_reason=finish_reason)
-
-
-def test_merged_pieces_are_one_per_choice() -> None:
-    merged = merge([piece(1, 4, "a"), piece(0, 2, "x"), piece(1, 5, "b", "length"), piece(0, 3, "y")])
-    assert [(p.choice, p.offset, p.token_ids, p.text, p.finish_reason) for p in merged] == [
-        (1, 4, (4, 5), "ab", "length"),
-        (0, 2, (2, 3), "xy", None),
-    ]

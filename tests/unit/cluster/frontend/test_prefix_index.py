@@ -44,3 +44,10 @@ def test_when_workers_change_those_that_stay_are_remembered() -> None:
     assert index.cached_tokens([1] * 8) == {A: 8, B: 0}
     index.set_workers([B])
     assert index.cached_tokens([1] * 8) == {B: 0}
+
+
+def test_a_page_is_known_behind_the_pages_that_it_was_sent_with_and_nowhere_else() -> None:
+    index, pages = PrefixIndex([A], 4, 100), [random.choices(range(1000), k=4) for _ in range(3)]
+    index.sent(A, [*pages[0], *pages[1]])
+    assert index.cached_tokens([*pages[1], *pages[0]]) == {A: 0}
+    assert index.cached_tokens([*pages[0], *pages[2], *pages[1]]) == {A: 4}

@@ -12,7 +12,7 @@ from cluster.frontend.answer import Piece
 from cluster.frontend.record import Outcome, Reader, Record
 from octet.errors import RequestFailedError, SlowReaderError
 from octet.ids import RequestId
-from octet.messages import PrefillRequest
+from octet.messages import PrefillRequest, TokenLogprob
 from tests.unit.cluster.played import Client, Cluster, failed, playing, soon, token
 
 INTERVAL = 4
@@ -158,3 +158,54 @@ async def test_a_reader_is_cut_off_for_what_came_first() -> None:
     with pytest.raises(SlowReaderError, match="it takes nothing"):
         async for _ in reader.increments():
             pass
+
+
+async def test_what_is_said_while_a_reader_is_busy_is_told_though_the_request_has_ended_since() -> None:
+    record = Record(RequestId("r"), b"", range(2), 3)
+    reader = Reader(record, [], 10_000)
+    record.readers.add(reader)
+    record.say(piece(0, 0, last=False))
+    increments = reader.increments()
+    told = [(await anext(increments)).piece]
+    record.say(piece(0, 1, last=True))
+    record.say(piece(1, 0, last=True))
+    record.end(Outcome(kind="finished"))
+    told += [increment.piece async for increment in increments]
+    assert [(each.choice, each.token_ids) for each in told] == [(0, (0,)), (0, (1,)), (1, (0,))]
+
+
+async def test_the_log_probabilities_of_a_prompt_are_told_once_whatever_number_of_choices_begins() -> None:
+    record, reported = Record(RequestId("r"), b"", range(3), 3), (TokenLogprob(token_id=7, logprob=None),)
+    record.prompt_logprobs = reported
+    reader = Reader(record, [], 10_000)
+    for choice in range(3):
+        record.say(piece(choice, 0, last=True))
+    record.end(Outcome(kind="finished"))
+    told = [increment.prompt_logprobs async for increment in reader.increments()]
+    assert told == [reported, (), ()]
+
+
+async def test_a_slow_client_that_is_cancelled_is_cancelled() -> None:
+    reader = Reader(Record(RequestId("r"), b"", range(1), 3), [], 10_000)
+
+    async def read() -> None:
+        with reader.interruptible():
+            await asyncio.Event().wait()
+
+    reading = asyncio.create_task(read())
+    await asyncio.sleep(0)
+    reader.cut(SlowReaderError("it takes nothing"))
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+
+
+async def test_a_reader_of_the_whole_is_never_too_slow() -> None:
+    record, length = Record(RequestId("r"), b"", range(1), 3), random.randint(5, 50)
+    reader = Reader(record, [], 2, whole=True)
+    record.readers.add(reader)
+    for index in range(length):
+        record.say(piece(0, index, last=index + 1 == length))
+    record.end(Outcome(kind="finished"))
+    (told,) = [increment.piece async for increment in reader.increments()]
+    assert told.token_ids == tuple(range(length))

@@ -62,3 +62,4 @@ def test_what_an_abort_adds_has_no_token() -> None:
     assert (len(transcript), transcript.num_tokens) == (2, 1)
     read = transcript.read(1)
     assert (read.offset, read.token_ids, read.text, read.finish_reason) == (1, (), "held", "aborted")
+    assert (transcript.read(2).offset, transcript.read(2).text) == (1, "")

@@ -126,3 +126,8 @@ def test_places_are_free_in_batches_of_workers_that_have_the_pages(workload: Wor
     assert (workload.free_places(8, 4), workload.free_places(9, 4)) == (5, 1), "two pages hold eight tokens"
     workload.set_workers(PREFILLS, DECODES, [DECODES[0]])
     assert (workload.free_places(8, 4), workload.free_places(9, 4)) == (4, 0)
+
+
+def test_a_batch_that_is_overfull_takes_no_places_from_another(workload: Workload) -> None:
+    assign(workload, tuple(range(7)))
+    assert workload.free_places(10, 4) == 4

@@ -11,7 +11,7 @@ import pytest
 from cluster.workers.engine_loop import EngineLoop
 from octet.background import COMPUTING
 from octet.config import LaneConfig
-from octet.errors import PeerLostError, WireError
+from octet.errors import LaneTimeoutError, PeerLostError, UnavailableError, WireError
 from octet.ids import Epoch, LeaseId, RequestId, WorkerId
 from octet.messages import Abort, Failed, KvPull, Message, PrefillRequest, StepReport, WorkerLoad
 from octet.request import Output, Sampling, Stopping
@@ -277,3 +277,115 @@ def test_an_idle_lane_carries_a_heartbeat_now_and_then_and_one_with_steps_none()
         worker.loop._keep_lane(now_s + 0.1 * turn, silent=turn >= 60)
     # The last step is 5.9 s from the first turn, and the last turn 19.9 s.
     assert lane.num_heartbeats == 2
+
+
+class Endless(Played):
+    """A burst that goes on for as long as somebody listens."""
+
+    def receive(self, timeout_s: float) -> list[Message]:
+        return [REQUEST]
+
+    def step(self, now_s: float) -> list[Any]:
+        self.done.set()
+        return []
+
+
+def test_a_burst_without_an_end_keeps_its_first_waiting_for_a_while_only() -> None:
+    played = Endless(gather_s=0.001)
+    played.busy = False
+    played.loop.start(cast(Any, None), cast(Any, played))
+    assert played.done.wait(PATIENT_S)
+    played.loop.stop(PATIENT_S)
+
+
+class Timed(Played):
+    """Notes for how long the loop is ready to wait for a message."""
+
+    def __init__(self, coming: list[list[Message]]) -> None:
+        super().__init__(coming=coming)
+        self.waits: list[tuple[bool, float]] = []
+
+    def receive(self, timeout_s: float) -> list[Message]:
+        self.waits.append((self.busy, timeout_s))
+        if len(self.waits) > 10:
+            self.done.set()
+        return super().receive(timeout_s)
+
+
+def test_an_engine_with_work_waits_for_no_message_and_an_idle_one_does() -> None:
+    played = Timed([])
+    played.loop.start(cast(Any, None), cast(Any, played))
+    assert played.done.wait(PATIENT_S)
+    played.loop.stop(PATIENT_S)
+    assert {timeout_s for busy, timeout_s in played.waits if busy} == {0.0}
+    assert {timeout_s > 0 for busy, timeout_s in played.waits if not busy} == {True}
+
+
+def test_what_a_step_has_left_is_dealt_with_before_anything_is_waited_for() -> None:
+    # It comes within the step, as the second and the third call do.
+    played = Timed([[], [ABORT]])
+    played.loop.start(cast(Any, None), cast(Any, played))
+    assert played.done.wait(PATIENT_S)
+    played.loop.stop(PATIENT_S)
+    assert [timeout_s > 0 for _, timeout_s in played.waits[:5]] == [False, False, False, False, True]
+    assert played.handled == ["step", "Abort"]
+
+
+def test_steps_that_computed_something_are_counted_with_their_time() -> None:
+    played = Played()
+    played.loop.start(cast(Any, None), cast(Any, played))
+    assert played.done.wait(PATIENT_S)
+    played.loop.stop(PATIENT_S)
+    assert played.loop.num_steps == 1
+    assert played.loop.step_s > 0
+
+
+def test_a_lane_that_is_not_taken_in_time_is_an_error() -> None:
+    worker = Stranded(LaneConfig(timeout_s=0.01))
+    with pytest.raises(LaneTimeoutError, match=r"decode-0 did not end its step within 0\.01 s"):
+        worker.loop.adopt(cast(Any, None), cast(Any, Lane(broken=False)))
+
+
+class Waited(Stranded):
+    """Notes how long the loop is ready to wait for a message once its lane has broken."""
+
+    def __init__(self) -> None:
+        self.waits: list[float] = []
+        super().__init__(LaneConfig())
+
+    def receive(self, timeout_s: float) -> list[Message]:
+        if self.loop.state == "WAITING":
+            self.waits.append(timeout_s)
+            self.refused.set()
+        return super().receive(timeout_s)
+
+
+def test_a_worker_without_a_lane_sleeps_though_it_has_work() -> None:
+    worker = Waited()
+    worker.loop.start(cast(Any, None), cast(Any, Lane(broken=True)))
+    assert worker.refused.wait(PATIENT_S)
+    worker.loop.stop(PATIENT_S)
+    assert worker.busy
+    assert min(worker.waits) > 0
+
+
+class Parted(Stranded):
+    """Its step has something to tell two frontends, of which the first is gone."""
+
+    def step(self, now_s: float) -> list[tuple[WorkerId, Message]]:
+        super().step(now_s)
+        return [(WorkerId(f"frontend-{number}"), FAILED) for number in range(2)]
+
+    def send(self, to: WorkerId, message: Message) -> None:
+        if to == "frontend-0":
+            raise UnavailableError("no such peer: frontend-0")
+        super().send(to, message)
+
+
+def test_a_peer_that_is_gone_keeps_nothing_from_the_others() -> None:
+    worker = Parted(LaneConfig())
+    worker.loop.start(cast(Any, None), cast(Any, Lane(broken=False)))
+    assert worker.refused.wait(PATIENT_S)
+    worker.loop.stop(PATIENT_S)
+    assert worker.sent[0] == (WorkerId("frontend-1"), FAILED)
+    assert worker.loop.state == "READY"
