@@ -19,6 +19,7 @@ STDERR = sys.stderr
 _MAX_LAYERS = 12
 """More than these are left to `octet status --experts`."""
 _BESIDE_BARS = 40
+_QUANTILES = (0.5, 0.95, 0.99)
 
 
 def as_json(message: Any) -> str:
@@ -42,6 +43,8 @@ def print_status(status: pb.GetStatusResponse, console: Console | None = None) -
         f"{status.requests_failed} failed, {status.requests_cancelled} cancelled",
         console,
     )
+    if latencies := _latencies(status.request_histograms):
+        console.print(latencies)
     if status.strangers_refused or status.messages_dropped:
         console.print(
             f"between members: {status.strangers_refused} strangers refused, {status.messages_dropped} messages dropped"
@@ -60,6 +63,28 @@ def print_headline(status: pb.GetStatusResponse, told: str, console: Console) ->
     line = console.render_str(f"{status.state}{reason}  {told}", markup=False, emoji=False)
     line.stylize("bold", 0, len(status.state))
     console.print(line)
+
+
+def quantile(histogram: pb.Histogram, q: float) -> float:
+    """Of values of which there are some: within a bucket they are taken to lie evenly, as Prometheus's
+    `histogram_quantile` does; what lies beyond the last bound is taken for that."""
+    rank, below, least = q * sum(histogram.counts), 0, 0.0
+    for bound, count in zip(histogram.bounds, histogram.counts, strict=False):
+        if count and below + count >= rank:
+            return least + (bound - least) * (rank - below) / count
+        below, least = below + count, bound
+    return least
+
+
+def _latencies(told: pb.RequestHistograms) -> str:
+    """One line about all requests since the frontend started; empty before the first token."""
+    kinds = (("first token", told.ttft_s), ("between tokens", told.itl_s), ("whole answer", told.e2e_s))
+    parts = [
+        f"{name} {' / '.join(f'{quantile(histogram, q) * 1e3:.0f}' for q in _QUANTILES)}"
+        for name, histogram in kinds
+        if sum(histogram.counts)
+    ]
+    return f"latencies, ms (p50 / p95 / p99): {', '.join(parts)}" if parts else ""
 
 
 def _members(status: pb.GetStatusResponse) -> Table:
