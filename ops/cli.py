@@ -160,7 +160,7 @@ def metrics(
     grpc: Address = DEFAULT_ADDRESS,
     host: Annotated[str, typer.Option(help="To listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 9464,
-    window: Annotated[float, typer.Option(min=0.1, help="Seconds that loads are means over.")] = 15.0,
+    window: Annotated[float, typer.Option(min=0.1, callback=finite, help="Seconds that loads are means over.")] = 15.0,
     experts: Annotated[bool, typer.Option(help="Tell of every expert: a series each, layer by layer.")] = True,
 ) -> None:
     """Offer a running cluster's counters and loads to Prometheus, over HTTP, until SIGTERM or Ctrl-C."""

@@ -8,7 +8,8 @@ gauges of loads are means over the last `window_s`.
 from __future__ import annotations
 
 import dataclasses
-import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, start_http_server
@@ -20,9 +21,12 @@ from octet.client import Client
 from octet.errors import ConfigError
 from octet.resumption import CallError
 from octet.v1 import octet_pb2 as pb
+from ops.stopping import stop_signals
 
 ANSWER_S = 8.0
 """How long a cluster has to answer: scrapes are given up after 10 s by default."""
+_LOOK_EVERY_S = 0.5
+"""A signal that another thread gets does not wake the main one, where Python handles it."""
 _UP = "Whether the cluster answered this scrape."
 STATES = ("STARTING", "READY", "DEGRADED", "DRAINING", "FAILED")
 
@@ -74,42 +78,61 @@ def serve(client: Client, host: str, port: int, window_s: float, *, experts: boo
 
     Raises: ConfigError if the port cannot be had.
     """
-    stops = {signal.SIGINT, signal.SIGTERM}
-    # Of all threads that begin now, so that none is interrupted and this one is told.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, stops)
-    try:
-        registry = CollectorRegistry()
-        registry.register(StatusCollector(lambda: client.status(window_s=window_s), experts=experts))
+    registry, stop = CollectorRegistry(), threading.Event()
+    registry.register(StatusCollector(lambda: client.status(window_s=window_s), experts=experts))
+    with stop_signals(stop):
         try:
             server, thread = start_http_server(port, host, registry)
         except OSError as error:
             raise ConfigError("--host, --port", f"{host}:{port} ({error.strerror})", "one that is free") from None
-        print(f"octet: metrics http://{host}:{server.server_port}/metrics", flush=True)
-        signal.sigwait(stops)
+        where = f"[{host}]" if ":" in host else host
+        print(f"octet: metrics http://{where}:{server.server_port}/metrics", flush=True)
+        while not stop.wait(_LOOK_EVERY_S):
+            pass
         server.shutdown()
         server.server_close()
         thread.join()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _on_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 class StatusCollector(Collector):
     """Asks for the status at every scrape. Where nobody answers, `octet_up` says so, and nothing else is told."""
 
-    def __init__(self, ask: Callable[[], pb.GetStatusResponse], *, experts: bool) -> None:
-        self._ask, self._experts = ask, experts
+    def __init__(
+        self,
+        ask: Callable[[], pb.GetStatusResponse],
+        *,
+        experts: bool,
+        tell: Callable[[str], object] = _on_stderr,
+    ) -> None:
+        """
+        Args:
+            tell: told why nobody answers, and when somebody does again: Prometheus does not hear of that.
+        """
+        self._ask, self._experts, self._tell = ask, experts, tell
+        self._trouble = ""
 
     def collect(self) -> Iterator[Metric]:
         try:
             status = self._ask()
-        except CallError:
+        except CallError as error:
+            self._note(str(error))
             yield _gauge("up", _UP, 0)
             return
+        self._note("")
         yield _gauge("up", _UP, 1)
         yield from _cluster(status)
         yield from _requests(status)
         yield from _members(status)
         yield from _layers(status, experts=self._experts)
+
+    def _note(self, trouble: str) -> None:
+        if trouble != self._trouble:
+            self._trouble = trouble
+            self._tell(f"octet: {trouble or 'the cluster answers'}")
 
 
 def _cluster(status: pb.GetStatusResponse) -> Iterator[Metric]:

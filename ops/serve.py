@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import pathlib
-import signal
 import threading
-from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 
 from octet.config import OctetConfig
+from ops.stopping import stop_signals
 
 if TYPE_CHECKING:
     from cluster.control.start_progress import StartProgress
@@ -46,7 +44,7 @@ def serve(config: OctetConfig) -> int:
         finally:
             started.set()
 
-    with _stop_signals(stop) as take_back:
+    with stop_signals(stop) as take_back:
         # There until the end, since Ray's processes end with the thread that started them; nobody who leaves waits for
         # it.
         threading.Thread(target=work, name="serve", daemon=True).start()
@@ -118,28 +116,3 @@ def _wait(cluster: RunningCluster, stop: threading.Event, console: Console) -> s
             told = state, reason
             console.print(f"octet: {state}{': ' if reason else ''}{escape(reason)}", highlight=False)
     return ""
-
-
-@contextlib.contextmanager
-def _stop_signals(stop: threading.Event) -> Iterator[Callable[[], None]]:
-    """SIGTERM and SIGINT set the event instead of ending the process; a second SIGINT interrupts as usual.
-
-    Yields: what makes it so again, where others have set handlers.
-    """
-
-    def handle(number: int, frame: object) -> None:
-        if stop.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.set()
-
-    def take_back() -> None:
-        for number in before:
-            signal.signal(number, handle)
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    take_back()
-    try:
-        yield take_back
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -63,13 +63,7 @@ class Frontend:
         self._reading: asyncio.Task[None] | None = None
         # Anywhere: what is late of a frontend that was here before is not taken for ours either.
         self._first_attempts = itertools.count(secrets.randbits(31) * _ATTEMPTS, _ATTEMPTS)
-        self.limits = Limits(
-            config=plan.config,
-            model=plan.model,
-            generation=plan.generation,
-            max_model_len=plan.max_model_len,
-            decode_pages=plan.decode_pages,
-        )
+        self.limits = Limits.of(plan)
 
     @property
     def address(self) -> str:

@@ -115,7 +115,7 @@ class Intake:
         finished, request = outcome.kind == "finished", live.journal.request
         if finished:
             self.histograms.finished(now_s - request.arrival_s, request.num_prompt_tokens, live.num_generated)
-        if finished and live.first_token_s is not None:
-            longest = max(len(live.journal.token_ids(choice)) for choice in request.choices)
-            self._requests.finished(now_s, now_s - live.first_token_s, longest)
+            if live.first_token_s is not None:
+                longest = max(len(live.journal.token_ids(choice)) for choice in request.choices)
+                self._requests.finished(now_s, now_s - live.first_token_s, longest)
         self._meter.end(live.demand, live.num_generated, prefilled=live.prefilled, finished=finished, now_s=now_s)

@@ -10,6 +10,7 @@ import time
 import uuid
 
 from cluster.members import POOLS, Pool
+from cluster.plan import ServingPlan
 from model.config import GenerationDefaults, ModelConfig
 from model.tokenizer import Tokenizer
 from octet.config import OctetConfig
@@ -32,6 +33,16 @@ class Limits:
     generation: GenerationDefaults
     max_model_len: int
     decode_pages: int
+
+    @staticmethod
+    def of(plan: ServingPlan) -> Limits:
+        return Limits(
+            config=plan.config,
+            model=plan.model,
+            generation=plan.generation,
+            max_model_len=plan.max_model_len,
+            decode_pages=plan.decode_pages,
+        )
 
     def most_choices(self, num_tokens: int) -> int:
         """For how many choices that share so many tokens a decode worker has pages; always for one, by the context."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import queue
 import threading
@@ -16,12 +15,6 @@ from cluster.frontend.journal import Journal
 from decode.engine import DecodeEngine
 from decode.handoff import KvReceiver
 from decode.migration import Migration
-from model.checkpoint import Checkpoint
-from model.kv_cache import KvCache
-from model.pages import PagePool
-from model.runner import ModelRunner
-from model.transformer import RoutedLayer, Transformer
-from model.weights import AttentionWeights
 from octet.config import DecodeConfig, PrefillConfig
 from octet.errors import LaneError
 from octet.ids import Epoch, RequestId, WorkerId
@@ -45,30 +38,17 @@ from router.channel import LocalChannel
 from router.kv_sender import KvSender
 from router.leases import LeaseTable
 from router.routed_experts import RoutedExperts
+from tests.unit.embedded import Model
 
 PREFILL, DECODE, FRONTEND = WorkerId("prefill-0"), WorkerId("decode-0"), WorkerId("frontend-0")
-PAGE, NUM_PAGES, LEASE_S, PATIENT_S, CONTEXT = 4, 32, 60.0, 20.0, 256
+NUM_PAGES, LEASE_S, PATIENT_S, CONTEXT = 32, 60.0, 20.0, 256
 LONG = 24
 """New tokens of requests that are to run together: the pages of one may come some steps after another's."""
-CPU = torch.device("cpu")
 T = TypeVar("T")
 
 RANDOM = torch.Generator()
 RANDOM.seed()
 _numbers = itertools.count()
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    checkpoint: Checkpoint
-    weights: AttentionWeights
-    routed: RoutedExperts
-
-    def runner(self, num_pages: int, routed: RoutedLayer[Any]) -> ModelRunner:
-        config = self.checkpoint.config
-        cache = KvCache(config, num_pages, PAGE, torch.float32, CPU)
-        transformer = Transformer(config, self.weights, cache, CONTEXT)
-        return ModelRunner(transformer, routed, PagePool(num_pages, PAGE), cache, CPU)
 
 
 class Faulty:
@@ -105,7 +85,7 @@ class Pair:
         """On the same cores."""
         self.routed = Faulty(model.routed)
         self._channel, leases = LocalChannel(PATIENT_S), LeaseTable(LEASE_S)
-        prefill_runner = model.runner(64, model.routed)
+        prefill_runner = model.runner(64, CONTEXT, model.routed)
         self.sender = KvSender(prefill_runner.cache, leases, {DECODE: self._channel})
         self.prefill = PrefillEngine(
             PREFILL,
@@ -117,7 +97,7 @@ class Pair:
             is_beside=lambda worker_id: worker_id == DECODE,
         )
         self._arrived = threading.Event()
-        runner = model.runner(num_pages, self.routed)
+        runner = model.runner(num_pages, CONTEXT, self.routed)
         self.receiver = KvReceiver(DECODE, runner.cache, {PREFILL: self._channel}, self._ask, self._arrived.set)
         moved = LeaseTable(LEASE_S)
         migration = Migration(DECODE, moved, KvSender(runner.cache, moved, {}))

@@ -19,15 +19,8 @@ from octet.messages import (
     unpack_ids,
 )
 from octet.request import Output, Sampling, Stopping
-from tests.unit.decode.pair import (
-    LONG,
-    NUM_PAGES,
-    PATIENT_S,
-    Model,
-    Pair,
-    alone,
-    request,
-)
+from tests.unit.decode.pair import LONG, NUM_PAGES, PATIENT_S, Pair, alone, request
+from tests.unit.embedded import Model
 
 # Steps.
 

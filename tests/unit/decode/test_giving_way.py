@@ -20,16 +20,8 @@ from octet.messages import (
     unpack_ids,
 )
 from octet.request import Output
-from tests.unit.decode.pair import (
-    LEASE_S,
-    LONG,
-    NUM_PAGES,
-    PAGE,
-    RANDOM,
-    Pair,
-    alone,
-    request,
-)
+from tests.unit.decode.pair import LEASE_S, LONG, NUM_PAGES, RANDOM, Pair, alone, request
+from tests.unit.embedded import PAGE
 
 # Leases and preemption.
 

@@ -142,13 +142,24 @@ def test_experts_may_be_left_out() -> None:
 
 
 def test_a_cluster_that_does_not_answer_is_told_as_one_that_is_down() -> None:
-    def ask() -> pb.GetStatusResponse:
-        raise CallError(grpc.StatusCode.UNAVAILABLE, "nobody listens")
+    gone = CallError(grpc.StatusCode.UNAVAILABLE, "nobody listens")
+    answers: list[pb.GetStatusResponse | CallError] = [gone, gone, some_status(), some_status(), gone]
+    coming, lines = iter(answers), list[str]()
 
-    registry = CollectorRegistry()
-    registry.register(StatusCollector(ask, experts=True))
-    lines = [line for line in generate_latest(registry).decode().splitlines() if not line.startswith("#")]
-    assert lines == ["octet_up 0.0"]
+    def ask() -> pb.GetStatusResponse:
+        answer = next(coming)
+        if isinstance(answer, CallError):
+            raise answer
+        return answer
+
+    collector = StatusCollector(ask, experts=True, tell=lines.append)
+    for answer in answers:
+        scrape = {sample.name: sample.value for family in collector.collect() for sample in family.samples}
+        assert scrape["octet_up"] == (answer is not gone)
+        assert (len(scrape) == 1) == (answer is gone)
+    # Why is said once.
+    down = "octet: UNAVAILABLE: nobody listens"
+    assert lines == [down, "octet: the cluster answers", down]
 
 
 def test_a_port_that_somebody_has_is_refused_by_name() -> None:

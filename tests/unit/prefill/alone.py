@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections import defaultdict
 from collections.abc import Collection
@@ -10,14 +9,6 @@ from typing import Any, TypeVar
 
 import torch
 
-from cluster.planning import EMBEDDED_MODEL
-from experts.shard import ExpertShard
-from model.checkpoint import Checkpoint
-from model.kv_cache import KvCache
-from model.pages import PagePool
-from model.runner import ModelRunner
-from model.transformer import RoutedLayer, Transformer
-from model.weights import AttentionWeights, load_attention_weights
 from octet.config import PrefillConfig
 from octet.errors import LaneError
 from octet.ids import Epoch, RequestId, WorkerId
@@ -30,44 +21,21 @@ from octet.messages import (
     pack_ids,
 )
 from octet.request import Output, Sampling, Stopping
-from ops.local import load_slots
 from prefill.engine import PrefillEngine
 from router.channel import LocalChannel
-from router.exchange import LocalExchange
 from router.kv_sender import KvSender
 from router.leases import LeaseTable
-from router.placement import place_evenly
-from router.plan import Planner
 from router.routed_experts import RoutedExperts
+from tests.unit.embedded import PAGE, Model
 
 PREFILL, DECODE, FRONTEND = WorkerId("prefill-0"), WorkerId("decode-0"), WorkerId("frontend-0")
-PAGE, NUM_PAGES, LEASE_S, PATIENT_S = 4, 16, 60.0, 20.0
+NUM_PAGES, LEASE_S, PATIENT_S = 16, 60.0, 20.0
 LAST_LAYER = 3
-CPU = torch.device("cpu")
 T = TypeVar("T")
 
 _random = torch.Generator()
 _random.seed()
 _numbers = itertools.count()
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    checkpoint: Checkpoint
-    weights: AttentionWeights
-    routed: RoutedExperts
-
-
-def make_model() -> Model:
-    checkpoint = Checkpoint.open(EMBEDDED_MODEL)
-    config = checkpoint.config
-    weights = load_attention_weights(checkpoint, torch.float32, CPU)
-    placement = place_evenly(config.moe_layers, config.n_routed_experts, 1)
-    shard = ExpertShard(load_slots(checkpoint, placement, 0, torch.float32, CPU))
-    gates = {index: layer.gate for index, layer in enumerate(weights.layers) if layer.gate is not None}
-    routed = RoutedExperts(config, gates)
-    routed.adopt(Planner(placement, CPU), LocalExchange([shard.serve]))
-    return Model(checkpoint, weights, routed)
 
 
 class Watched:
@@ -113,22 +81,14 @@ class Prefill:
         few_requests: int = 0,
     ):
         self.routed = Watched(model.routed)
-        routed: RoutedLayer[Any] = self.routed
-        cache = KvCache(model.checkpoint.config, num_pages, PAGE, torch.float32, CPU)
-        runner = ModelRunner(
-            Transformer(model.checkpoint.config, model.weights, cache, num_pages * PAGE),
-            routed,
-            PagePool(num_pages, PAGE),
-            cache,
-            CPU,
-        )
+        runner = model.runner(num_pages, num_pages * PAGE, self.routed)
         self.leases, self.channel = LeaseTable(LEASE_S), LocalChannel(PATIENT_S)
-        self.sender = KvSender(cache, self.leases, {DECODE: self.channel})
+        self.sender = KvSender(runner.cache, self.leases, {DECODE: self.channel})
         config = PrefillConfig(chunk_tokens=chunk_tokens, max_requests=max_requests)
         self.engine = PrefillEngine(
             PREFILL, Epoch(3), runner, self.leases, self.sender, config, beside.__contains__, few_requests
         )
-        self.page_bytes = cache.page_bytes()
+        self.page_bytes = runner.cache.page_bytes()
         self.now_s = 0.0
         self.said: list[tuple[WorkerId, Message]] = []
 

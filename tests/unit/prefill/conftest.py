@@ -4,12 +4,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.unit.prefill.alone import Model, Prefill, make_model
+from tests.unit.embedded import Model
+from tests.unit.prefill.alone import Prefill
 
 
 @pytest.fixture(scope="package")
 def model() -> Model:
-    return make_model()
+    return Model.load()
 
 
 @pytest.fixture

@@ -21,7 +21,8 @@ from octet.messages import (
     unpack_ids,
 )
 from octet.request import Output, Sampling, Stopping
-from tests.unit.prefill.alone import DECODE, FRONTEND, LAST_LAYER, LEASE_S, NUM_PAGES, PAGE, Model, Prefill, request
+from tests.unit.embedded import PAGE, Model
+from tests.unit.prefill.alone import DECODE, FRONTEND, LAST_LAYER, LEASE_S, NUM_PAGES, Prefill, request
 
 # What is computed, and in which order.
 

@@ -10,7 +10,8 @@ import pytest
 from octet.ids import RequestId
 from octet.messages import KvAck, PrefillRequest, TokenEvent, pack_ids, unpack_ids
 from octet.request import Output
-from tests.unit.prefill.alone import DECODE, LAST_LAYER, PAGE, Model, Prefill, request
+from tests.unit.embedded import PAGE, Model
+from tests.unit.prefill.alone import DECODE, LAST_LAYER, Prefill, request
 
 
 def again_of(asked: PrefillRequest, num_prompt_tokens: int, attempt: int = 1) -> PrefillRequest:

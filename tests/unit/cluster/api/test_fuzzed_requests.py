@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 
 from google.protobuf.message import DecodeError
@@ -25,13 +26,7 @@ from tests.unit.cluster.any_message import any_message
 
 TOKENIZER = Tokenizer.open(EMBEDDED_MODEL)
 PLAN = make_plan(load_config(None, ["model.max_model_len=64"]))
-LIMITS = Limits(
-    config=PLAN.config,
-    model=PLAN.model,
-    generation=GenerationDefaults(),
-    max_model_len=PLAN.max_model_len,
-    decode_pages=PLAN.decode_pages,
-)
+LIMITS = dataclasses.replace(Limits.of(PLAN), generation=GenerationDefaults())
 
 
 def _check(request: pb.GenerateRequest) -> None:

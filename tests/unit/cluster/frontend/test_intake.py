@@ -18,13 +18,7 @@ from octet.v1 import octet_pb2 as pb
 from tests.unit.cluster.played import PROMPT, token
 
 PLAN = make_plan(load_config(None, []))
-LIMITS = Limits(
-    config=PLAN.config,
-    model=PLAN.model,
-    generation=PLAN.generation,
-    max_model_len=PLAN.max_model_len,
-    decode_pages=PLAN.decode_pages,
-)
+LIMITS = Limits.of(PLAN)
 TTFT_S, TPOT_S, HANDOFF_S = 1.0, 0.5, 1.0
 SCALER = PLAN.config.autoscaler.model_copy(update={"target_ttft_s": TTFT_S, "target_tpot_s": TPOT_S})
 

@@ -18,13 +18,7 @@ from octet.v1 import octet_pb2 as pb
 from tests.unit.cluster.played import token
 
 PLAN = make_plan(load_config(None, []))
-LIMITS = Limits(
-    config=PLAN.config,
-    model=PLAN.model,
-    generation=PLAN.generation,
-    max_model_len=PLAN.max_model_len,
-    decode_pages=PLAN.decode_pages,
-)
+LIMITS = Limits.of(PLAN)
 PREFILL, DECODE = WorkerId("prefill-0"), WorkerId("decode-0")
 
 
