@@ -49,7 +49,7 @@ def commands(text: str) -> Iterator[list[str]]:
     """The words of every call of `octet`, without what follows it in a shell."""
     for groups in _CODE.findall(text.replace("\\\n", " ")):
         code = re.split(r"\s(?:#|&&?|\||>)", next(filter(None, groups)))[0]
-        found = re.search(r"(?<![\w.-])octet (.*)", code)
+        found = re.search(r"(?<![\w./-])octet (.*)", code)
         if found is not None and not found[1].startswith("import "):
             try:
                 words = shlex.split(found[1].rstrip("'"))
