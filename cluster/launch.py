@@ -22,6 +22,7 @@ from cluster.inventory import CONTROLLER
 from cluster.plan import ServingPlan
 from cluster.planning import make_plan
 from cluster.workers.worker_start import forking, runtime_env
+from octet.addresses import with_port
 from octet.background import MEMBERS
 from octet.config import OctetConfig, load_config
 from octet.errors import ConfigError, OctetError, StartupError
@@ -47,7 +48,7 @@ class RunningCluster:
     def address(self) -> str:
         """`host:port` of the gRPC API, as a client on this machine reaches it."""
         host = self.plan.config.frontend.host
-        return f"{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{self._port}"
+        return with_port("127.0.0.1" if host in ("0.0.0.0", "::", "[::]") else host, self._port)
 
     def state(self) -> tuple[str, str]:
         """The controller's state, and the reason where it is not READY."""

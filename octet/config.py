@@ -208,7 +208,7 @@ class TlsConfig(ConfigNode):
 
 class FrontendConfig(ConfigNode):
     host: str = "127.0.0.1"
-    """Address that the gRPC server listens on; 0.0.0.0 for every interface."""
+    """Address that the gRPC server listens on; 0.0.0.0, or "::" with IPv6, for every interface."""
     port: int = pydantic.Field(50051, ge=0, le=65535)
     """0 picks a free one."""
     tls: TlsConfig = TlsConfig()

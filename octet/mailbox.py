@@ -16,6 +16,7 @@ from collections.abc import Collection, Mapping
 import zmq
 import zmq.asyncio
 
+from octet.addresses import bind, connect
 from octet.doorkeeper import MAX_MESSAGE_BYTES, Doorkeeper, Keys
 from octet.errors import UnavailableError, WireError
 from octet.ids import WorkerId
@@ -54,8 +55,7 @@ def _open_inbound(
     inbound.setsockopt(zmq.RCVHWM, _MAX_QUEUED)
     keys.guard(inbound)
     doorkeeper = Doorkeeper(context, keys, inbound)
-    port = inbound.bind_to_random_port(f"tcp://{host}")
-    return inbound, doorkeeper, f"tcp://{host}:{port}"
+    return inbound, doorkeeper, bind(inbound, host)
 
 
 class Mailbox:
@@ -180,7 +180,7 @@ class Outbound:
                 socket.setsockopt(zmq.SNDHWM, _MAX_QUEUED)
                 socket.setsockopt(zmq.LINGER, 0)
                 self._keys.show(socket)
-                socket.connect(address)
+                connect(socket, address)
                 self._sockets[worker_id], self._addresses[worker_id] = socket, address
 
     def disconnect(self, peers: Collection[WorkerId]) -> None:

@@ -12,6 +12,8 @@ from typing import TypeVar
 
 import zmq
 
+from octet.addresses import bind, connect
+
 _MAX_BYTES = 256
 """ZeroMQ's own greetings are bounded by it, too."""
 _MAX_QUEUED = 64
@@ -26,8 +28,7 @@ class Pulse:
         self._socket = self._context.socket(zmq.ROUTER)
         for option, value in _BOUNDS:
             self._socket.setsockopt(option, value)
-        port = self._socket.bind_to_random_port(f"tcp://{host}")
-        self.address = f"tcp://{host}:{port}"
+        self.address = bind(self._socket, host)
         self._thread = threading.Thread(target=self._echo, name="pulse", daemon=True)
         self._thread.start()
 
@@ -59,7 +60,7 @@ class Pulses:
             socket = self._context.socket(zmq.DEALER)
             for option, value in _BOUNDS:
                 socket.setsockopt(option, value)
-            socket.connect(addresses[name])
+            connect(socket, addresses[name])
             self._sockets[name] = socket
 
     def beat(self) -> set[str]:

@@ -14,6 +14,7 @@ import socket
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 from torch.distributed import DistError
 
+from octet.addresses import family, host_and_port, with_port
 from octet.errors import LaneTimeoutError
 from octet.secret import SIGNATURE_BYTES, ClusterSecret
 
@@ -33,7 +34,7 @@ class GroupStore:
     @staticmethod
     def host(host: str, timeout_s: float, secret: ClusterSecret) -> GroupStore:
         """Serve a store on a free port of `host`, and on no other address of this machine."""
-        listening = socket.create_server((host, 0))
+        listening = socket.create_server((host, 0), family=family(host))
         port = listening.getsockname()[1]
         store = TCPStore(
             host,
@@ -44,13 +45,13 @@ class GroupStore:
             # The store's from now on. By itself it would listen on every address.
             master_listen_fd=listening.detach(),
         )
-        return GroupStore(store, f"{host}:{port}", timeout_s, secret)
+        return GroupStore(store, with_port(host, port), timeout_s, secret)
 
     @staticmethod
     def join(address: str, timeout_s: float, secret: ClusterSecret) -> GroupStore:
-        host, _, port = address.rpartition(":")
+        host, port = host_and_port(address)
         try:
-            store = TCPStore(host, int(port), is_master=False, timeout=_delta(timeout_s))
+            store = TCPStore(host, port, is_master=False, timeout=_delta(timeout_s))
         except (RuntimeError, DistError) as error:
             raise LaneTimeoutError(f"no store at {address} within {timeout_s} s: {error}") from error
         return GroupStore(store, address, timeout_s, secret)

@@ -13,6 +13,7 @@ from typing import cast
 
 from torch.distributed import DistError
 
+from octet.addresses import family
 from octet.errors import LaneTimeoutError
 from octet.secret import ClusterSecret
 from router.group_store import GroupStore
@@ -50,7 +51,7 @@ def meet(store: GroupStore, name: str, rank: int, host: str, connect_s: float) -
 def _accept(store: GroupStore, name: str, host: str, deadline_s: float) -> socket.socket:
     """Whoever shows first that it is a member. Strangers wait beside it, not before it. Raises: OSError."""
     with (
-        socket.create_server((host, 0), family=_family(host), backlog=_MAX_KNOCKING) as listener,
+        socket.create_server((host, 0), family=family(host), backlog=_MAX_KNOCKING) as listener,
         selectors.DefaultSelector() as selector,
     ):
         listener.setblocking(False)
@@ -173,7 +174,3 @@ def _left(deadline_s: float) -> float:
     if left_s <= 0:
         raise TimeoutError("timed out")
     return left_s
-
-
-def _family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -14,6 +14,7 @@ from cluster.api.exclusive_port import exclusive_port
 from cluster.api.generation_service import GenerationService
 from cluster.api.server_tls import server_credentials
 from cluster.api.unreadable import Unreadable
+from octet.addresses import with_port
 from octet.config import FrontendConfig
 from octet.errors import ConfigError
 from octet.v1 import octet_pb2_grpc as rpc
@@ -56,7 +57,7 @@ class GrpcServer:
                         for address in addresses:
                             _bind(server, f"{address}:{bound}", credentials)
             else:
-                bound = _bind(self._servers[0], f"{host}:{port}", credentials)
+                bound = _bind(self._servers[0], with_port(host, port), credentials)
         except (OSError, RuntimeError) as error:
             raise ConfigError(
                 "frontend.port", f"{host}:{port}", "a free address of this machine", str(error)

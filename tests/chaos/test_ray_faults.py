@@ -8,8 +8,8 @@ import tempfile
 import pytest
 
 from ops.chaos.schedule import Kill, Scale, Schedule
+from tests.alone import nothing_left
 from tests.chaos import harness
-from tests.chaos.alone import nothing_left
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(400)]
 SCHEDULE = Schedule(

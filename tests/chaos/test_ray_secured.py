@@ -2,57 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pathlib
 import secrets
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
 import ray.util
 
 from octet.client import Client
-from tests.chaos.alone import BIN, STOP_S, nothing_left, serving
+from tests.alone import own_ray, serving
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 Answers = Mapping[tuple[int, ...], Sequence[int]]
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-    return port
-
-
-@contextlib.contextmanager
-def _ray(env: Mapping[str, str]) -> Iterator[str]:
-    """`ray start --head`, as in docs/cluster.md. Yields: its address."""
-    port = _free_port()
-    directory = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
-    command = [str(BIN / "ray"), "start", "--head", "--block", f"--port={port}"]
-    command += ["--include-dashboard=false", "--num-cpus=8", f"--object-store-memory={128 * 2**20}"]
-    command += [f"--temp-dir={directory}", "--disable-usage-stats"]
-    with nothing_left() as marked:
-        process = subprocess.Popen(
-            command, env={**os.environ, **marked, **env}, start_new_session=True, stdout=subprocess.DEVNULL
-        )
-        try:
-            yield f"{ray.util.get_node_ip_address()}:{port}"
-        finally:
-            process.send_signal(signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(STOP_S)
-            if process.poll() is None:
-                process.kill()
-            shutil.rmtree(directory, ignore_errors=True)
 
 
 def _connects(address: str, env: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
@@ -115,7 +81,7 @@ def test_a_cluster_starts_and_serves_on_a_ray_that_asks_who_comes(
     for name in secured:
         env |= request.getfixturevalue(name)
     prompt, answer = next(iter(answers.items()))
-    with _ray(env) as address:
+    with own_ray(env) as address:
         with (
             serving(
                 tmp_path / "serve.log",

@@ -10,8 +10,8 @@ import pytest
 from ops.chaos.resources import may_limit_memory, why_no_small_disk
 from ops.chaos.schedule import Event, FillDisk, JumpClock, Kill, LimitMemory, Schedule
 from ops.chaos.wall_clock import why_no_wall_clock
+from tests.alone import nothing_left
 from tests.chaos import harness
-from tests.chaos.alone import nothing_left
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(400)]
 NO_DISK, NO_CLOCK = why_no_small_disk(), why_no_wall_clock()

@@ -11,7 +11,7 @@ import pytest
 
 from octet.client import Client
 from ops.chaos.resources import filled, may_limit_memory, memory_limit, small_disk
-from tests.chaos.alone import serving
+from tests.alone import serving
 from tests.clusters import Traffic, members, settled, wait_until
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]

@@ -7,15 +7,21 @@ import os
 import pathlib
 import re
 import select
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 
+import ray.util
+
+from octet.addresses import family, with_port
 from octet.client import Client
 from ops.chaos.observe import state_of
-from tests.clusters import at_baseline, wait_until
+from tests.clusters import OBJECT_STORE_BYTES, at_baseline, wait_until
 
 START_S, STOP_S = 180.0, 60.0
 BIN = pathlib.Path(sys.executable).parent
@@ -45,6 +51,36 @@ def _marked(mark: str) -> list[int]:
                 if f"{_MARK}={mark}".encode() in (entry / "environ").read_bytes() and state_of(int(entry.name)):
                     found.append(int(entry.name))
     return found
+
+
+@contextlib.contextmanager
+def own_ray(env: Mapping[str, str], host: str | None = None) -> Iterator[str]:
+    """`ray start --head`, as in docs/cluster.md. Yields: its address.
+
+    Args:
+        host: of this machine's, the one that Ray is to have.
+    """
+    host = host or ray.util.get_node_ip_address()
+    with socket.socket(family(host)) as found:
+        found.bind((host, 0))
+        port = found.getsockname()[1]
+    directory = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    command = [str(BIN / "ray"), "start", "--head", "--block", f"--port={port}", f"--node-ip-address={host}"]
+    command += ["--include-dashboard=false", "--num-cpus=8", f"--object-store-memory={OBJECT_STORE_BYTES}"]
+    command += [f"--temp-dir={directory}", "--disable-usage-stats"]
+    with nothing_left() as marked:
+        process = subprocess.Popen(
+            command, env={**os.environ, **marked, **env}, start_new_session=True, stdout=subprocess.DEVNULL
+        )
+        try:
+            yield with_port(host, port)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_S)
+            if process.poll() is None:
+                process.kill()
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 @contextlib.contextmanager
