@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import importlib.util
+import os
 import pathlib
 import random
 import signal
@@ -15,6 +16,10 @@ import torch
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell that starts us in the background has it ignored, and so would the commands be that tests interrupt.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+if not torch.cuda.is_available():
+    # For kernels of GPUs. It has to be said before anybody imports Triton, and transformers does.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # Speed is measured by benchmarks; a loaded machine must fail no test.
 hypothesis.settings.register_profile("octet", deadline=None)
