@@ -71,36 +71,45 @@ def sampler_cpu() -> ModuleType:
 
 @torch.inference_mode()
 def sample(logits_BV: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
-    """The next token of each row, NO_TOKEN where its logits are no numbers. `logits_BV` is fp32 and is not changed."""
+    """The next token of each row. `logits_BV` is fp32 and is not changed.
+
+    NO_TOKEN where one of the logits is NaN or infinite, or none is a number; of those that may not come, -inf says so.
+    """
     if logits_BV.device.type != "cpu":
-        # There `ModelRunner` looks at hidden states, once for all rows.
         return sample_by_operators(logits_BV, rows)
-    logits = logits_BV.numpy()
+    logits, tokens = logits_BV.numpy(), list[int]()
     if all(row.plain for row in rows):
         # Numpy compares whole vectors, and torch takes ten times as long. Of a row with NaN it finds that.
-        tokens: list[int] = logits.argmax(-1).tolist()
+        greedy = logits.argmax(-1)
+        finite = np.isfinite(logits[np.arange(len(greedy)), greedy])
+        tokens += np.where(finite, greedy, NO_TOKEN).tolist()
     else:
-        tokens = sampler_cpu().sample(logits, rows)
-    finite = np.isfinite(logits[np.arange(len(tokens)), tokens])
-    return tokens if finite.all() else np.where(finite, tokens, NO_TOKEN).tolist()
+        tokens += sampler_cpu().sample(logits, rows)
+    return tokens
 
 
 @torch.inference_mode()
 def sample_by_operators(logits_BV: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
     """The same on any device."""
     if all(row.plain for row in rows):
-        greedy: list[int] = logits_BV.argmax(-1).tolist()
-        return greedy
+        return _greedy(logits_BV)
     logits_BV = logits_BV.clone()
     for logits_V, row in zip(logits_BV, rows, strict=True):
         _penalize(logits_V, row)
         logits_V[list(row.stopping.masked_ids(row.num_new_tokens))] = -torch.inf
-    token_ids: list[int] = logits_BV.argmax(-1).tolist()
-    drawn = [index for index, row in enumerate(rows) if not row.sampling.greedy]
+    token_ids = _greedy(logits_BV)
+    drawn = [index for index, row in enumerate(rows) if not row.sampling.greedy and token_ids[index] != NO_TOKEN]
     if drawn:
         chosen = _draw(logits_BV[drawn], [rows[index] for index in drawn])
         for index, token_id in zip(drawn, chosen, strict=True):
             token_ids[index] = token_id
+    return token_ids
+
+
+def _greedy(logits_BV: torch.Tensor) -> list[int]:
+    """Of a row with NaN that is the largest."""
+    largest_B, index_B = logits_BV.max(-1)
+    token_ids: list[int] = index_B.where(largest_B.isfinite(), NO_TOKEN).tolist()
     return token_ids
 
 

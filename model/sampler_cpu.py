@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model.rows_cpu import exponentials, largest_of
-from model.sampler import LEAST_TEMPERATURE, SampleRow, uniform
+from model.sampler import LEAST_TEMPERATURE, NO_TOKEN, SampleRow, uniform
 from model.threads import in_parts
 from model.vectors_cpu import address, declare, inner
 
@@ -58,7 +58,9 @@ def _choose(logits_BV: npt.NDArray[np.float32], rows: Sequence[SampleRow]) -> li
         if masked_ids:
             logits_V[list(masked_ids)] = -np.inf
         if sampling.greedy:
-            tokens.append(int(logits_V.argmax()))
+            # Of a row with NaN it finds that.
+            token_id = int(logits_V.argmax())
+            tokens.append(token_id if np.isfinite(logits_V[token_id]) else NO_TOKEN)
             continue
         point = uniform(sampling.seed, row.choice, row.position)
         kept = sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p
@@ -200,7 +202,8 @@ def draw(
     counts: Any,
     masses: Any,
 ) -> Any:
-    """The token at which the kept probabilities, summed in the vocabulary's order, exceed `point` of their sum.
+    """The token at which the kept probabilities, summed in the vocabulary's order, exceed `point` of their sum;
+    NO_TOKEN where there are none, or a logit is NaN or infinite.
 
     Args:
         logits: `[V]`.
@@ -216,8 +219,12 @@ def draw(
     if 0 < top_k < size:
         least = kth_largest(logits, top_k, counts, room)
     scale = np.float32(1 / max(temperature, LEAST_TEMPERATURE))
+    num_strange = 0
     for i in range(size):
+        num_strange += not logits[i] < np.float32(np.inf)
         p[i] = (logits[i] - largest) * scale if logits[i] >= least else np.float32(-np.inf)
+    if num_strange > 0 or largest == np.float32(-np.inf):
+        return NO_TOKEN
     exponentials(address(p, 0), size, np.float32(0))
     least, num_equal = max(_TINY, np.float32(min_p)), np.float64(size)
     if top_p < 1:

@@ -68,6 +68,23 @@ def test_an_expert_of_very_many_rows_is_computed_in_parts() -> None:
     assert counts == [num_rows]
 
 
+def test_what_is_computed_apart_adds_up_to_the_same_bits() -> None:
+    """By several callers, each of whom has slots of its own; the first slot's rows are more than one pass takes."""
+    num_rows, num_slots, size = random.randrange(400, 600), 5, 24
+    x_UH, weights_UK = torch.randn(num_rows, size), torch.rand(num_rows, 3)
+    slots_UK = torch.stack([torch.tensor([0, *(1 + torch.randperm(4)[:2])]) for _ in range(num_rows)]).int()
+    gate_up, down = torch.randn(num_slots, 2 * size, size), torch.randn(num_slots, size, size)
+    expected, counts = grouped(x_UH, slots_UK, weights_UK, gate_up, down)
+
+    arguments = [part.numpy() for part in (x_UH, slots_UK, weights_UK, *packed(gate_up, down))]
+    begins, cut = np.cumsum([0, *counts]), random.randrange(1, num_slots)
+    out, y_UH = np.full((begins[-1], size), np.nan, np.float32), torch.zeros_like(x_UH)
+    for first, last in ((cut, num_slots), (0, cut)):
+        grouped_cpu().each_swiglu(*arguments, first, last, out[begins[first] : begins[last]])
+    grouped_cpu().add_each(out, arguments[1], arguments[2], num_slots, y_UH.numpy())
+    assert y_UH.equal(expected)
+
+
 def test_a_row_does_not_depend_on_the_others() -> None:
     hidden, intermediate = 40, 24
     gate_up, down = torch.randn(3, 2 * intermediate, hidden), torch.randn(3, hidden, intermediate)

@@ -27,6 +27,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "no_norms_no_bias": {"use_qk_norm": False, "attention_bias": False},
     "partial_panels": {"hidden_size": 40, "head_dim": 8, "intermediate_size": 24, "vocab_size": 90},
     "tied": {"tie_word_embeddings": True},
+    # Three query heads of eight: keys begin in the midst of a panel of sixteen columns.
+    "keys_within_a_panel": {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 8},
 }
 
 

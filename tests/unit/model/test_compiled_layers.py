@@ -9,10 +9,13 @@ import random
 import pytest
 import torch
 
+from model import layer_cpu
 from model.batch import Span, WantedRows
 from model.compiled_layers import CompiledLayers
-from model.linear import linear
+from model.linear import PANEL, Packer, linear
+from model.linear_cpu import ROWS
 from model.pages import PagePool
+from model.team_cpu import Team
 from tests.unit.model.subject import MODELS, NUM_PAGES, PAGE, Scaled, Subject, build
 
 
@@ -115,3 +118,17 @@ def test_logits_are_the_output_heads_product(tmp_path: pathlib.Path) -> None:
     hidden_TH = torch.randn(7, 40)
     head = subject.transformer._weights.lm_head
     assert torch.equal(subject.transformer.logits(hidden_TH), linear(hidden_TH, head))
+
+
+@pytest.mark.parametrize("num_rows", [1, ROWS + 1, 2 * ROWS + 50])
+def test_a_product_that_is_shared_has_all_its_blocks(num_rows: int) -> None:
+    """Of two panels each, the last of which is one: as models' matrices have, which are larger than a subject's."""
+    depth, columns = layer_cpu._PANEL_BYTES // (2 * PANEL * 4), 5 * PANEL - random.randrange(PANEL)
+    packer = Packer()
+    matrix, rows = packer.matrix(columns, depth)
+    rows.normal_()
+    packer.pack()
+    x_TH, out_TC = torch.randn(num_rows, depth), torch.full((num_rows, columns), torch.nan)
+    for size in (1, 3):
+        Team(size).run(layer_cpu.project, x_TH.numpy(), matrix.panels.numpy(), out_TC.fill_(torch.nan).numpy())
+        assert torch.equal(out_TC, linear(x_TH, matrix))

@@ -73,6 +73,21 @@ def test_a_packed_swiglu_equals_the_operators(num_rows: int) -> None:
     torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5 * float(plain.abs().max() + 1))
 
 
+def test_the_activation_keeps_its_limits_far_from_zero() -> None:
+    """`silu` is 0 on one side and its argument on the other, also where the exponential is no fp32 number any more."""
+    intermediate = random.randrange(1, 60)
+    gates = torch.tensor([88.0, 89.0, 100.0, 200.0, 1000.0, 1e5])
+    x_T1 = torch.cat((gates, -gates)).unsqueeze(1)
+    packer = Packer()
+    gate_up, halves = packer.pair(intermediate, 1)
+    for half in halves:
+        half.fill_(1)
+    packer.pack()
+    found = swiglu(x_T1, MlpWeights(gate_up=gate_up, down=packed(torch.ones(1, intermediate))))
+    expected = intermediate * F.silu(x_T1.double()) * x_T1
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-20)
+
+
 @pytest.mark.usefixtures("some_threads")
 def test_columns_are_computed_once_whatever_the_threads() -> None:
     weight, bias, x_TH = torch.randn(random.randrange(1, 200), 70), torch.randn(200), torch.randn(9, 70)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,14 +17,26 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+import model.sampler
 import model.sampler_cpu
-from model.sampler import SampleRow, filtered_probabilities, logprobs, sample, uniform
+from model.sampler import (
+    NO_TOKEN,
+    SampleRow,
+    filtered_probabilities,
+    logprobs,
+    sample,
+    sample_by_operators,
+    uniform,
+)
 from octet.request import Output, Sampling, Stopping
 
 pytestmark = pytest.mark.usefixtures("fresh_seed")
 
 VOCAB_SIZE = 40
 NUM_DRAWS = 5000
+Choose = Callable[[torch.Tensor, Sequence[SampleRow]], list[int]]
+either_way = pytest.mark.parametrize("choose", [sample, sample_by_operators])
+"""On a CPU, and on other devices."""
 PINNED = [0.011546754286331562, 0.37935537747626313, 0.45730466533809355]
 
 
@@ -64,6 +76,39 @@ def test_a_greedy_token_is_the_first_of_the_largest() -> None:
     rows = [row(Sampling()) for _ in range(len(logits_BV))]
     expected = [values.index(max(values)) for values in logits_BV.tolist()]
     assert sample(logits_BV, rows) == logits_BV.argmax(-1).tolist() == expected
+
+
+# Logits that are no finite numbers
+
+
+@either_way
+@pytest.mark.parametrize(("value", "num"), [(torch.inf, 1), (torch.nan, 1), (torch.nan, 40), (-torch.inf, 40)])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(),
+        Sampling(presence_penalty=0.5),
+        Sampling(temperature=1.0, seed=5),
+        Sampling(temperature=1.0, seed=5, top_k=3),
+        Sampling(temperature=1.0, seed=5, top_p=0.5, repetition_penalty=1.3),
+    ],
+    ids=["greedy", "penalised", "drawn", "top-k", "top-p"],
+)
+def test_a_row_with_any_has_no_token_and_the_others_have_theirs(
+    sampling: Sampling, value: float, num: int, choose: Choose
+) -> None:
+    logits_BV = torch.randn(3, VOCAB_SIZE)
+    rows = [row(sampling, [1, 2], 1)] * 3
+    expected = choose(logits_BV, rows)
+    logits_BV[1, torch.randperm(VOCAB_SIZE)[:num]] = value
+    assert choose(logits_BV, rows) == [expected[0], NO_TOKEN, expected[2]]
+
+
+@either_way
+def test_one_that_may_not_come_is_no_reason(choose: Choose) -> None:
+    logits_BV = torch.randn(2, VOCAB_SIZE)
+    logits_BV[:, : VOCAB_SIZE - 1] = -torch.inf
+    assert choose(logits_BV, [row(Sampling()), row(Sampling(temperature=1.0, seed=5))]) == [VOCAB_SIZE - 1] * 2
 
 
 # The distribution
@@ -120,13 +165,17 @@ def test_tokens_are_drawn_with_their_probabilities(seed: int, over: str) -> None
     assert chi_square < 39
 
 
+@either_way
 @pytest.mark.parametrize("point", [0.0, 0.5, 1 - 2.0**-53])
-def test_a_token_of_probability_zero_is_never_drawn(point: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model.sampler_cpu, "uniform", lambda *_: point)
+def test_a_token_of_probability_zero_is_never_drawn(
+    choose: Choose, point: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (model.sampler, model.sampler_cpu):
+        monkeypatch.setattr(module, "uniform", lambda *_: point)
     logits_V = torch.full((VOCAB_SIZE,), -torch.inf)
     possible = sorted(random.sample(range(1, VOCAB_SIZE - 1), 3))
     logits_V[possible] = torch.randn(3)
-    (token_id,) = sample(logits_V.unsqueeze(0), [row(Sampling(temperature=1.0))])
+    (token_id,) = choose(logits_V.unsqueeze(0), [row(Sampling(temperature=1.0))])
     assert token_id in possible
 
 
@@ -178,20 +227,40 @@ def test_the_number_drawn_is_that_of_a_generator_made_for_it() -> None:
         assert all(pool.map(drawn, cases))
 
 
-def test_logits_are_left_as_they_were() -> None:
+@either_way
+def test_drafts_are_drawn_as_if_they_stood(choose: Choose) -> None:
+    """A draft is the token sampled at its position, with the noise, the penalties and the minimum of that."""
+    logits_BV, stopping = torch.randn(60, VOCAB_SIZE), Stopping(max_new_tokens=9, min_new_tokens=3, stop_token_ids=(4,))
+    logits_BV[:, 4] += 5.0
+    drafted, standing = [], []
+    for index in range(len(logits_BV)):
+        sampling = random.choice(
+            (Sampling(repetition_penalty=2.0), Sampling(frequency_penalty=1.5), Sampling(temperature=1.0, seed=index))
+        )
+        ids, num_drafted = random.choices(range(VOCAB_SIZE), k=random.randint(3, 12)), random.randint(1, 2)
+        whole = row(sampling, ids, len(ids) - num_drafted - random.randint(0, 1), stopping=stopping)
+        cut = len(ids) - num_drafted
+        drafted.append(dataclasses.replace(whole, token_ids=ids[:cut], drafted=ids[cut:]))
+        standing.append(whole)
+    assert choose(logits_BV, drafted) == choose(logits_BV, standing)
+
+
+@either_way
+def test_logits_are_left_as_they_were(choose: Choose) -> None:
     logits_BV = torch.randn(3, VOCAB_SIZE)
     before = logits_BV.clone()
-    sample(logits_BV, [row(dataclasses.replace(random_sampling(), repetition_penalty=2.0), [1, 2], 1)] * 3)
+    choose(logits_BV, [row(dataclasses.replace(random_sampling(), repetition_penalty=2.0), [1, 2], 1)] * 3)
     assert logits_BV.equal(before)
 
 
 # Greedy
 
 
-def test_temperature_zero_takes_the_largest_logit_beside_rows_that_are_drawn() -> None:
+@either_way
+def test_temperature_zero_takes_the_largest_logit_beside_rows_that_are_drawn(choose: Choose) -> None:
     logits_BV = torch.randn(32, VOCAB_SIZE)
     rows = [row(Sampling() if index % 2 else random_sampling()) for index in range(32)]
-    assert sample(logits_BV, rows)[1::2] == logits_BV.argmax(-1).tolist()[1::2]
+    assert choose(logits_BV, rows)[1::2] == logits_BV.argmax(-1).tolist()[1::2]
 
 
 def test_temperature_zero_alone_takes_the_largest_logit() -> None:
@@ -208,20 +277,24 @@ def histories(count: int) -> list[tuple[list[int], int]]:
     return [([random.randrange(VOCAB_SIZE // 2) for _ in range(prompt + answer)], prompt) for prompt, answer in lengths]
 
 
+@either_way
 @pytest.mark.parametrize("penalty", [0.5, 1.3, 3.0])
-def test_repetition_is_penalised_as_by_transformers(penalty: float) -> None:
+def test_repetition_is_penalised_as_by_transformers(choose: Choose, penalty: float) -> None:
     cases, logits_BV = histories(200), torch.randn(200, VOCAB_SIZE)
     processor = RepetitionPenaltyLogitsProcessor(penalty)
     expected = [
         processor(torch.tensor([token_ids]), logits_V.unsqueeze(0).clone()).argmax().item()
         for (token_ids, _), logits_V in zip(cases, logits_BV, strict=True)
     ]
-    found = sample(logits_BV, [row(Sampling(repetition_penalty=penalty), *case) for case in cases])
+    found = choose(logits_BV, [row(Sampling(repetition_penalty=penalty), *case) for case in cases])
     assert found == expected
 
 
+@either_way
 @pytest.mark.parametrize(("presence", "frequency"), [(1.0, 0.0), (0.0, 0.5), (-0.7, 0.4), (0.6, -0.3)])
-def test_presence_and_frequency_of_the_answer_are_penalised_as_by_openai(presence: float, frequency: float) -> None:
+def test_presence_and_frequency_of_the_answer_are_penalised_as_by_openai(
+    choose: Choose, presence: float, frequency: float
+) -> None:
     """`logit[j] - count[j] · frequency - (count[j] > 0) · presence`, counted over the answer alone."""
     cases, logits_BV = histories(200), torch.randn(200, VOCAB_SIZE)
     counts_BV = torch.tensor(
@@ -229,21 +302,25 @@ def test_presence_and_frequency_of_the_answer_are_penalised_as_by_openai(presenc
     )
     expected = (logits_BV - counts_BV * frequency - (counts_BV > 0) * presence).argmax(-1).tolist()
     sampling = Sampling(presence_penalty=presence, frequency_penalty=frequency)
-    assert sample(logits_BV, [row(sampling, *case) for case in cases]) == expected
+    assert choose(logits_BV, [row(sampling, *case) for case in cases]) == expected
 
 
 # The minimum length
 
 
+@either_way
+@pytest.mark.parametrize("temperatures", [(0.0, 0.0), (0.0, 1.0)], ids=["greedy", "mixed"])
 @pytest.mark.parametrize(("num_new_tokens", "may_stop"), [(0, False), (1, False), (2, False), (3, True), (4, True)])
-def test_stop_tokens_are_not_chosen_before_the_minimum_is_reached(num_new_tokens: int, may_stop: bool) -> None:
+def test_stop_tokens_are_not_chosen_before_the_minimum_is_reached(
+    choose: Choose, temperatures: Sequence[float], num_new_tokens: int, may_stop: bool
+) -> None:
     """The fourth token may be the stop: there are three without it."""
     logits_BV = torch.zeros(2, VOCAB_SIZE)
     logits_BV[:, [4, 9]] = 50.0
     stopping = Stopping(max_new_tokens=10, min_new_tokens=3, stop_token_ids=(4, 9))
     token_ids = [0] * (2 + num_new_tokens)
-    rows = [row(s, token_ids, 2, stopping=stopping) for s in (Sampling(), Sampling(temperature=1.0))]
-    assert [token_id in (4, 9) for token_id in sample(logits_BV, rows)] == [may_stop] * 2
+    rows = [row(Sampling(temperature=temperature), token_ids, 2, stopping=stopping) for temperature in temperatures]
+    assert [token_id in (4, 9) for token_id in choose(logits_BV, rows)] == [may_stop] * 2
 
 
 # Log-probabilities
@@ -266,3 +343,9 @@ def test_the_top_logprobs_are_the_largest_in_order() -> None:
 def test_no_alternatives_are_reported_when_none_are_asked_for() -> None:
     (found,) = logprobs(torch.randn(1, VOCAB_SIZE), [3], 0)
     assert found.top == ()
+
+
+def test_all_are_reported_when_more_alternatives_are_asked_for_than_there_are() -> None:
+    logits_BV = torch.randn(2, VOCAB_SIZE)
+    for found, logits_V in zip(logprobs(logits_BV, [0, 1], VOCAB_SIZE + 1), logits_BV, strict=True):
+        assert [token_id for token_id, _ in found.top] == logits_V.argsort(descending=True).tolist()

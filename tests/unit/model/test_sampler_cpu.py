@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable, Sequence
 
@@ -10,7 +11,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from model.sampler import NO_TOKEN, SampleRow, filtered_probabilities, sample, sample_by_operators
+from model.sampler import SampleRow, filtered_probabilities, sample, sample_by_operators
 from model.sampler_cpu import _BINS, draw
 from octet.request import Output, Sampling, Stopping
 
@@ -31,7 +32,7 @@ def drawn(logits_V: torch.Tensor, sampling: Sampling, point: float) -> tuple[int
 def any_sampling(size: int) -> Sampling:
     return Sampling(
         temperature=random.choice((0.05, 0.7, 1.0, 2.0, 50.0)),
-        top_p=random.choice((1.0, 1e-9, random.uniform(0.05, 0.99), 1 - 1e-9)),
+        top_p=random.choice((1.0, 1e-9, random.uniform(0.05, 0.99), 1 - 1e-9, 1 - 2.0**-53)),
         top_k=random.choice((0, 1, random.randint(1, size), size, size + 10)),
         min_p=random.choice((0.0, 1.0, random.uniform(0.001, 0.9))),
     )
@@ -47,10 +48,29 @@ def any_logits(size: int) -> torch.Tensor:
     return logits_V
 
 
+def decided_by_rounding(logits_V: torch.Tensor, sampling: Sampling) -> bool:
+    """Whether fp32 may keep another set: where the least token that is kept and the largest that is not are as good as
+    equal, or where one of them lies at the limit of top-p or min-p."""
+    kept_V, all_V = (
+        filtered_probabilities(logits_V.unsqueeze(0), [each])[0].sort(descending=True).values
+        for each in (sampling, dataclasses.replace(sampling, top_p=1.0, min_p=0.0))
+    )
+    num_kept = int(kept_V.count_nonzero())
+    if num_kept == len(all_V) or all_V[num_kept] < 1e-6:
+        return False
+    edge = all_V[num_kept - 1 : num_kept + 1]
+    before, ratio = (all_V.cumsum(0) - all_V)[max(num_kept - 1, 1) : num_kept + 1], edge / all_V[0]
+    near_equals = 0 < edge[0] - edge[1] < 1e-5 * edge[1]
+    near_min_p = ((ratio - sampling.min_p).abs() < 1e-6) & (ratio != sampling.min_p)
+    return bool(near_equals or ((before - sampling.top_p).abs() < 1e-7).any() or near_min_p.any())
+
+
 @pytest.mark.parametrize("size", [2, 17, 256, 257, 5000])
 def test_what_is_kept_is_what_the_operators_keep(size: int) -> None:
     for _ in range(100):
         logits_V, sampling, point = any_logits(size), any_sampling(size), random.random()
+        if decided_by_rounding(logits_V, sampling):
+            continue
         expected_V = filtered_probabilities(logits_V.unsqueeze(0), [sampling])[0]
         token, p_V = drawn(logits_V, sampling, point)
         print(sampling)
@@ -100,33 +120,3 @@ def test_next_to_no_temperature_the_most_likely_token_is_drawn(
         num_prompt_tokens=1,
     )
     assert choose(logits_BV, [row] * 20) == logits_BV.argmax(-1).tolist()
-
-
-@pytest.mark.parametrize("value", [torch.inf, torch.nan])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_row_without_finite_logits_has_no_token_and_the_others_have_theirs(value: float, temperature: float) -> None:
-    rows = [
-        SampleRow(
-            sampling=Sampling(temperature=temperature, seed=random.getrandbits(60)),
-            stopping=Stopping(max_new_tokens=9),
-            output=Output(),
-            choice=0,
-            token_ids=[1],
-            num_prompt_tokens=1,
-        )
-        for _ in range(3)
-    ]
-    logits_BV = torch.randn(3, 300)
-    expected = sample(logits_BV, rows)
-    logits_BV[1] = value
-    assert sample(logits_BV, rows) == [expected[0], NO_TOKEN, expected[2]]
-
-
-@pytest.mark.parametrize("value", [-torch.inf, torch.nan])
-@pytest.mark.parametrize("top_p", [0.5, 1.0])
-@pytest.mark.parametrize("top_k", [0, 3])
-def test_of_nothing_that_can_be_drawn_some_token_is(value: float, top_p: float, top_k: int) -> None:
-    """A step of 32 sequences does not end by one of them."""
-    sampling = Sampling(temperature=1.0, top_p=top_p, top_k=top_k)
-    token, _ = drawn(torch.full((300,), value), sampling, random.random())
-    assert 0 <= token < 300

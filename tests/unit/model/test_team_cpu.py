@@ -48,6 +48,30 @@ def test_no_blocks_are_no_work() -> None:
     Team(2).run(_double_then_sum, np.zeros((3, 0), np.int64))
 
 
+@declare("void(i8[::1], i8, i8, f8[::1])")  # type: ignore[untyped-decorator]
+def _dawdle(state: Any, turn: Any, leads: Any, numbers: Any) -> None:
+    """The leader goes once a helper is there, who has some milliseconds of work behind its last block."""
+    if not enter(state, turn, leads):
+        return
+    if leads:
+        wait(state, 0, 1)
+    else:
+        done(state, 0)
+        for _ in range(5_000_000):
+            numbers[0] = numbers[0] * 0.999 + 1
+        numbers[1] = 1
+    leave(state, leads)
+
+
+def test_whoever_is_inside_is_waited_for() -> None:
+    """Its arrays are in use: nobody may write to them before, and the next call begins with counters of its own."""
+    team = Team(2)
+    for _ in range(3):
+        numbers = np.zeros(2)
+        team.run(_dawdle, numbers)
+        assert numbers[1] == 1
+
+
 @pytest.mark.parametrize("size", [1, 2])
 def test_stages_are_timed_within_the_call(size: int) -> None:
     team, numbers = Team(size), np.ones((3, 5000), np.int64)

@@ -77,14 +77,18 @@ def test_parts_may_be_fewer() -> None:
     assert sorted(parts) == [(0, 33), (33, 66), (66, 100)]
 
 
-@pytest.mark.parametrize("bad", [0, 5])
-def test_a_failure_on_any_thread_is_raised(bad: int) -> None:
+@pytest.mark.parametrize("on_caller", [True, False])
+def test_a_failure_on_any_thread_is_raised(on_caller: bool) -> None:
+    met, caller = threading.Barrier(3, timeout=30), threading.get_ident()
+
     def work(first: int, last: int) -> None:
-        if first == bad:
+        # Each thread has a part, or one that is quick would have them all.
+        met.wait()
+        if (threading.get_ident() == caller) is on_caller:
             raise ValueError(f"{first} to {last}")
 
-    with pytest.raises(ValueError, match=f"{bad} to {bad + 1}"):
-        in_parts(work, 6, 2**40)
+    with pytest.raises(ValueError, match=r"\d to \d"):
+        in_parts(work, 3, 2**40)
 
 
 def test_a_failure_is_raised_when_nobody_is_at_work_any_more() -> None:

@@ -83,9 +83,11 @@ def test_a_wanted_token_does_not_depend_on_how_its_prompt_is_cut(tmp_path: pathl
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-4), (torch.bfloat16, 0.05)], ids=str)
 @pytest.mark.parametrize("model", MODELS)
 def test_torchs_operators_compute_what_is_wanted_of_prompts_in_chunks(
-    tmp_path: pathlib.Path, model: str, dtype: torch.dtype, tolerance: float
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, model: str, dtype: torch.dtype, tolerance: float
 ) -> None:
     """As GPUs do, without compiled layers: of one prompt alone and of several, also where a chunk is a single token."""
+    # What lies before a chunk is several blocks of keys, as it is in a long prompt.
+    monkeypatch.setattr("model.attention.BLOCK_TOKENS", 2 * PAGE)
     pool = PagePool(NUM_PAGES, PAGE)
     prompts = [dataclasses.replace(span, by_token=False) for span in spans_of(pool, (0, 1), (0, 2), (0, 37), (0, 24))]
     subject = build(tmp_path, model, prompts, pool, dtype)

@@ -122,6 +122,24 @@ def test_of_a_member_that_does_not_answer_there_is_what_is_known_and_no_load() -
     assert not [name for name in silent if "busy" in name or "step" in name]
 
 
+@pytest.mark.parametrize(
+    ("name", "pools"),
+    [
+        ("resident_bytes", {"prefill", "decode", "experts"}),
+        ("kv_pages", {"prefill", "decode"}),
+        ("leases", {"prefill"}),
+        ("drafted_tokens_total", {"decode"}),
+        ("held_experts", {"experts"}),
+        ("step_seconds", {"prefill", "decode"}),
+        ("frame_wait_seconds", {"experts"}),
+    ],
+)
+def test_members_tell_of_what_their_pool_has(name: str, pools: set[str]) -> None:
+    """Or a mean over members would have zeros of those that have no such thing."""
+    samples = told(some_status())
+    assert {dict(where)["pool"] for each, where in samples if each == f"octet_member_{name}"} == pools
+
+
 def test_what_no_member_has_counted_is_the_frontends() -> None:
     status = some_status()
     for pool in status.pools:

@@ -90,3 +90,13 @@ def test_latencies_are_shown_once_there_are_some() -> None:
     told.request_histograms.ttft_s.CopyFrom(pb.Histogram(bounds=[0.01, 0.03, 0.05], counts=[0, 0, 50, 0]))
     print_status(told, Console(file=out, width=200, color_system=None))
     assert "latencies, ms (p50 / p95 / p99): first token 40 / 49 / 50\n" in out.getvalue()
+
+
+@pytest.mark.parametrize(("refused", "dropped"), [(0, 0), (3, 0), (0, 4)])
+def test_what_knocks_in_vain_is_shown_once_there_is_some(refused: int, dropped: int) -> None:
+    out = io.StringIO()
+    told = status()
+    told.strangers_refused, told.messages_dropped = refused, dropped
+    print_status(told, Console(file=out, width=200, color_system=None))
+    line = f"between members: {refused} strangers refused, {dropped} messages dropped\n"
+    assert (line in out.getvalue()) == ("between members" in out.getvalue()) == bool(refused or dropped)
