@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import logging
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -59,6 +60,10 @@ class Changes:
         self._preparation = Preparation(pools, self._standby)
         self._services = services
         self._draining: set[WorkerId] = set()
+        self._ready: dict[WorkerId, Pool] = {}
+        """Processes that wait for their turn to join."""
+        self._num_sizes: Counter[Pool] = Counter()
+        """How often each pool was asked for a size. What was begun for an earlier one is given up."""
         self._going_through: set[asyncio.Task[Any]] = set()
         self._untold: set[WorkerId] = set()
         """Services that did not answer when they were told who serves."""
@@ -72,8 +77,9 @@ class Changes:
 
     @property
     def starting(self) -> Mapping[Pool, int]:
-        """Members on their way in, by pool."""
-        return self._preparation.starting
+        """Members on their way in, by pool: each until it is one."""
+        ready = (pool for worker_id, pool in self._ready.items() if worker_id not in self._membership)
+        return Counter(self._preparation.starting) + Counter(ready)
 
     @property
     def draining(self) -> frozenset[WorkerId]:
@@ -136,7 +142,7 @@ class Changes:
             return proposals[0]
 
     async def scale(self, pool: Pool, size: int, reason: str) -> None:
-        """Bring a pool to this many members; what was asked of it before, and waits for processes, is given up.
+        """Bring a pool to this many members; what was asked of it before, and has not begun to join, is given up.
 
         Raises: OctetError, and then it is as it was.
         """
@@ -151,31 +157,48 @@ class Changes:
         if pool == "experts" and self._plan.device != "cpu":
             raise ConfigError("pools.experts.size", "a change while serving", "the size at the start, on GPUs")
         self._preparation.give_up(pool)
+        self._num_sizes[pool] += 1
+        number = self._num_sizes[pool]
         if size != len(self._membership.pool(pool)) or self.log.busy:
-            await self._resize(pool, size, reason, shrinks=True)
+            await self._resize(pool, size, reason, number, shrinks=True)
         if len(self._membership.pool(pool)) < size:
             # What was under way has made it smaller.
-            await self._resize(pool, size, reason, shrinks=True)
+            await self._resize(pool, size, reason, number, shrinks=True)
 
     async def replenish(self, pool: Pool, size: int, reason: str) -> None:
-        """Let a pool have at least this many members, beside whatever it was asked for. Raises: OctetError."""
+        """Let a pool have at least this many members, unless it is asked for a size meanwhile. Raises: OctetError."""
         if len(self._membership.pool(pool)) < size:
-            await self._resize(pool, size, reason, shrinks=False)
+            await self._resize(pool, size, reason, self._num_sizes[pool], shrinks=False)
 
-    async def _resize(self, pool: Pool, size: int, reason: str, shrinks: bool) -> None:
+    async def _resize(self, pool: Pool, size: int, reason: str, number: int, shrinks: bool) -> None:
         """Processes start beside whatever else is going on; only their joining is a change.
 
         Until they join it can be cancelled, and nothing is left of it.
+
+        Args:
+            number: of the sizes that the pool was asked for, the one that this is for.
         """
+        self._check_wanted(pool, number)
         begun_s, before = time.monotonic(), len(self._membership.pool(pool))
         ready: list[Member] = []
         if size > before:
             async with self.log.attempt("scale", reason, only_failure=True) as failure:
                 failure.append(f"{pool}: {before} → {size}")
                 ready = await self._preparation.members(pool, size - before)
+                self._ready |= {member.worker_id: pool for member in ready}
                 if pool != "experts":
-                    await self._wait_for_shards(ready)
-        await self._through(self._join(pool, size, reason, shrinks, ready, begun_s))
+                    await self._wait_for_shards(pool, number, ready)
+        await self._through(self._join(pool, size, reason, number, shrinks, ready, begun_s))
+
+    def _check_wanted(self, pool: Pool, number: int) -> None:
+        """Raises: ChangeRefusedError."""
+        if number != self._num_sizes[pool]:
+            raise ChangeRefusedError(f"the {pool} pool was asked for another size before this one was begun")
+
+    def _end_ready(self, ready: Sequence[Member]) -> None:
+        for member in ready:
+            self._ready.pop(member.worker_id, None)
+            self._pools.end(member)
 
     async def _through(self, change: Coroutine[Any, Any, _T]) -> _T:
         """To its end, also where whoever asked for it waits no longer: of half a change nobody could say what holds."""
@@ -184,7 +207,7 @@ class Changes:
         task.add_done_callback(self._going_through.discard)
         return await asyncio.shield(task)
 
-    async def _wait_for_shards(self, ready: Sequence[Member]) -> None:
+    async def _wait_for_shards(self, pool: Pool, number: int, ready: Sequence[Member]) -> None:
         """Workers that come when no shard serves join after the first one. Raises: ChangeRefusedError, and they end."""
         timeout_s = self._plan.config.ray.start_timeout_s
         try:
@@ -192,26 +215,34 @@ class Changes:
                 if self._membership.pool("experts"):
                     return
                 await asyncio.sleep(_POLL_S)
+                self._check_wanted(pool, number)
             raise ChangeRefusedError(f"no expert shard has come within {timeout_s:g} s")
         except BaseException:
-            for member in ready:
-                self._pools.end(member)
+            self._end_ready(ready)
             raise
 
     async def _join(
-        self, pool: Pool, size: int, reason: str, shrinks: bool, ready: Sequence[Member], begun_s: float
+        self, pool: Pool, size: int, reason: str, number: int, shrinks: bool, ready: Sequence[Member], begun_s: float
     ) -> None:
         """Let members in or out; all parts have deadlines."""
         async with self.log.change("scale", reason) as record:
             members = self._membership.pool(pool)
             record.append(f"{pool}: {len(members)} → {size}")
+            try:
+                self._check_wanted(pool, number)
+            except ChangeRefusedError:
+                self._end_ready(ready)
+                raise
             joining, surplus = ready[: max(0, size - len(members))], ready[max(0, size - len(members)) :]
-            for member in surplus:
-                # Somebody else has scaled the pool meanwhile.
-                self._pools.end(member)
+            # Somebody else has scaled the pool meanwhile.
+            self._end_ready(surplus)
             if joining:
                 record.append(f"processes were ready after {time.monotonic() - begun_s:.1f} s")
-                await self._grow(pool, joining)
+                try:
+                    await self._grow(pool, joining)
+                finally:
+                    for member in joining:
+                        self._ready.pop(member.worker_id, None)
             elif shrinks and size < len(members):
                 await self._shrink(pool, members[size:])
 

@@ -230,10 +230,30 @@ def test_drafts_get_the_room_there_is_and_give_it_back() -> None:
     land(batch, offer(3, name="b"), 3)
     first, second = batch.running
     assert (batch.make_room(first, 5), len(first.pages)) == (5, 3)
-    assert (batch.make_room(second, 5), len(second.pages)) == (4, 2) or pool.num_free == 0
+    assert (batch.make_room(second, 5), len(second.pages)) == (0, 1)
     batch.trim()
     assert [len(sequence.pages) for sequence in batch.running] == [1, 1]
     assert pool.num_free == 2
+
+
+@given(st.integers(1, 30), st.integers(0, 9), st.integers(0, 4))
+def test_fewer_drafts_are_made_where_there_are_pages_for_some_of_them(
+    num_tokens: int, count: int, num_free: int
+) -> None:
+    pool = PagePool(64, PAGE)
+    batch = DecodeBatch(pool, 16)
+    land(batch, offer(num_tokens), num_tokens)
+    assert batch.grow() == []
+    assert pool.allocate(pool.num_free - num_free) is not None
+    (sequence,) = batch.running
+    room = (len(sequence.pages) + num_free) * PAGE - len(sequence.token_ids)
+    assert batch.make_room(sequence, count) == min(count, room)
+    assert len(sequence.pages) >= pool.pages_for(len(sequence.token_ids) + min(count, room))
+    batch.trim()
+    # The next token's own page stays: another sequence may take what is free before the next step.
+    assert len(sequence.pages) == pool.pages_for(len(sequence.token_ids))
+    assert pool.allocate(pool.num_free) is not None
+    assert batch.grow() == []
 
 
 def test_admission_counts_the_last_pages_that_choices_with_drafts_do_not_share() -> None:

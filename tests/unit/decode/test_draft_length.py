@@ -85,6 +85,19 @@ def test_a_gain_that_is_no_more_than_noise_changes_nothing() -> None:
     assert share(run(DraftLength(1), 600, 0.0, lambda k: 1 + 0.015 * k)[200:], 1) > 0.9
 
 
+def test_a_gain_over_any_length_that_is_no_more_than_noise_changes_nothing() -> None:
+    policy = DraftLength(2)
+    assert share(run(policy, 300, 0.0, lambda k: 1 + k)[100:], 0) > 0.9
+    assert share(run(policy, 600, 0.0, lambda k: [1.0, 1.0, 3.0][k])[300:], 0) > 0.9
+
+
+def test_what_steps_took_long_ago_is_forgotten() -> None:
+    """Of 2000 steps without drafts; now, as answers have become longer, those take as long as any."""
+    policy = DraftLength(MOST)
+    assert share(run(policy, 2000, 0.7, lambda k: 1 + 0.9 * k)[200:], 0) > 0.9
+    assert share(run(policy, 200, 0.7, lambda k: 5.0)[100:], 0) < 0.1
+
+
 def test_the_lengths_on_both_sides_of_the_best_are_tried_again_now_and_then() -> None:
     def cost(length: int) -> float:
         return {0: 1.0, 1: 1.0, 2: 1.0, 3: 9.0, 4: 9.0}[length]

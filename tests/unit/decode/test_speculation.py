@@ -6,18 +6,20 @@ import contextlib
 import dataclasses
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
 
 from cluster.planning import EMBEDDED_MODEL
-from decode.batch import RunningSequence
+from decode.batch import DecodeBatch, RunningSequence
 from decode.migration import Migration
 from decode.speculation import MtpDrafter, Speculator
 from model.batch import Batch, Span, build_batch
 from model.pages import PagePool
 from model.runner import ModelRunner
+from model.sampler import sample
 from octet.config import SpeculationConfig
 from octet.errors import ExpertMissingError, PeerLostError
 from octet.ids import RequestId, WorkerId
@@ -199,6 +201,55 @@ def test_a_step_that_loses_its_lane_may_be_run_again(
     assert failures > 0
 
 
+def test_a_step_that_loses_its_lane_gives_back_the_pages_of_what_it_has_drafted(
+    engine: LocalEngine, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = request(random.randint(1, 12))
+    oracle.answers[asked.request_id, 0] = [5] * 24
+    engine.submit(asked)
+    while not engine.load()[DECODE].running:
+        engine.step()
+
+    def failing(*_: object) -> list[torch.Tensor]:
+        (sequence,) = engine._decode._batch.running
+        held.append(len(sequence.pages))
+        raise PeerLostError("gone")
+
+    held: list[int] = []
+    monkeypatch.setattr(ModelRunner, "run", failing)
+    with pytest.raises(PeerLostError):
+        engine.step()
+    (sequence,) = engine._decode._batch.running
+    load = engine.load()[DECODE]
+    assert load.kv_pages_total - load.kv_pages_free == len(sequence.pages) == -(-len(sequence.token_ids) // 4)
+    assert len(sequence.pages) < held[0]
+
+
+def test_nothing_is_computed_behind_the_end_of_an_answer_though_it_was_drafted_rightly(
+    plain: LocalEngine, engine: LocalEngine, oracle: Oracle
+) -> None:
+    oracle.truth = 1.0
+    endless = request(sampling=Sampling(temperature=1.0, seed=random.randrange(2**32)))
+    answer = [event.token_id for event in events(plain, endless)]
+    # The first token is the prefill worker's, and behind every fifth nothing is drafted in its step.
+    last = random.choice([index for index in range(1, 23) if index % 5 and answer[index] not in answer[:index]])
+    stopping = Stopping(max_new_tokens=24, stop_token_ids=(answer[last],))
+    asked = dataclasses.replace(endless, request_id=RequestId(f"r{next(_numbers)}"), stopping=stopping)
+    oracle.answers[asked.request_id, 0] = answer
+    assert [event.token_id for event in events(engine, asked)] == answer[: last + 1]
+    assert engine.load()[DECODE].tokens == last
+
+
+def test_choices_share_no_page_with_what_the_head_makes_of_their_own_tokens(engine: LocalEngine) -> None:
+    """At the prompt's last position it sees the token behind it, which is another one for each."""
+    engine.submit(request(8, choices=(0, 1, 2)))
+    while engine.load()[DECODE].running < 3:
+        engine.step()
+    tables = [sequence.pages for sequence in engine._decode._batch.running]
+    assert len({table[0] for table in tables}) == 1
+    assert len({table[1] for table in tables}) == 3
+
+
 def test_answers_and_drafts_attend_token_by_token_and_prompts_never(
     engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,3 +342,128 @@ def test_who_leaves_hands_no_sequence_over_of_which_its_drafter_has_not_seen_eve
     assert [type(event) for event in told] == [Evicted]
     assert engine._decode.load().kv_pages_free == engine._decode.load().kv_pages_total
     sender.close()
+
+
+def running(num_tokens: int, **fields: object) -> RunningSequence:
+    """A sequence with its first new token, and one position that no drafter has seen."""
+    token_ids = random.choices(range(1000), k=num_tokens + 1)
+    asked = request(num_tokens, stopping=Stopping(max_new_tokens=100), **fields)
+    return RunningSequence(request=asked, choice=0, token_ids=token_ids, pages=[], unseen=[torch.zeros(1, 2)])
+
+
+class Head:
+    """In the place of the model's: its output is one more than its input, and says which token is the likeliest."""
+
+    def __init__(self, logits: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.logits = logits
+        self.asked: list[list[Span]] = []
+
+    def draft(self, spans: Sequence[Span], hidden_BH: torch.Tensor) -> torch.Tensor:
+        assert len(hidden_BH) == len(spans)
+        self.asked.append(list(spans))
+        return hidden_BH + 1
+
+
+def drafts_of(head: Head, sequences: Sequence[RunningSequence], lengths: Sequence[int]) -> list[list[int]]:
+    any_head: Any = head
+    return MtpDrafter(any_head).draft(sequences, lengths)
+
+
+def test_each_sequence_is_drafted_for_from_its_own_hidden_state_as_far_as_it_was_asked() -> None:
+    lengths = random.sample(range(8), 8)
+    sequences = [running(random.randint(1, 9)) for _ in lengths]
+    for number, sequence in enumerate(sequences):
+        sequence.unseen = [torch.full((1, 2), 100.0 * number)]
+    head = Head(lambda hidden_BH: torch.nn.functional.one_hot(hidden_BH[:, 0].long(), 1000).float())
+    expected = [[100 * number + 1 + depth for depth in range(length)] for number, length in enumerate(lengths)]
+    assert drafts_of(head, sequences, lengths) == expected
+    for depth, spans in enumerate(head.asked):
+        # Each token at the position before its own.
+        ahead = [
+            (len(sequence.token_ids) + depth - 2, [sequence.token_ids[-1], *drafts][depth])
+            for sequence, drafts in zip(sequences, expected, strict=True)
+            if depth < len(drafts)
+        ]
+        assert [(span.start, *span.token_ids) for span in spans] == ahead
+
+
+@pytest.mark.parametrize("sampling", ["sampled", "penalized and sampled"])
+def test_a_draft_is_drawn_with_the_noise_and_the_penalties_of_its_own_position(sampling: str) -> None:
+    """A head that knows the model would otherwise be wrong whenever tokens are drawn."""
+    logits_V = torch.randn(1000)
+    drawn_from: dict[str, Sampling] = {
+        "sampled": Sampling(temperature=2.0, seed=random.randrange(2**32)),
+        "penalized and sampled": Sampling(temperature=0.1, frequency_penalty=2.0, seed=random.randrange(2**32)),
+    }
+    sequence = running(5, sampling=drawn_from[sampling])
+    (drafts,) = drafts_of(Head(lambda hidden_BH: logits_V.repeat(len(hidden_BH), 1)), [sequence], [6])
+    for draft in drafts:
+        assert sample(logits_V.unsqueeze(0), [sequence.sample_row()]) == [draft]
+        sequence.token_ids.append(draft)
+
+
+def test_a_head_whose_numbers_overflow_drafts_tokens_that_there_are() -> None:
+    head = Head(lambda hidden_BH: torch.full((len(hidden_BH), 1000), torch.nan))
+    (drafts,) = drafts_of(head, [running(3)], [3])
+    assert len(drafts) == 3
+    assert all(0 <= draft < 1000 for draft in drafts)
+
+
+class Telling(Silent):
+    """Drafts what is never right, and says how much it was asked for and of whom it was told."""
+
+    def __init__(self) -> None:
+        self.lengths: list[int] = []
+        self.noted: list[tuple[list[RunningSequence], list[list[int]], list[torch.Tensor]]] = []
+
+    def draft(self, sequences: Sequence[RunningSequence], lengths: Sequence[int]) -> list[list[int]]:
+        self.lengths.append(max(lengths))
+        return [[1000] * length for length in lengths]
+
+    def note(self, *noted: Any) -> None:
+        self.noted.append(noted)
+
+
+def speculate(step_s: Callable[[int], float], num_steps: int, num_sequences: int, num_tokens: int = 4) -> list[int]:
+    """The lengths drafted in each step of a world in which a step takes so long and no draft is right."""
+    now_s, pool, drafter, chosen = [100.0], PagePool(64, 4), Telling(), []
+    batch = DecodeBatch(pool, 16)
+    batch.running = [running(3) for _ in range(num_sequences)]
+    config = SpeculationConfig(num_speculative_tokens=num_tokens, adaptive=True)
+    speculator = Speculator(drafter, config, lambda: now_s[0])
+    for _ in range(num_steps):
+        drafts = speculator.draft(batch)
+        batch.trim()
+        chosen.append(max(map(len, drafts)))
+        now_s[0] += step_s(chosen[-1])
+        speculator.note(batch.running, drafts, [torch.zeros(1, 2)] * num_sequences)
+        # What is between two steps is no part of either.
+        now_s[0] += random.uniform(0, 100)
+    return chosen
+
+
+@pytest.mark.parametrize("num_sequences", [1, 3, 8])
+def test_the_speculator_learns_what_steps_of_each_length_take(num_sequences: int) -> None:
+    chosen = speculate(lambda length: 1.0 + 0.5 * length, 64, num_sequences)
+    assert set(chosen[:10]) == {0, 1, 2, 3, 4}
+    assert chosen[32:].count(0) >= 30
+    # Longer steps take less time here, for whatever reason: only the clock can tell.
+    chosen = speculate(lambda length: 9.0 - 2.0 * length, 64, num_sequences)
+    assert chosen[32:].count(4) >= 30
+
+
+def test_a_drafter_hears_nothing_of_sequences_that_have_ended() -> None:
+    """Their pages are somebody else's by then."""
+    sequences, drafter = [running(3) for _ in range(6)], Telling()
+    for sequence in random.sample(sequences, 3):
+        sequence.ended = True
+    drafts = [[number] for number in range(6)]
+    hidden = [torch.full((1, 2), float(number)) for number in range(6)]
+    Speculator(drafter, ALWAYS).note(sequences, drafts, hidden)
+    ((told_of, told_drafts, told_hidden),) = drafter.noted
+    going_on = [number for number, sequence in enumerate(sequences) if not sequence.ended]
+    assert [sequence.request.request_id for sequence in told_of] == [
+        sequences[number].request.request_id for number in going_on
+    ]
+    assert told_drafts == [[number] for number in going_on]
+    assert [hidden_TH[0, 0].item() for hidden_TH in told_hidden] == going_on

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pathlib
 import random
+from typing import cast
 
 import pytest
 import torch
 
 from model.batch import Span, Wanted
+from model.mtp import MtpHead
 from model.pages import PagePool
 from model.runner import ModelRunner
 from octet.errors import PeerLostError
@@ -104,6 +106,23 @@ def test_what_is_on_its_way_is_given_up_with_the_step_that_loses_its_lane(tmp_pa
     runner = ModelRunner(subject.transformer, routed, pool, subject.cache, CPU)
     with pytest.raises(PeerLostError):
         runner.run([span])
+    assert routed.drained == 1
+
+
+class LosesItsLane:
+    """A head whose routed experts are gone while it drafts."""
+
+    def forward(self, *_: object) -> torch.Tensor:
+        raise PeerLostError("shard 0 is gone")
+
+
+def test_what_is_on_its_way_is_given_up_with_the_drafts_that_lose_their_lane(tmp_path: pathlib.Path) -> None:
+    pool, routed, mtp = PagePool(NUM_PAGES, PAGE), Lost(), cast("MtpHead", LosesItsLane())
+    span = Span(token_ids=[random.randrange(90)], start=0, pages=pool.allocate(1) or [])
+    subject = build(tmp_path, "plain", [span], pool)
+    runner = ModelRunner(subject.transformer, routed, pool, subject.cache, CPU, mtp=mtp)
+    with pytest.raises(PeerLostError):
+        runner.draft([span], torch.zeros(1, 8))
     assert routed.drained == 1
 
 

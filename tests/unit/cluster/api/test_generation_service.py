@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import gc
+import time
 import weakref
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from cluster.api.chunks import to_chunk
 from cluster.api.cluster_service import ClusterService
 from cluster.api.generation_service import GenerationService, _Patience
 from cluster.api.grpc_service import GrpcServer
+from cluster.api.pace import Pace
 from cluster.frontend.answer import Piece
 from cluster.frontend.record import Increment, Usage
 from cluster.planning import make_plan
@@ -149,6 +151,25 @@ async def test_a_stream_is_told_by_the_interval_that_it_asks_for(cluster: Cluste
     # More may have come before a chunk is made.
     assert all(size >= 30 for size in sizes[1:-1])
     assert len(sizes) <= 1 + 3 + 1
+
+
+async def test_what_comes_while_a_stream_rests_is_told_in_one_chunk(
+    cluster: Cluster, client: AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rest_s, num_tokens = 0.2, 60
+    monkeypatch.setattr(Pace, "note", lambda pace, *_: setattr(pace, "rest_s", rest_s))
+    chunks = asyncio.create_task(collect(client.stream(PROMPT, max_new_tokens=500)))
+    request = await cluster.prefill.next_request()
+    begun_s = time.monotonic()
+    for index in range(num_tokens):
+        tell(cluster, request, index, index + 1, end=index == num_tokens - 1)
+        for _ in range(10_000):
+            if cluster.frontend.totals.tokens > index:
+                break
+            await asyncio.sleep(0.001)
+    told = [list(chunk.token_ids) for chunk in await soon(chunks)]
+    assert [token_id for token_ids in told for token_id in token_ids] == [100 + index for index in range(num_tokens)]
+    assert len(told) <= 2 + (time.monotonic() - begun_s) / rest_s
 
 
 async def test_a_whole_answer_may_be_longer_than_what_may_wait_for_a_stream(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cluster.autoscaling.autoscaler import Decision, PoolState, State, decide, give_up
 from cluster.autoscaling.signals import Signals
-from cluster.autoscaling.stabilizer import Stabilizer
+from cluster.autoscaling.stabilizer import Stabilizer, act
 from cluster.members import POOLS
 from octet.autoscaler_config import AutoscalerConfig
 from tests.unit.cluster.scaling import FLEET, experts, member, of, once, pool, scaling, signals
@@ -305,6 +305,70 @@ def test_the_budget_holds_while_members_leave_that_somebody_else_has_sent_away()
     two = dataclasses.replace(pool(member(0, kv=1.0, ongoing=10, waiting=20), member(1, kv=1.0)), num_draining=3)
     assert once(signals(decode=two), scaling(max_gpus=7)).actions == ()
     assert of(once(signals(decode=two), scaling(max_gpus=8)), "decode").target == 3
+
+
+@pytest.mark.parametrize("num_starting", range(4))
+def test_growth_that_was_decided_keeps_its_part_of_the_budget_while_its_members_are_still_to_come(
+    num_starting: int,
+) -> None:
+    """Three of them, of which so many have been started when another pool asks for some, too."""
+    patient, busy = pool(member(kv=0.8, ongoing=8)), pool(member(kv=1.0, ongoing=10, waiting=40))
+    prefill = pool(member(busy=0.35, tokens_per_s=350))
+    targets = {}
+    for max_gpus in (6, 7):
+        state = State(prefill=PoolState(stabilizer=act(Stabilizer(), 0.0, 1, 4)))
+        starting = dataclasses.replace(prefill, num_starting=num_starting)
+        seen = signals(starting, patient, experts(member(busy=0.3)), arriving=3 * 350)
+        decision, state = decide(EVERY_S, seen, scaling(max_gpus=max_gpus), FLEET, state)
+        assert not decision.actions
+        decision, _ = decide(
+            2 * EVERY_S, dataclasses.replace(seen, decode=busy), scaling(max_gpus=max_gpus), FLEET, state
+        )
+        targets[max_gpus] = of(decision, "decode").target
+        assert not of(decision, "prefill").acts
+    assert targets == {6: 1, 7: 2}
+
+
+def test_members_that_somebody_else_has_asked_for_count_against_the_budget_before_they_serve() -> None:
+    prefill = pool(member(busy=0.35, tokens_per_s=350), starting=2)
+    busy = pool(member(kv=1.0, ongoing=10, waiting=40))
+    targets = [
+        of(once(signals(prefill, busy, experts(member(busy=0.3))), scaling(max_gpus=max_gpus)), "decode").target
+        for max_gpus in (5, 6)
+    ]
+    assert targets == [1, 2]
+
+
+@pytest.mark.parametrize("num_draining", range(3))
+def test_gpus_that_are_to_be_given_back_are_nobody_elses_before_they_are(num_draining: int) -> None:
+    """Two prefill workers are to leave, of which so many have begun to."""
+    serving = [member(number, busy=0.35, tokens_per_s=350) for number in range(3 - num_draining)]
+    prefill = dataclasses.replace(pool(*serving), num_draining=num_draining)
+    busy = pool(member(kv=1.0, ongoing=10, waiting=40))
+    state = State(prefill=PoolState(stabilizer=act(Stabilizer(), 0.0, 3, 1)))
+    decision, state = decide(EVERY_S, signals(prefill, busy), scaling(max_gpus=5), FLEET, state)
+    assert not decision.actions
+    gone = pool(member(busy=0.35, tokens_per_s=350))
+    decision, _ = decide(2 * EVERY_S, signals(gone, busy), scaling(max_gpus=5), FLEET, state)
+    assert [(one.pool, one.target) for one in decision.actions] == [("decode", 3)]
+
+
+def test_a_pool_whose_members_are_still_leaving_does_not_turn_back_before_they_have() -> None:
+    busy = pool(member(kv=1.0, ongoing=10, waiting=40))
+    state, config = State(decode=PoolState(stabilizer=act(Stabilizer(), 0.0, 3, 1))), scaling()
+    for num_draining in (2, 1):
+        seen = signals(decode=dataclasses.replace(busy, num_draining=num_draining))
+        decision, state = decide(EVERY_S, seen, config, FLEET, state)
+        assert not of(decision, "decode").acts
+    assert of(decide(2 * EVERY_S, signals(decode=busy), config, FLEET, state)[0], "decode").target > 1
+
+
+def test_replicas_that_the_shards_that_stay_have_no_room_for_go_before_the_others_leave() -> None:
+    """A shard has 16 slots, and there are 32 experts."""
+    state = State(experts=PoolState(stabilizer=act(Stabilizer(), 0.0, 4, 3)))
+    four = experts(*(member(number, busy=0.6) for number in range(4)), redundant=30, fit=16)
+    decision, _ = decide(EVERY_S, signals(shards=four), scaling(), FLEET, state)
+    assert [(one.pool, one.target) for one in decision.actions] == [("redundant_experts", 16)]
 
 
 def test_shrinking_that_was_refused_is_no_reversal_and_keeps_no_pool_from_growing() -> None:

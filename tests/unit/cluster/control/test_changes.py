@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -294,6 +295,11 @@ async def until(so: Callable[[], bool]) -> None:
     assert so()
 
 
+async def at_rest(cluster: Cluster) -> None:
+    """Until no change is gone through with."""
+    await until(lambda: not cluster.changes._going_through)
+
+
 async def on_standby(cluster: Cluster, *names: str) -> list[Played]:
     """Processes of the decode pool that are loaded."""
     actors = [Played(name) for name in names]
@@ -311,7 +317,7 @@ async def test_processes_for_which_there_is_no_place_any_more_are_ended() -> Non
         first = asyncio.create_task(cluster.changes.scale("decode", 3, "for a test"))
         await until(lambda: "status" in actors[0].calls)
         second = asyncio.create_task(cluster.changes.replenish("decode", 3, "for a test"))
-        await until(lambda: "status" in actors[1].calls and not cluster.changes.starting["decode"])
+        await until(lambda: "status" in actors[1].calls and not cluster.changes._preparation.starting["decode"])
     await soon(first)
     await soon(second)
     assert [one.worker_id for one in cluster.membership.pool("decode")] == ["decode-0", "decode-1", "decode-7"]
@@ -378,3 +384,125 @@ async def test_a_pool_that_is_asked_for_another_size_waits_no_longer_for_process
         await soon(growing)
     assert [one.worker_id for one in cluster.membership.pool("decode")] == ["decode-0"]
     assert cluster.changes.starting["decode"] == 0
+
+
+# A played call that is cancelled before it begins is a coroutine that nobody awaits.
+@pytest.mark.filterwarnings("ignore:coroutine 'Played._answer' was never awaited:RuntimeWarning")
+@pytest.mark.parametrize("on_the_spot", [False, True], ids=["new", "standby"])
+async def test_growing_that_nobody_waits_for_any_more_is_done_or_leaves_nothing_at_whatever_moment(
+    on_the_spot: bool,
+) -> None:
+    """One turn of the loop later each time: also where the process is just ready, and nobody has taken it yet."""
+    outcomes = []
+    for num_turns in itertools.count():
+        outcomes.append(await cancelled_growth(num_turns, on_the_spot))
+        if outcomes[-1] == "was over":
+            break
+    assert set(outcomes) == {"undone", "done", "was over"}
+
+
+async def cancelled_growth(num_turns: int, on_the_spot: bool) -> str:
+    frontend = Played("frontend-0")
+    cluster = await cluster_of(frontend=frontend)
+    actor = (await on_standby(cluster, "decode-7"))[0] if on_the_spot else starting(cluster, "decode-7")
+    changes, growing = cluster.changes, asyncio.create_task(cluster.changes.scale("decode", 3, "for a test"))
+    for _ in range(num_turns):
+        await asyncio.sleep(0)
+    if growing.done():
+        return "was over"
+    growing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await soon(growing)
+    await at_rest(cluster)
+    for _ in range(50):
+        await asyncio.sleep(0)
+    assert changes.starting.get("decode", 0) == 0
+    assert (changes.log.under_way, changes.log.busy) == ("", False)
+    told = [sorted(args[1]) for method, args in frontend.asked if method == "set_workers"]
+    left = [one.worker_id for one in changes.standby.all()] + cluster.pools.ended
+    if "decode-7" not in cluster.membership:
+        assert told == []
+        # One that has not been started by then needs no end.
+        assert left == (["decode-7"] if on_the_spot or actor.calls else [])
+        return "undone"
+    assert (told, left) == ([["decode-0", "decode-1", "decode-7"]], [])
+    assert "decode-7" in cluster.watched
+    assert [one.succeeded for one in changes.log.records] == [True]
+    return "done"
+
+
+async def test_a_worker_that_waits_for_the_first_shard_in_vain_is_ended() -> None:
+    cluster = await cluster_of()
+    await cluster.membership.leave(cluster.membership.pool("experts"))
+    (actor,) = await on_standby(cluster, "decode-7")
+    growing = asyncio.create_task(cluster.changes.scale("decode", 3, "for a test"))
+    await until(lambda: "status" in actor.calls and not cluster.changes._preparation.starting["decode"])
+    assert not growing.done()
+    growing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await soon(growing)
+    assert cluster.pools.ended == ["decode-7"]
+    assert "decode-7" not in cluster.membership
+
+
+@pytest.mark.filterwarnings("ignore:coroutine 'Played._answer' was never awaited:RuntimeWarning")
+@pytest.mark.parametrize("last", [1, 2])
+async def test_the_size_asked_for_last_is_the_one_that_a_pool_has(last: int) -> None:
+    """One turn of the loop later each time, until the first size is reached."""
+    sizes = []
+    for num_turns in itertools.count():
+        cluster = await cluster_of()
+        starting(cluster, "decode-7")
+        growing = asyncio.create_task(cluster.changes.scale("decode", 3, "for a test"))
+        for _ in range(num_turns):
+            await asyncio.sleep(0)
+        if growing.done():
+            break
+        await soon(cluster.changes.scale("decode", last, "for a test"))
+        await asyncio.gather(growing, return_exceptions=True)
+        await at_rest(cluster)
+        sizes.append(len(cluster.membership.pool("decode")))
+    assert len(sizes) > 5
+    assert sizes == [last] * len(sizes)
+
+
+async def test_a_growth_that_waits_for_the_first_shard_is_given_up_for_another_size() -> None:
+    cluster = await cluster_of()
+    await cluster.membership.leave(cluster.membership.pool("experts"))
+    (actor,) = await on_standby(cluster, "decode-7")
+    growing = asyncio.create_task(cluster.changes.scale("decode", 3, "for a test"))
+    await until(lambda: "status" in actor.calls and not cluster.changes._preparation.starting["decode"])
+    await soon(cluster.changes.scale("decode", 2, "for a test"))
+    with pytest.raises(ChangeRefusedError, match="another size"):
+        await soon(growing)
+    assert cluster.pools.ended == ["decode-7"]
+    assert cluster.changes.starting["decode"] == 0
+
+
+async def test_processes_that_are_ready_and_wait_for_their_turn_still_count_as_on_their_way() -> None:
+    cluster = await cluster_of()
+    (actor,) = await on_standby(cluster, "decode-7")
+    async with cluster.changes.log.change("rebalance", "for a test"):
+        growing = asyncio.create_task(cluster.changes.scale("decode", 3, "for a test"))
+        await until(lambda: "status" in actor.calls)
+        for _ in range(100):
+            await asyncio.sleep(0)
+            assert len(cluster.membership.pool("decode")) + cluster.changes.starting["decode"] == 3
+    while not growing.done():
+        assert len(cluster.membership.pool("decode")) + cluster.changes.starting["decode"] == 3
+        await asyncio.sleep(0)
+    await soon(growing)
+    assert len(cluster.membership.pool("decode")) == 3
+
+
+def starting(cluster: Cluster, name: str) -> Played:
+    """The process of the decode pool that is started next."""
+    actor = Played(name)
+
+    async def start(*_: object) -> list[Member]:
+        await asyncio.sleep(0)
+        actor.calls.append("started")
+        return [member("decode", actor)]
+
+    cluster.pools.start = start  # type: ignore[attr-defined]
+    return actor

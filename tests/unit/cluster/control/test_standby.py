@@ -98,7 +98,6 @@ async def test_one_that_is_lost_when_it_is_needed_is_ended_and_the_next_one_take
     assert standby.all() == []
 
 
-# FAILS ON THE PRODUCT AS IT IS (see the report): `missing` is -1, which is true, and Ray refuses a group of -1 bundles.
 async def test_one_more_than_are_wanted_keeps_no_pool_from_being_filled() -> None:
     """One that was taken in vain comes back when another has been started in its place."""
     hung = Played("prefill-7", hangs_at=("status",))

@@ -105,6 +105,24 @@ async def test_a_silent_member_delays_a_step_by_its_deadline_at_most(router: Rou
     assert window.total_LE.min() >= 4
 
 
+async def test_a_pause_is_followed_by_the_newest_and_not_by_a_reading_for_each_step_of_it() -> None:
+    step_s, num_steps = 0.1, 5
+    router, shard = Router(make_plan(load_config(overrides=[f"telemetry.step_s={step_s}"]))), FakeShard("experts-0")
+    await router.watch(PLAN.routing, members(shard))
+    await router.telemetry(fresh=True)
+    asyncio.get_running_loop().call_soon(time.sleep, num_steps * step_s)
+    await asyncio.sleep(0)
+    asked, resumed_s = shard.asked, time.monotonic()
+    while shard.asked < asked + 3:
+        await asyncio.sleep(0.001)
+        # One that was due in the pause, and one at its end.
+        assert shard.asked - asked <= 2 + (time.monotonic() - resumed_s) / step_s
+        assert time.monotonic() - resumed_s < 20
+    window = await router.telemetry(fresh=True)
+    assert (window.total_LE == shard.asked).all()
+    await router.stop()
+
+
 async def test_what_a_leaving_member_counted_last_is_kept(router: Router) -> None:
     leaving, staying = FakeShard("experts-0"), FakeShard("experts-1")
     await router.watch(PLAN.routing, members(leaving, staying))
