@@ -6,7 +6,7 @@ import statistics
 from collections import defaultdict, deque
 
 _SAMPLES = 8
-"""Step times kept for each length; their median counts, so that a step that was held up does not."""
+"""Step times kept for each length; their median counts (of two the lower), so that a step that was held up does not."""
 _FIRST_SAMPLES = 2
 _PROBE_EVERY = 32
 _DECAY_DRAFTING, _DECAY_IDLE = 0.97, 0.995
@@ -71,7 +71,7 @@ class DraftLength:
     def _better(self, size: int) -> int:
         """The best length of a batch size, or the present one if none is clearly better."""
         present = self._best[size]
-        rates = [self._tokens(k) / statistics.median(self._times[size, k]) for k in range(self._most + 1)]
+        rates = [self._tokens(k) / statistics.median_low(self._times[size, k]) for k in range(self._most + 1)]
         best = max(range(self._most + 1), key=rates.__getitem__)
         return best if rates[best] > _GAIN * rates[present] else present
 

@@ -17,6 +17,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from octet.addresses import with_port
 from octet.client import Client
 from octet.errors import ConfigError
 from octet.resumption import CallError
@@ -85,8 +86,7 @@ def serve(client: Client, host: str, port: int, window_s: float, *, experts: boo
             server, thread = start_http_server(port, host, registry)
         except OSError as error:
             raise ConfigError("--host, --port", f"{host}:{port} ({error.strerror})", "one that is free") from None
-        where = f"[{host}]" if ":" in host else host
-        print(f"octet: metrics http://{where}:{server.server_port}/metrics", flush=True)
+        print(f"octet: metrics http://{with_port(host, server.server_port)}/metrics", flush=True)
         while not stop.wait(_LOOK_EVERY_S):
             pass
         server.shutdown()

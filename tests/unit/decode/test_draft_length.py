@@ -127,3 +127,15 @@ def test_what_was_learnt_of_drafts_is_forgotten_as_others_are_made_and_more_slow
     learnt(policy, 200, tested=8, accepted=0)
     assert learnt(policy, 100, tested=0, accepted=0) < 0.01
     assert learnt(policy, 3000, tested=0, accepted=0) > 0.4
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+def test_one_slow_step_of_the_first_two_speaks_against_no_length(slow: int) -> None:
+    """Of every length, drafts being right and for nothing: the most are best."""
+    policy, tries = DraftLength(MOST), [0] * (MOST + 1)
+    while min(tries) < 2:
+        length = policy.choose(8)
+        step_s = 10.0 if length == MOST and tries[length] == slow else 1.0
+        policy.observe(8, length, tested=8 * length, accepted=8 * length, step_s=step_s)
+        tries[length] += 1
+    assert policy.choose(8) == MOST
