@@ -6,6 +6,7 @@ import contextlib
 import gc
 import mmap
 import os
+import random
 import socket
 import struct
 import threading
@@ -22,7 +23,7 @@ from hypothesis import strategies as st
 from octet.errors import ExpertMissingError, LaneError, LaneTimeoutError, PeerLostError, WrongEpochError
 from octet.ids import Epoch
 from ops.chaos.observe import num_ports
-from router.frames import MAGIC, FrameLayout, new_frames
+from router.frames import MAGIC, FrameLayout, Kind, new_frames
 from router.group_store import GroupStore
 from router.handshake import GUEST_SIDE, HOST_SIDE
 from router.lane import LaneExchange, LanePort
@@ -318,6 +319,14 @@ def test_a_frame_that_says_that_it_is_too_long_is_none() -> None:
     )
     with within(MARGIN_S), pytest.raises(LaneError, match="not a frame"):
         LanePort(shard, small, EPOCH, PATIENT_S).receive()
+
+
+@pytest.mark.parametrize("payload_bytes", [-1, -64, -(2**62)])
+def test_a_frame_that_says_that_it_is_shorter_than_its_header_is_none(payload_bytes: int) -> None:
+    """What follows would be read beyond the frame."""
+    sent = _frame((MAGIC, Kind.CALL, EPOCH, 0, 0, 1, payload_bytes, 0), random.randbytes(200))
+    with hearing(sent, HOST, PATIENT_S) as wire, within(MARGIN_S), pytest.raises(LaneError, match="not a frame"):
+        LanePort(wire, LONG, EPOCH, PATIENT_S).receive()
 
 
 def test_a_call_of_other_rows_than_agreed_on_is_refused() -> None:
