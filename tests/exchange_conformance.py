@@ -543,6 +543,19 @@ class ExchangeConformance:
         assert call is not None
         assert call.layer == 6
 
+    def test_a_heartbeat_between_two_calls_takes_the_room_of_neither(self) -> None:
+        """A shard may take the next call while it computes the last one."""
+        sent = [self.rows(4), self.rows(4)]
+        with self.implementation.open(LaneSettings(num_shards=1)) as lane:
+            taken = []
+            for layer, rows in enumerate(sent):
+                lane.exchange.heartbeat()
+                lane.exchange.send(layer, [rows])
+                taken.append(next_call(lane.ports[0]))
+            for call, rows in zip(taken, sent, strict=True):
+                torch.testing.assert_close(call.rows.x_UH, rows.x_UH, rtol=0, atol=0)
+                torch.testing.assert_close(call.rows.slots_UK, rows.slots_UK, rtol=0, atol=0)
+
     def test_an_idle_port_hears_that_its_lane_was_closed(self) -> None:
         with self.implementation.open(LaneSettings()) as lane, ThreadPoolExecutor(2) as pool:
             waiting = [pool.submit(port.receive) for port in lane.ports]

@@ -7,6 +7,7 @@ import gc
 import mmap
 import os
 import random
+import signal
 import socket
 import struct
 import threading
@@ -309,6 +310,28 @@ def test_a_thread_that_waits_hears_that_its_own_end_was_given_up() -> None:
     threading.Timer(0.1, port.close).start()
     with within(MARGIN_S), pytest.raises(LaneError, match="this end"):
         port.receive()
+
+
+def test_a_signal_ends_no_wait() -> None:
+    """Profilers send many of them, and Python's handlers do not let the system's calls go on by themselves."""
+    worker, shard = form_pair(PATIENT_S)
+    port, before = LanePort(shard, LONG, EPOCH, PATIENT_S), signal.signal(signal.SIGUSR1, lambda *_: None)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(port.receive)
+            (thread,) = pool._threads
+            for _ in range(5):
+                time.sleep(0.02)
+                signal.pthread_kill(thread.ident or 0, signal.SIGUSR1)
+            assert not waiting.done()
+            LaneExchange([Link(worker, LONG, EPOCH)]).send(
+                3, torch.zeros(1, LONG.hidden_size), PlanByShard((_everything(LONG, 1),))
+            )
+            call = waiting.result(PATIENT_S)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert call is not None
+    assert call.layer == 3
 
 
 def test_a_frame_that_says_that_it_is_too_long_is_none() -> None:
