@@ -7,12 +7,14 @@ import collections
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from typing import Any, TypeVar
 
 from cluster.change_record import ChangeRecord
 from octet.errors import OctetError
 
 _log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 _RECORDS = 100
 
@@ -23,6 +25,7 @@ class ChangeLog:
     def __init__(self) -> None:
         self._one_at_a_time = asyncio.Lock()
         self._records: collections.deque[ChangeRecord] = collections.deque(maxlen=_RECORDS)
+        self._going_through: set[asyncio.Task[Any]] = set()
         self.under_way = ""
         self.note: Callable[[], None] = lambda: None
         """Called when what another controller needs to know has changed."""
@@ -83,3 +86,10 @@ class ChangeLog:
                 self._records.append(record)
                 self.note()
                 _log.log(logging.INFO if succeeded else logging.WARNING, "%s", record)
+
+    async def through(self, change: Coroutine[Any, Any, _T]) -> _T:
+        """To its end, also where whoever asked for it waits no longer: of half a change nobody could say what holds."""
+        task = asyncio.create_task(change)
+        self._going_through.add(task)
+        task.add_done_callback(self._going_through.discard)
+        return await asyncio.shield(task)

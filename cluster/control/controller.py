@@ -103,9 +103,9 @@ class Controller(FaultCalls):
         await membership.load(self._starting, self._plan.routing)
         self._phase = "connecting lanes"
         await membership.found(self._starting)
-        await estate.changes.tell_router()
+        await estate.changes.announcements.tell_router()
         mailboxes = membership.mailboxes
-        await self._services.serve(mailboxes("prefill"), mailboxes("decode"), estate.changes.draining)
+        await self._services.serve(mailboxes("prefill"), mailboxes("decode"), estate.changes.announcements.draining)
         self._starting = []
         self._go_on(estate)
         return self._services.port
@@ -186,7 +186,7 @@ class Controller(FaultCalls):
         self._slow = SlowMembers(
             plan.config.health,
             estate.membership,
-            changes,
+            changes.moves,
             self._watch.late,
             lambda: self._telemetry(WINDOW_S, fresh=False),
             self._on_lost,
@@ -270,7 +270,7 @@ class Controller(FaultCalls):
     async def rebalance(self, dry_run: bool) -> Proposal:
         """Move experts after the loads of the telemetry window, now. Raises: OctetError."""
         await self._there.wait()
-        return await self._ready().rebalance(dry_run=dry_run, reason="it was asked for")
+        return await self._ready().moves.rebalance(dry_run=dry_run, reason="it was asked for")
 
     async def scale(self, sizes: Mapping[Pool, int], reason: str = "it was asked for") -> None:
         """Bring pools to these sizes, one after the other. Raises: OctetError."""
@@ -281,7 +281,7 @@ class Controller(FaultCalls):
             # What is lost is made up for to the smaller of the two until it is done.
             self._sizes[pool] = min(before, size)
             try:
-                await changes.scale(pool, size, reason)
+                await changes.sizes.scale(pool, size, reason)
             except BaseException:
                 if self._sizes[pool] == min(before, size):
                     self._sizes[pool] = before
@@ -427,7 +427,7 @@ class Controller(FaultCalls):
                 if await is_gone(services.router):
                     _log.warning("the router service is gone: another one takes its place")
                     await changes.replace_router()
-                await changes.tell_again()
+                await changes.announcements.tell_again()
             except OctetError as error:
                 # Whoever did not answer is looked at again at the next turn.
                 _log.warning("the services were not looked after: %s", error)
@@ -442,7 +442,7 @@ class Controller(FaultCalls):
             return False
         reason = f"balancedness is {window.balancedness:.3f} over {window.tokens:.0f} tokens"
         try:
-            proposal = await self._ready().rebalance(dry_run=False, min_gain=config.min_gain, reason=reason)
+            proposal = await self._ready().moves.rebalance(dry_run=False, min_gain=config.min_gain, reason=reason)
         except OctetError as error:
             _log.warning("the experts stay where they are: %s", error)
             return True

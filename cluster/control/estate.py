@@ -62,7 +62,7 @@ class Estate:
             joining = tuple(found[one.worker_id] for one in journal.joining)
             self.membership.adopting = (journal.adopting.routing(), joining)
         self.changes.standby.take_over([found[one.worker_id] for one in journal.standby])
-        self.changes.num_redundant = journal.num_redundant
+        self.changes.moves.num_redundant = journal.num_redundant
         self.changes.log.take_over(journal.changes)
         # Until this controller has dealt with it: it may be lost as well.
         self.changes.log.under_way = journal.under_way
@@ -84,7 +84,7 @@ class Estate:
             routing=NotedRouting.of(membership.routing),
             adopting=None if adopting is None else NotedRouting.of(adopting[0]),
             joining=() if adopting is None else self._noted(adopting[1]),
-            num_redundant=changes.num_redundant,
+            num_redundant=changes.moves.num_redundant,
             under_way=changes.log.under_way,
             changes=changes.log.records,
             actions=() if decisions is None else decisions.actions,

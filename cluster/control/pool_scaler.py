@@ -54,12 +54,12 @@ class PoolScaler:
         asked = self._services.router.telemetry.remote(period_s, fresh=True)
         window: TelemetryWindow = await call("the router", asked, _ANSWER_S)
         requests: RequestLoad = await call("the frontend", self._services.frontend.request_load.remote(), _ANSWER_S)
-        draining = self._changes.draining
+        draining = self._changes.announcements.draining
         ages_s = {worker: age_s for worker, age_s in self._membership.ages_s().items() if worker not in draining}
         num_shards = len(self._membership.routing.shards)
         pool, capacity = self._plan.config.pools.experts, self._membership.routing.placement.slots_per_shard
         fit = pool.slots_per_shard or capacity
-        redundant = self._changes.num_redundant
+        redundant = self._changes.moves.num_redundant
         prospects: tuple[Prospect, ...] = await call(
             "the router", self._services.router.prospects.remote(num_shards, redundant, fit), _ANSWER_S
         )
@@ -67,7 +67,7 @@ class PoolScaler:
             window,
             requests,
             ages_s,
-            self._changes.starting,
+            self._changes.sizes.starting,
             Counter(cast("Pool", worker.partition("-")[0]) for worker in draining),
             redundant,
             fit,
@@ -77,6 +77,6 @@ class PoolScaler:
     async def _act(self, one: PoolDecision) -> None:
         """Raises: OctetError."""
         if one.pool == REDUNDANCY:
-            await self._changes.set_redundancy(one.target, one.reason)
+            await self._changes.moves.set_redundancy(one.target, one.reason)
         else:
             await self._scale(cast("Pool", one.pool), one.target, one.reason)

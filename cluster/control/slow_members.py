@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 
-from cluster.control.changes import Changes
+from cluster.control.expert_moves import ExpertMoves
 from cluster.control.membership import Membership
 from cluster.control.slowness import Signs, Slowness
 from cluster.members import POOLS, Pool
@@ -31,7 +31,7 @@ class SlowMembers:
         self,
         config: HealthConfig,
         membership: Membership,
-        changes: Changes,
+        moves: ExpertMoves,
         late: Callable[[], Mapping[WorkerId, float]],
         telemetry: Callable[[], Awaitable[TelemetryWindow | None]],
         on_lost: Callable[[WorkerId, str], None],
@@ -42,7 +42,7 @@ class SlowMembers:
             telemetry: of the last `WINDOW_S` seconds.
             on_lost: told of a member that is evicted.
         """
-        self._membership, self._changes, self._late = membership, changes, late
+        self._membership, self._moves, self._late = membership, moves, late
         self._telemetry, self._on_lost = telemetry, on_lost
         self._policies: dict[Pool, Slowness] = {pool: Slowness(config) for pool in POOLS}
         self.slow: dict[WorkerId, str] = {}
@@ -74,7 +74,7 @@ class SlowMembers:
             self._on_lost(worker_id, why)
         shunned = frozenset(slow.keys() & set(self._membership.routing.shards)) - evicted.keys()
         if shunned != self._membership.routing.shunned and not evicted:
-            await self._changes.shun(shunned, "; ".join(f"{each}: {slow[each]}" for each in sorted(shunned)))
+            await self._moves.shun(shunned, "; ".join(f"{each}: {slow[each]}" for each in sorted(shunned)))
 
 
 def service_times(window: TelemetryWindow) -> dict[WorkerId, float]:
