@@ -43,7 +43,7 @@ def test_a_burst_is_no_trend() -> None:
 def test_a_forecast_strays_less_than_the_load_that_it_is_made_of() -> None:
     rng = random.Random()
     trend, loads, forecasts = None, [], []
-    for look in range(2000):
+    for look in range(8000):
         if look % 3 == 0:
             # A look sees 30 s, and there is one every 10.
             load = rng.uniform(14, 26)
