@@ -36,7 +36,10 @@ class _Network:
     def __init__(self) -> None:
         self._prefix = f"octet-pods-{os.getpid()}"
         self._hosts: list[str] = []
-        self.bridge = self._add("bridge")
+        self.bridge = f"{self._prefix}-bridge"
+
+    def build(self) -> None:
+        self._add("bridge")
         self._ip("-n", self.bridge, "link", "add", "bridge", "type", "bridge")
         self._ip("-n", self.bridge, "address", "add", "10.78.0.254/24", "dev", "bridge")
         self._ip("-n", self.bridge, "link", "set", "bridge", "up")
@@ -140,6 +143,7 @@ def _pods(changed: Mapping[str, str]) -> Iterator[tuple[_Network, _Pods]]:
     network = _Network()
     pods = _Pods(network, directory, changed)
     try:
+        network.build()
         yield network, pods
     finally:
         pods.kill()
@@ -206,7 +210,7 @@ def test_the_pods_serve_and_the_one_that_serves_can_be_replaced(
                 timeout=_ANSWER_S,
                 check=False,
             )
-            assert told.returncode == 0, f"{told.stderr}{pods.log('serve')[-3000:]}"
+            assert told.returncode == 0, f"{told.stderr}{pods.log('serve')}"
             assert json.loads(told.stdout)["choices"][0]["token_ids"] == list(answer)
             assert pods.end("serve") == 0, pods.log("serve")
 
