@@ -126,9 +126,9 @@ class ShardPlan:
     """fp32; not looked at where the slot is EMPTY."""
 
 
-FEW_ROWS = {"cpu": 8, "gpu": 64}
+FEW_ROWS = {"cpu": 16, "gpu": 64}
 """Rows per expert hit below which a shard waits for weights rather than for arithmetic. A CPU core reads an expert in
-the time of about 8 more rows of it, a GPU in that of some hundreds; but there a shard merges frames of several."""
+the time of about 16 more rows of it, a GPU in that of some hundreds; but there a shard merges frames of several."""
 
 
 DENSE_ROWS = 512

@@ -4,7 +4,8 @@ Workers need not talk, and a step that is run again chooses alike. Two regimes, 
 
 - With many, shards compute: rows are divided so that every shard gets as many. Optimal fractions are a linear programme
   (DeepSeek's LPLB solves it with an interior-point method); the shards of one expert after the other are levelled
-  instead, in sweeps, which comes to the same optimum but for rounding.
+  instead, in sweeps, which comes to the same optimum but for rounding. Experts are exchanged then until no two shards
+  divide more than one between them.
 - With few, shards read weights: an expert that is hit goes to one replica alone, so that none is read twice, and
   replicas are chosen so that the shard that reads most reads as few as possible (METRO, arXiv 2512.09277). That is a
   semi-matching: greedy, then paths that relieve the fullest shard (Harvey et al., J. Algorithms 59, 2006).
@@ -64,6 +65,7 @@ def choose_replicas(
         return
     quotas = np.zeros(physical.shape, np.int64)
     level_rows(count, shard_of, replicas, movable_M, fixed_rows, quotas)
+    _gather(shard_of, replicas, movable_M, num_shards, quotas)
     _spend(expert_ids, physical, shard_of, replicas, num_shards, quotas, slots)
 
 
@@ -104,6 +106,38 @@ def level_rows(count: Any, shard_of: Any, replicas: Any, movable: Any, rows: Any
                 rows[shard_of[expert, replica]] += quota
         if not changed or len(movable) < 2:
             break
+
+
+@_compile  # type: ignore[untyped-decorator]
+def _gather(shard_of: Any, replicas: Any, movable: Any, num_shards: Any, quotas: Any) -> None:
+    """Let no two shards divide more than one expert between them, as each reads all of its weights for fewer rows. Two
+    that they divide exchange rows until one of them is on one of the shards alone; what each shard has to do stays.
+
+    Args:
+        quotas: `[E, R]`, changed.
+    """
+    divided, replica_of = np.full((num_shards, num_shards), -1, np.int64), np.empty(num_shards, np.int64)
+    for expert in movable:
+        for one in range(replicas[expert]):
+            for two in range(one):
+                if quotas[expert, one] == 0 or quotas[expert, two] == 0:
+                    continue
+                first, second = shard_of[expert, one], shard_of[expert, two]
+                other = divided[first, second]
+                if other >= 0:
+                    for replica in range(replicas[other]):
+                        replica_of[shard_of[other, replica]] = replica
+                    other_one, other_two = replica_of[first], replica_of[second]
+                    # One of the two is nothing, where the other expert has become whole since.
+                    there = min(quotas[expert, one], quotas[other, other_two])
+                    back = min(quotas[expert, two], quotas[other, other_one])
+                    moved = there if there <= back else -back
+                    quotas[expert, one] -= moved
+                    quotas[expert, two] += moved
+                    quotas[other, other_one] += moved
+                    quotas[other, other_two] -= moved
+                if quotas[expert, one] > 0 and quotas[expert, two] > 0:
+                    divided[first, second] = divided[second, first] = expert
 
 
 @_compile  # type: ignore[untyped-decorator]

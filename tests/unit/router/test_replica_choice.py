@@ -96,6 +96,30 @@ def test_many_rows_are_divided_as_evenly_as_replicas_allow_but_for_one_row(batch
     assert batch.rows(NEVER_FEW).max() <= least + 1
 
 
+@given(batches())
+def test_two_shards_divide_the_rows_of_one_expert_at_most(batch: Batch) -> None:
+    """Each of them reads its weights."""
+    assert_two_shards_divide_one_expert_at_most(batch)
+
+
+def test_experts_that_many_shards_divide_are_exchanged_between_each_two_of_them() -> None:
+    rng, num_experts, num_shards = np.random.default_rng(), 8, 5
+    for _ in range(100):
+        on_EX = rng.permuted(np.tile(np.arange(num_shards) < rng.integers(2, 6), (num_experts, 1)), axis=1)
+        held = np.where(on_EX.T, np.arange(num_experts), -1).reshape(1, -1).astype(np.int32)
+        placement = from_physical(held, (0,), num_experts, num_shards, version=1)
+        ids_TK = rng.integers(0, num_experts, (int(rng.integers(1, 60)), 1))
+        batch = Batch(placement=placement, expert_ids_TK=ids_TK)
+        assert_two_shards_divide_one_expert_at_most(batch)
+
+
+def assert_two_shards_divide_one_expert_at_most(batch: Batch) -> None:
+    shards_TK = batch.chosen(NEVER_FEW) // batch.placement.slots_per_shard
+    for pair in itertools.combinations(range(batch.placement.num_shards), 2):
+        of_each = [set(batch.expert_ids_TK[shards_TK == shard].tolist()) for shard in pair]
+        assert len(set.intersection(*of_each)) <= 1
+
+
 @given(st.integers(2, 4), st.integers(0, 30))
 def test_an_expert_alone_is_divided_exactly(num_replicas: int, num_tokens: int) -> None:
     placement = from_physical(np.zeros((1, num_replicas), np.int32), (0,), 1, num_replicas, version=1)
@@ -166,8 +190,9 @@ def test_few_rows_are_read_by_as_few_shards_as_can_be_where_several_are_too_full
 
 
 def test_experts_of_a_token_that_can_go_to_the_same_shard_do() -> None:
-    # Experts 0 and 1 are on both shards, 2 on the first alone, and 3 on the second.
-    placement = from_physical(np.array([[0, 1, 2, 0, 1, 3]], np.int32), (0,), 4, 2, version=1)
-    batch = Batch(placement=placement, expert_ids_TK=np.array([[0, 2]] * 4 + [[1, 3]] * 4 + [[0, 1]] * 8))
-    shards_TK = batch.chosen(NEVER_FEW) // 3
-    assert (shards_TK[:9, 0] == shards_TK[:9, 1]).all()
+    # Expert 0 is on the first two of three shards and 1 on the last two; 2 is on the first alone, 3 on the last.
+    placement = from_physical(np.array([[0, 2, 0, 1, 1, 3]], np.int32), (0,), 4, 3, version=1)
+    batch = Batch(placement=placement, expert_ids_TK=np.array([[0, 1]] * 8 + [[2, 3]] * 4))
+    first_T, second_T = batch.chosen(NEVER_FEW)[:8].T // 2
+    assert (second_T == 1).any()
+    assert (first_T[second_T == 1] == 1).all()
