@@ -76,7 +76,7 @@ def choose(
                 taken[best] = True
                 second = _largest(choice, taken, first, last)
                 taken[best] = False
-                group_scores[group] = choice[best] + (choice[second] if second >= 0 else np.float32(0))
+                group_scores[group] = choice[best] + choice[second]
             group_taken[:] = False
             for _ in range(topk_group):
                 group_taken[_largest(group_scores, group_taken, 0, n_group)] = True

@@ -183,6 +183,17 @@ def test_a_reply_is_added_to_its_tokens(
     assert torch.equal(y_TH, expected_TH)
 
 
+def test_nothing_is_added_of_what_is_no_frame() -> None:
+    (words,) = new_frames(_layout, 1)
+    words[:] = 1
+    reply = Header(kind=Kind.REPLY, epoch=EPOCH, sequence=5, num_rows=3, payload_bytes=3 * 8 * 4)
+    reply.write(FrameBuffer(_layout, words).memory)
+    words[0] ^= 1
+    y_TH = torch.zeros(4, 8)
+    assert not add_reply(words, _NOTHING, EPOCH, 5, np.arange(3), y_TH.numpy(), 0, 4)
+    assert not y_TH.any()
+
+
 @pytest.mark.parametrize("field", ["kind", "epoch", "sequence", "num_rows", "payload_bytes"])
 def test_nothing_is_added_of_what_is_no_reply_to_the_call(field: str) -> None:
     (words,) = new_frames(_layout, 1)

@@ -24,6 +24,7 @@ GATES: dict[str, dict[str, Any]] = {
     "all_experts": {"num_experts_per_tok": 16},
     "one_expert": {"num_experts_per_tok": 1},
     "groups": {"n_group": 4, "topk_group": 2},
+    "three_of_four_groups": {"n_group": 4, "topk_group": 3},
     "one_group_of_eight": {"n_group": 8, "topk_group": 1, "num_experts_per_tok": 2},
     "all_groups": {"n_group": 4, "topk_group": 4},
     "unnormalised": {"norm_topk_prob": False},
@@ -71,6 +72,21 @@ def test_experts_and_weights_are_those_of_transformers(name: str, tmp_path: path
     found = by_expert(*Gate(gate, config).select(x_TH), config.n_routed_experts)
     expected = by_expert(expert_ids_TK, weights_TK, config.n_routed_experts)
     torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("score", [-300.0, -90.0, 90.0, 300.0])
+def test_scores_at_the_ends_of_the_sigmoid_weigh_what_transformers_says(score: float, tmp_path: pathlib.Path) -> None:
+    """At the lower one all weights are 0, of which none can be made 1 by dividing by their sum."""
+    config = config_of(tmp_path)
+    weight, x_TH = torch.full((config.n_routed_experts, HIDDEN_SIZE), score / HIDDEN_SIZE), torch.ones(3, HIDDEN_SIZE)
+    gate = GateWeights(weight=weight, correction_bias=torch.randn(config.n_routed_experts))
+    reference: Any = Glm4MoeTopkRouter(Glm4MoeConfig.from_pretrained(tmp_path))
+    reference.load_state_dict({"weight": gate.weight, "e_score_correction_bias": gate.correction_bias})
+    with torch.inference_mode():
+        _, expected_TK, expert_ids_TK = reference(x_TH)
+    found_ids_TK, found_TK = Gate(gate, config).select(x_TH)
+    assert found_ids_TK.sort().values.equal(expert_ids_TK.sort().values)
+    torch.testing.assert_close(found_TK, expected_TK)
 
 
 def test_the_correction_bias_chooses_but_does_not_weigh(tmp_path: pathlib.Path) -> None:
