@@ -68,7 +68,7 @@ def test_a_call_takes_no_room_of_one_that_nobody_has_answered(shares: bool) -> N
     layout = layout_of()
     worker, shard = form_pair(PATIENT_S, shared_bytes(layout) if shares else 0)
     link, port = Link(worker, layout, EPOCH), LanePort(shard, layout, EPOCH, PATIENT_S)
-    sent = [random_rows(3, layout) for _ in range(3)]
+    sent = [random_rows(3, layout) for _ in range(4)]
     failed, following = (ByShard(LaneExchange([link])) for _ in range(2))
     for layer in range(2):
         failed.send(layer, [sent[layer]])
@@ -80,10 +80,11 @@ def test_a_call_takes_no_room_of_one_that_nobody_has_answered(shares: bool) -> N
         for call, rows in zip(calls, sent, strict=False):
             assert torch.equal(call.rows.x_UH, rows.x_UH)
             port.reply(call, call.rows.x_UH)
-        ticket = third.result(PATIENT_S)
-        call = next_call(port)
-        port.reply(call, Scale(0)(call.layer, call.rows))
-        assert_answered(following.receive(ticket), [Scale(0)], 2, [sent[2]])
+        tickets = [third.result(PATIENT_S), following.send(3, [sent[3]])]
+        for layer, ticket in enumerate(tickets, start=2):
+            call = next_call(port)
+            port.reply(call, Scale(0)(call.layer, call.rows))
+            assert_answered(following.receive(ticket), [Scale(0)], layer, [sent[layer]])
 
 
 @pytest.mark.parametrize("num_rows", [2, 600])
@@ -126,6 +127,27 @@ def test_a_heartbeat_goes_behind_a_frame_that_is_not_taken_yet() -> None:
         assert torch.equal(y_TH, x_TH)
         exchange.close()
         assert served.result(PATIENT_S) is None
+
+
+@pytest.mark.parametrize("num_rows", [2, 600])
+def test_a_shard_that_is_there_is_sent_its_rows_though_another_is_lost(num_rows: int) -> None:
+    """Which is said when its reply is to be received."""
+    layout = layout_of(max_rows=num_rows)
+    (lost, gone), (there, shard) = form_pair(PATIENT_S), form_pair(PATIENT_S)
+    exchange, port = (
+        LaneExchange([Link(wire, layout, EPOCH) for wire in (lost, there)]),
+        LanePort(shard, layout, EPOCH, PATIENT_S),
+    )
+    gone.abort()
+    with within(PATIENT_S), contextlib.suppress(PeerLostError):
+        # What is sent first to who is gone is answered by a reset, and fails the next.
+        while True:
+            exchange.heartbeat()
+    rows, by_shard = [random_rows(num_rows, layout) for _ in range(2)], ByShard(exchange)
+    ticket = by_shard.send(0, rows)
+    assert torch.equal(next_call(port).rows.x_UH, rows[1].x_UH)
+    with pytest.raises(LaneError, match="shard 0"):
+        by_shard.receive(ticket)
 
 
 def test_every_shard_that_is_there_hears_a_heartbeat_though_another_is_lost() -> None:
